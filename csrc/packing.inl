@@ -1,0 +1,127 @@
+// Packing of panels (kernels.h) for one instruction set. Included inside the set's own namespace after products.inl.
+
+SOFTCLIP_INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+struct FromFloat32 {
+  using Stored = float;
+  SOFTCLIP_MEMBER uint32_t bits(float value) { return bits_of(value); }
+};
+struct FromBfloat16 {
+  using Stored = uint16_t;
+  SOFTCLIP_MEMBER uint32_t bits(uint16_t value) { return static_cast<uint32_t>(value) << 16; }
+};
+
+#if defined(__clang__)
+#define SOFTCLIP_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SOFTCLIP_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Quad{__VA_ARGS__})
+#endif
+
+typedef uint32_t Quad __attribute__((vector_size(16), aligned(2), may_alias));
+
+// Elements [k, k + 4) of four rows, across: out[(k + c) * width + r].
+SOFTCLIP_INLINE void transpose_quad(const char* row, int64_t row_bytes, int width, uint32_t* out) {
+  Quad in[4];
+  for (int q = 0; q < 4; ++q) in[q] = *reinterpret_cast<const Quad*>(row + q * row_bytes);
+  const Quad low01 = SOFTCLIP_SHUFFLE(in[0], in[1], 0, 4, 1, 5);
+  const Quad high01 = SOFTCLIP_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
+  const Quad low23 = SOFTCLIP_SHUFFLE(in[2], in[3], 0, 4, 1, 5);
+  const Quad high23 = SOFTCLIP_SHUFFLE(in[2], in[3], 2, 6, 3, 7);
+  *reinterpret_cast<Quad*>(out) = SOFTCLIP_SHUFFLE(low01, low23, 0, 1, 4, 5);
+  *reinterpret_cast<Quad*>(out + width) = SOFTCLIP_SHUFFLE(low01, low23, 2, 3, 6, 7);
+  *reinterpret_cast<Quad*>(out + 2 * width) = SOFTCLIP_SHUFFLE(high01, high23, 0, 1, 4, 5);
+  *reinterpret_cast<Quad*>(out + 3 * width) = SOFTCLIP_SHUFFLE(high01, high23, 2, 3, 6, 7);
+}
+
+// out[k * width + r] = rows[r][k] for width rows and 4-byte elements, count a multiple of 4. Where 4 does not divide the
+// width, the last group of rows overlaps the one before. A cache line of every row at a time, so that a line is read once
+// and what is written stays in the first cache until its lines are full.
+SOFTCLIP_INLINE void interleave_rows(const char* rows, int64_t row_bytes, int width, int64_t count, uint32_t* out) {
+  constexpr int64_t kLine = 16;
+  for (int64_t begin = 0; begin < count; begin += kLine) {
+    const int64_t end = begin + kLine < count ? begin + kLine : count;
+    for (int first = 0; first < width; first += 4) {
+      const int r = first + 4 <= width ? first : width - 4;
+      for (int64_t k = begin; k < end; k += 4) {
+        transpose_quad(rows + r * row_bytes + k * 4, row_bytes, width, out + k * width + r);
+      }
+    }
+  }
+}
+
+// kPair: an element is bf16 values 2k and 2k + 1 of the row, otherwise the k-th value as a float.
+template <class From, bool kPair>
+void pack_rows(const Matrix& m, int64_t begin, int count, int width, uint32_t* out) {
+  using Stored = typename From::Stored;
+  const int64_t summed = kPair ? (m.width + 1) / 2 : m.width, step = m.column_step;
+  // Rows that lie in memory as the elements are wanted: all but the last few elements of full panels go fast.
+  const bool direct = step == 1 && (kPair || sizeof(Stored) == 4);
+  const int64_t whole = (kPair ? m.width / 2 : m.width) / 4 * 4;
+  for (int first = 0; first < count; first += width, out += summed * width) {
+    const auto* rows = static_cast<const Stored*>(m.data) + (begin + first) * m.row_step;
+    int64_t done = 0;
+    if (direct && first + width <= count) {
+      interleave_rows(reinterpret_cast<const char*>(rows), m.row_step * int64_t{sizeof(Stored)}, width, whole, out);
+      done = whole;
+    }
+    for (int r = 0; r < width; ++r) {
+      const auto* row = rows + r * m.row_step;
+      const bool valid = first + r < count;
+      for (int64_t k = done; k < summed; ++k) {
+        uint32_t bits = 0;
+        if (valid && !kPair) bits = From::bits(row[k * step]);
+        if (valid && kPair) {
+          bits = From::bits(row[2 * k * step]) >> 16;
+          if (2 * k + 1 < m.width) bits |= From::bits(row[(2 * k + 1) * step]);
+        }
+        out[k * width + r] = bits;
+      }
+    }
+  }
+}
+
+// kPair: an element is the values of rows 2k and 2k + 1. kStep: the column step where it is known, else 0.
+template <class From, bool kPair, int kStep>
+void pack_columns(const Matrix& m, int64_t begin, int count, uint32_t* out) {
+  const auto* data = static_cast<const typename From::Stored*>(m.data) + begin * m.row_step;
+  const int64_t step = kStep > 0 ? kStep : m.column_step;
+  const int summed = kPair ? (count + 1) / 2 : count;
+  for (int64_t d = 0; d < m.width; d += kTileColumns) {
+    const int valid = m.width - d < kTileColumns ? static_cast<int>(m.width - d) : kTileColumns;
+    for (int k = 0; k < summed; ++k, out += kTileColumns) {
+      const auto* row = data + (kPair ? 2 * k : k) * m.row_step + d * step;
+      const bool second = kPair && 2 * k + 1 < count;
+      const auto* next = second ? row + m.row_step : row;
+      const uint32_t keep = second ? ~uint32_t{0} : 0;
+      for (int c = 0; c < valid; ++c) {
+        const uint32_t bits = From::bits(row[c * step]);
+        out[c] = kPair ? (bits >> 16) | (From::bits(next[c * step]) & keep) : bits;
+      }
+      for (int c = valid; c < kTileColumns; ++c) out[c] = 0;
+    }
+  }
+}
+
+template <class From, bool kPair>
+void pack_columns_by_step(const Matrix& m, int64_t begin, int count, uint32_t* out) {
+  m.column_step == 1 ? pack_columns<From, kPair, 1>(m, begin, count, out)
+                     : pack_columns<From, kPair, 0>(m, begin, count, out);
+}
+
+void pack(const Matrix& m, int64_t begin, int count, int width, bool pairs, void* panels) {
+  auto* out = static_cast<uint32_t*>(panels);
+  if (m.dtype == Dtype::float32) return pack_rows<FromFloat32, false>(m, begin, count, width, out);
+  pairs ? pack_rows<FromBfloat16, true>(m, begin, count, width, out)
+        : pack_rows<FromBfloat16, false>(m, begin, count, width, out);
+}
+
+void pack_transposed(const Matrix& m, int64_t begin, int count, bool pairs, void* panels) {
+  auto* out = static_cast<uint32_t*>(panels);
+  if (m.dtype == Dtype::float32) return pack_columns_by_step<FromFloat32, false>(m, begin, count, out);
+  pairs ? pack_columns_by_step<FromBfloat16, true>(m, begin, count, out)
+        : pack_columns_by_step<FromBfloat16, false>(m, begin, count, out);
+}

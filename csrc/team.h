@@ -1,0 +1,62 @@
+// A team of threads for one call, with a barrier and a cancel flag. Threads live as long as the call: nothing survives
+// into a forked child, and no runtime library has to agree with PyTorch's about fork or about thread counts.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <functional>
+#include <mutex>
+#include <utility>
+
+namespace softclip {
+
+class Team {
+ public:
+  // `poll` runs on the calling thread about ten times a second while others work, and returns false to cancel.
+  Team(int threads, std::function<bool()> poll) : threads_(threads), poll_(std::move(poll)) {}
+
+  int size() const;
+  bool cancelled() const;
+  void wait();  // until every thread of the team has come here
+  // Calls work(0) .. work(size - 1) concurrently. `long_call`: leave the calling thread free to poll.
+  void run(const std::function<void(int)>& work, bool long_call);
+
+ private:
+  const int threads_;
+  const std::function<bool()> poll_;
+  std::atomic<bool> cancelled_{false};
+  std::mutex mutex_;
+  std::condition_variable arrived_, finished_;
+  int waiting_ = 0, running_ = 0;
+  unsigned generation_ = 0;
+};
+
+// Numbers below the normal range become 0 while this lives, on this thread: they would slow some machines down, and next
+// to a sum that holds its largest term they mean nothing.
+class FlushDenormals {
+ public:
+  FlushDenormals();
+  ~FlushDenormals();
+  FlushDenormals(const FlushDenormals&) = delete;
+  FlushDenormals& operator=(const FlushDenormals&) = delete;
+
+ private:
+  unsigned previous_ = 0;
+};
+
+// Zeroed pages straight from the system, back to it at the end: what is not touched costs nothing.
+class Pages {
+ public:
+  explicit Pages(size_t bytes);
+  ~Pages();
+  Pages(const Pages&) = delete;
+  Pages& operator=(const Pages&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  char* data_ = nullptr;
+  size_t bytes_;
+};
+
+}  // namespace softclip
