@@ -1,0 +1,175 @@
+"""The native CPU backend: blocked kernels in C++ (csrc/), for float32 and bfloat16.
+
+The instruction-set level is chosen at run time, the best that the machine has; the environment variable
+SOFTCLIP_NATIVE_ISA forces one of `levels()`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, Source, Statistics, TeacherOperand
+
+_native: Any = None
+_MISSING: str | None = None
+try:
+    _native = importlib.import_module("softclip_kernels._native")
+except ImportError as error:  # not built, or built for another Python
+    _MISSING = f"its extension is not there ({error}); install the package where a C++ compiler is"
+
+ISA_VARIABLE = "SOFTCLIP_NATIVE_ISA"
+DTYPES = (torch.float32, torch.bfloat16)
+MULTIPLY_ADDS_PER_THREAD = 4e6  # about ten times what starting a thread costs
+
+
+def levels() -> list[str]:
+    """The instruction-set levels that this machine can run, best first; empty where the extension was not built."""
+    return [] if _native is None else _native.levels()
+
+
+def why_missing() -> str | None:
+    """None where the extension is there."""
+    return _MISSING
+
+
+def level() -> str:
+    """The level in use. Raises ValueError when the environment asks for one that this machine does not have."""
+    available = levels()
+    asked = os.environ.get(ISA_VARIABLE)
+    if asked is None:
+        return available[0]
+    if asked not in available:
+        raise ValueError(f"{ISA_VARIABLE}={asked!r} is not possible on this machine; allowed: {', '.join(available)}")
+    return asked
+
+
+def peak(name: str, threads: int, bfloat16: bool) -> float:
+    """Floating-point operations a second of multiply-adds on registers alone, at this level: what a matrix product
+    cannot exceed. Takes some tenths of a second. For benchmarks."""
+    return _native.peak(name, threads, bfloat16, 10_000_000)
+
+
+class NativeBackend:
+    name = "native"
+
+    def details(self) -> dict[str, str]:
+        """The instruction-set level in use and those that could be; empty where the extension was not built."""
+        return {"level": level(), "levels": " ".join(levels())} if levels() else {}
+
+    def why_not(self, problem: Problem) -> str | None:
+        if _native is None:
+            return _MISSING
+        level()  # a wrong SOFTCLIP_NATIVE_ISA is an error, not a reason for another backend
+        if problem.x.device.type != "cpu":
+            return f"it computes on the CPU, not on {problem.x.device}"
+        if problem.x.dtype not in DTYPES:
+            return f"it computes float32 and bfloat16, not {str(problem.x.dtype).removeprefix('torch.')}"
+        return None
+
+    def forward(self, problem: Problem) -> Statistics:
+        call = _Call(problem)
+        statistics, n, m = 1 + 2 * len(problem.teachers), problem.rows, problem.columns
+        ranked = problem.row_threshold is not None
+        result = Statistics(
+            torch.empty(statistics, n),
+            torch.empty(statistics, m),
+            torch.zeros(n if problem.positive is not None else 0),
+            torch.zeros(n if ranked else 0, dtype=torch.int64),
+            torch.zeros(m if ranked else 0, dtype=torch.int64),
+        )
+        _native.forward(
+            call.problem,
+            level(),
+            _threads(problem),
+            rows=result.rows.data_ptr(),
+            columns=result.columns.data_ptr(),
+            positive=result.positive.data_ptr(),
+            row_ranks=result.row_ranks.data_ptr(),
+            column_ranks=result.column_ranks.data_ptr(),
+        )
+        return result
+
+    def backward(
+        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        call = _Call(problem)
+        gx, gy = (torch.zeros(tensor.shape) for tensor in (problem.x, problem.y))
+        _native.backward(
+            call.problem,
+            level(),
+            _threads(problem),
+            rows=call.vector(statistics.rows),
+            columns=call.vector(statistics.columns),
+            grad_rows=call.vector(grad_rows),
+            grad_columns=call.vector(grad_columns),
+            gx=gx.data_ptr(),
+            gy=gy.data_ptr(),
+        )
+        return gx, gy
+
+
+def _threads(problem: Problem) -> int:
+    """As many as PyTorch uses, but no more than the work is worth."""
+    widths = [problem.x.shape[1]] + [teacher.x.shape[1] for teacher in problem.teachers if teacher.x is not None]
+    work = problem.rows * problem.columns * (sum(widths) + 16)
+    return max(1, min(torch.get_num_threads(), int(work / MULTIPLY_ADDS_PER_THREAD)))
+
+
+class _Call:
+    """A Problem as addresses, and what must stay alive while they are used."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._kept: list[Tensor] = []
+        row_segment, column_segment = _compact_segments(problem)
+        self.problem = _native.Problem(
+            x=self._matrix(problem.x),
+            y=self._matrix(problem.y),
+            scale=problem.scale.item(),
+            positive=self.vector(problem.positive, torch.int64),
+            row_segment=self.vector(row_segment, torch.int32),
+            column_segment=self.vector(column_segment, torch.int32),
+            teachers=[self._teacher(teacher) for teacher in problem.teachers],
+            row_threshold=self.vector(problem.row_threshold),
+            column_threshold=self.vector(problem.column_threshold),
+        )
+
+    def vector(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        """The address of a contiguous copy, or of the tensor itself where it is that already; 0 for None."""
+        if tensor is None:
+            return 0
+        self._kept.append(tensor.detach().to(dtype).contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _matrix(self, tensor: Tensor) -> Any:
+        tensor = tensor.detach()
+        if tensor.dtype not in DTYPES:  # a teacher in float16 or float64 multiplies in float32, as in every backend
+            tensor = tensor.float()
+        self._kept.append(tensor)
+        return _native.Matrix(
+            tensor.data_ptr(), *tensor.shape, *tensor.stride(), bfloat16=tensor.dtype == torch.bfloat16
+        )
+
+    def _teacher(self, teacher: TeacherOperand) -> Any:
+        own = teacher.source == Source.EMBEDDINGS
+        assert not own or (teacher.x is not None and teacher.y is not None)
+        return _native.Teacher(
+            int(teacher.source),
+            1.0 if teacher.scale is None else teacher.scale.item(),
+            self._matrix(teacher.x) if teacher.x is not None else None,
+            self._matrix(teacher.y) if teacher.y is not None else None,
+            self.vector(teacher.row_bias),
+            self.vector(teacher.column_bias),
+        )
+
+
+def _compact_segments(problem: Problem) -> tuple[Tensor | None, Tensor | None]:
+    """Equal segments as equal numbers that fit 32 bits, whatever their values."""
+    if problem.row_segment is None or problem.column_segment is None:
+        return None, None
+    _, numbers = torch.unique(torch.cat([problem.row_segment, problem.column_segment]), return_inverse=True)
+    return numbers[: problem.rows], numbers[problem.rows :]

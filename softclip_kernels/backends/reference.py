@@ -1,0 +1,129 @@
+"""The dense definition of the two block operations: every matrix is stored, every line reads like the formula.
+
+It is what the fast backends are compared with, and the one backend that may hold (N, M) tensors. `dense_statistics` and
+`dense_gradient` work on a block whose logits are given; the chunked backend applies them block by block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, Source, Statistics, TeacherOperand
+
+
+class ReferenceBackend:
+    name = "reference"
+
+    def why_not(self, problem: Problem) -> str | None:
+        return None
+
+    def details(self) -> dict[str, str]:
+        return {}
+
+    def forward(self, problem: Problem) -> Statistics:
+        z = student_logits(problem)
+        return dense_statistics(problem, z, z.T)
+
+    def backward(
+        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        z = student_logits(problem)
+        g = dense_gradient(problem, z, z.T, statistics.rows, statistics.columns, grad_rows, grad_columns)
+        return g @ problem.y.to(g.dtype), g.T @ problem.x.to(g.dtype)
+
+
+def student_logits(problem: Problem) -> Tensor:
+    """`z = scale * x @ y.T`, (N, M), in the accumulation dtype."""
+    dtype = problem.accumulation_dtype
+    return problem.scale * (problem.x.to(dtype) @ problem.y.to(dtype).T)
+
+
+def dense_statistics(problem: Problem, z: Tensor, z_swapped: Tensor) -> Statistics:
+    """Statistics of a block from its logits z (N, M) and, for LOGITS_TRANSPOSED teachers, the logits of the swapped
+    pairs `z_swapped[i, j] = z[j, i]` (N, M)."""
+    excluded = _excluded(problem)
+    student = _exclude(z, excluded)
+    rows = [student.logsumexp(1)]
+    columns = [student.logsumexp(0)]
+    for teacher in problem.teachers:
+        row_logits, column_logits = _teacher_logits(teacher, z, z_swapped, excluded)
+        rows += _log_sum_exp_and_mean(row_logits, z, 1)
+        columns += _log_sum_exp_and_mean(column_logits, z, 0)
+    positive = z.new_empty(0)
+    if problem.positive is not None:
+        inside, column = _inside(problem.positive, problem.columns)
+        positive = torch.where(inside, z.gather(1, column[:, None])[:, 0], 0.0)
+    row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=z.device) for _ in range(2))
+    if problem.row_threshold is not None and problem.column_threshold is not None:
+        row_ranks = (student > problem.row_threshold[:, None]).sum(1)
+        column_ranks = (student > problem.column_threshold[None, :]).sum(0)
+    return Statistics(torch.stack(rows), torch.stack(columns), positive, row_ranks, column_ranks)
+
+
+def dense_gradient(
+    problem: Problem,
+    z: Tensor,
+    z_swapped: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+) -> Tensor:
+    """G (N, M) of the Backend protocol, from the block's logits and its share of the statistics."""
+    excluded = _excluded(problem)
+    student = _exclude(z, excluded)
+    g = grad_rows[0][:, None] * _shifted_exp(student, rows[0][:, None])
+    g += grad_columns[0][None, :] * _shifted_exp(student, columns[0][None, :])
+    for k, teacher in enumerate(problem.teachers):
+        row_logits, column_logits = _teacher_logits(teacher, z, z_swapped, excluded)
+        g += grad_rows[1 + k][:, None] * _shifted_exp(row_logits, rows[1 + 2 * k][:, None])
+        g += grad_columns[1 + k][None, :] * _shifted_exp(column_logits, columns[1 + 2 * k][None, :])
+    if problem.positive is not None:
+        inside, column = _inside(problem.positive, problem.columns)
+        kept = torch.where(inside, 0.0, g.gather(1, column[:, None])[:, 0])
+        g.scatter_(1, column[:, None], kept[:, None])
+    return g
+
+
+def _teacher_logits(
+    teacher: TeacherOperand, z: Tensor, z_swapped: Tensor, excluded: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The teacher's (N, M) logits for the row direction and for the column direction, biases added."""
+    if teacher.source == Source.EMBEDDINGS:
+        assert teacher.x is not None and teacher.y is not None
+        t = teacher.x.to(z.dtype) @ teacher.y.to(z.dtype).T
+    else:
+        t = z if teacher.source == Source.LOGITS else z_swapped
+    if teacher.scale is not None:
+        t = teacher.scale * t
+    t = _exclude(t, excluded)
+    row_logits = t if teacher.column_bias is None else t + teacher.column_bias[None, :]
+    column_logits = t if teacher.row_bias is None else t + teacher.row_bias[:, None]
+    return row_logits, column_logits
+
+
+def _log_sum_exp_and_mean(teacher_logits: Tensor, z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    # Weights that sum to 1 to the last bit: exp(t - lse) would carry the rounding of lse into a mean of size |z|.
+    weights = teacher_logits.softmax(dim).nan_to_num(0.0)  # NaN: everything is excluded
+    return teacher_logits.logsumexp(dim), (weights * z).sum(dim)
+
+
+def _excluded(problem: Problem) -> Tensor | None:
+    if problem.row_segment is None or problem.column_segment is None:
+        return None
+    return problem.row_segment[:, None] != problem.column_segment[None, :]
+
+
+def _exclude(logits: Tensor, excluded: Tensor | None) -> Tensor:
+    return logits if excluded is None else logits.masked_fill(excluded, -torch.inf)
+
+
+def _shifted_exp(logits: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """`exp(logits - log_sum_exp)`, and 0 instead of NaN where everything is excluded (both are -inf)."""
+    return torch.where(logits == -torch.inf, 0.0, (logits - log_sum_exp).exp())
+
+
+def _inside(positive: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Which positives lie in this block, and a column that is safe to index with for those that do not."""
+    return (positive >= 0) & (positive < columns), positive.clamp(0, columns - 1)

@@ -1,0 +1,73 @@
+"""The Triton backend: GPUs, and the CPU through Triton's interpreter. Importing this module does not import triton; the
+kernels are imported when the first problem that they can compute arrives."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import os
+from contextlib import AbstractContextManager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, Statistics
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_RANKED = 2**24  # ranks are counted in fp32
+
+
+class TritonBackend:
+    name = "triton"
+
+    def why_not(self, problem: Problem) -> str | None:
+        x = problem.x
+        if not _installed():
+            return "triton is not installed"
+        if not x.is_cuda and not (x.device.type == "cpu" and _interpreted()):
+            return f"the embeddings are on {x.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+        for name, tensor in (("embeddings", x), *(("teacher's embeddings", t.x) for t in problem.teachers)):
+            if tensor is None:
+                continue
+            if tensor.dtype not in DTYPES:
+                return f"the {name} are {tensor.dtype}; the kernels take float32, bfloat16 and float16"
+            if _interpreted() and tensor.dtype != torch.float32:
+                return f"the {name} are {tensor.dtype}; Triton's interpreter multiplies float32 only correctly"
+        if problem.row_threshold is not None and max(problem.rows, problem.columns) >= MOST_RANKED:
+            return f"ranks of a batch of {max(problem.rows, problem.columns)}; they are counted up to {MOST_RANKED}"
+        return None
+
+    def details(self) -> dict[str, str]:
+        if not _installed():
+            return {"triton": "not installed"}
+        return {"triton": importlib.metadata.version("triton")} | ({"interpreter": "on"} if _interpreted() else {})
+
+    def forward(self, problem: Problem) -> Statistics:
+        from ..kernels import launch
+
+        with _on(problem.x.device):
+            return launch.forward(problem)
+
+    def backward(
+        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        from ..kernels import launch
+
+        with _on(problem.x.device):
+            return launch.backward(problem, statistics, grad_rows, grad_columns)
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,101 @@
+"""What this machine can run, and why not the rest: `python -m softclip_kernels.info [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from . import backends
+from .problem import Problem, accumulation_dtype
+from .version import __version__
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PACKAGES = ("torch", "triton", "numpy", "deepspeed")
+
+
+def report() -> dict[str, Any]:
+    """versions    package to version, None where it is not installed
+    devices     the torch devices that the report covers, with their names
+    backends    name to {"details": what the backend says of itself, "why_not": {device: {dtype: None or the reason}}}
+    auto        {device: {dtype: the backend that backend="auto" takes for a plain CLIP loss}}
+    """
+    devices = _devices()
+    return {
+        "versions": {"softclip_kernels": __version__, "python": platform.python_version()}
+        | {package: _version(package) for package in PACKAGES},
+        "devices": devices,
+        "backends": {
+            name: {
+                "details": backend.details(),
+                "why_not": {
+                    device: {_name(dtype): backend.why_not(_probe(device, dtype)) for dtype in DTYPES}
+                    for device in devices
+                },
+            }
+            for name, backend in backends.registered().items()
+        },
+        "auto": {
+            device: {_name(dtype): backends.select("auto", _probe(device, dtype)).name for dtype in DTYPES}
+            for device in devices
+        },
+    }
+
+
+def _devices() -> dict[str, str]:
+    devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    if torch.cuda.is_available():
+        devices |= {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    return devices
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _probe(device: str, dtype: torch.dtype) -> Problem:
+    x = torch.zeros(2, 8, dtype=dtype, device=device)
+    return Problem(x, x, torch.ones((), dtype=accumulation_dtype(dtype), device=device), torch.arange(2, device=device))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _text(found: dict[str, Any]) -> str:
+    lines = [f"{package} {version or 'not installed'}" for package, version in found["versions"].items()]
+    lines += [f"{device}: {name}" for device, name in found["devices"].items()]
+    for name, backend in found["backends"].items():
+        details = ", ".join(f"{key} {value}" for key, value in backend["details"].items())
+        lines += ["", f"backend {name}" + (f" ({details})" if details else "")]
+        for device, reasons in backend["why_not"].items():
+            able = [dtype for dtype, reason in reasons.items() if reason is None]
+            if able:
+                lines.append(f"  {device}: {', '.join(able)}")
+            for reason in dict.fromkeys(reason for reason in reasons.values() if reason is not None):
+                unable = [dtype for dtype, other in reasons.items() if other == reason]
+                lines.append(f"  {device}: not {', '.join(unable)}: {reason}")
+    lines += ["", "backend='auto' takes"]
+    lines += [
+        f"  {device}: " + ", ".join(f"{dtype} {name}" for dtype, name in choice.items())
+        for device, choice in found["auto"].items()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m softclip_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    found = report()
+    print(json.dumps(found, indent=2) if parser.parse_args().json else _text(found))
+
+
+if __name__ == "__main__":
+    main()

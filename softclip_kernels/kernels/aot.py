@@ -1,0 +1,314 @@
+"""Ahead-of-time compilation of the kernels for GPUs that are not at hand, and what the compiled code uses.
+
+`variants(architecture)` lists what the launcher asks for, with every candidate tile shape; `inspect` compiles one as
+the just-in-time compiler would on the device and counts registers, spills, shared memory, tensor-core instructions and
+exponentials in the machine code. On the command line the table goes to a file:
+
+    python -m softclip_kernels.kernels.aot --output bench/results/triton_aot.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .configs import GROUP, Config, candidates
+from .exact import exact_rows_kernel
+from .gradient import gradient_kernel
+from .statistics import statistics_kernel
+from .tiles import EMBEDDINGS, LOGITS, NONE, PAIRED
+
+KERNELS = {"statistics": statistics_kernel, "gradient": gradient_kernel, "exact": exact_rows_kernel}
+MODES = {"none": NONE.value, "logits": LOGITS.value, "paired": PAIRED.value, "embeddings": EMBEDDINGS.value}
+POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
+SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+ARCHITECTURES = tuple(SHARED_LIMIT)
+_INTEGER_POINTERS = ("positive", "row_segment", "column_segment")
+_OPTIONAL = {
+    "positive": "positive",
+    "row_segment": "segments",
+    "column_segment": "segments",
+    "row_threshold": "ranks",
+    "column_threshold": "ranks",
+    "row_bias": "biases",
+    "column_bias": "biases",
+    "row_weight": "biases",
+    "column_weight": "biases",
+    "previous": "previous",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """kernel: statistics, gradient or exact; mode: a key of MODES; features: of positive, segments, ranks, biases and
+    previous; even: the width is a multiple of the step."""
+
+    kernel: str
+    mode: str
+    config: Config
+    dtype: str = "bf16"
+    tied: bool = False
+    student: bool = True
+    even: bool = True
+    ragged: bool = False
+    exact: bool = False
+    features: frozenset[str] = frozenset({"positive"})
+    precision: str = "ieee"
+
+    @property
+    def name(self) -> str:
+        parts = [
+            self.kernel + (" exact" if self.exact else ""),
+            self.mode + ("-tied" if self.tied else "") + ("" if self.student else "-teacher-only"),
+        ]
+        c = self.config
+        parts += [self.dtype if self.dtype != "fp32" else self.precision, *sorted(self.features)]
+        parts += [
+            "even" if self.even else "odd",
+            "ragged" if self.ragged else "whole",
+            f"{c.block_m}x{c.block_n}x{c.block_d}w{c.warps}s{c.stages}",
+        ]
+        return " ".join(parts)
+
+    @property
+    def kind(self) -> str:
+        return "exact gradient" if self.exact else self.kernel
+
+
+_EVERYTHING = frozenset({"positive", "segments", "biases", "ranks"})
+_WITHOUT_RANKS = _EVERYTHING - {"ranks"}
+
+
+def _cases() -> list[Variant]:
+    """What the launcher asks for, without tile shapes: every kernel and mode, plain as in the usual losses, and with
+    everything at once; features that only load another vector are covered by the latter."""
+    any_shape = Config(64, 64, 64, 8, 2)
+    cases = []
+    for mode, tied in (
+        ("none", False),
+        ("logits", True),
+        ("logits", False),
+        ("embeddings", False),
+        ("paired", True),
+        ("paired", False),
+    ):
+        plain = Variant("statistics", mode, any_shape, tied=tied)
+        full = replace(plain, features=_EVERYTHING, ragged=True, even=False)
+        gradient = replace(plain, kernel="gradient")
+        gradient_full = replace(gradient, features=_WITHOUT_RANKS, ragged=True, even=False)
+        cases += [plain, full, gradient, gradient_full, replace(gradient_full, exact=True)]
+        if mode != "paired":
+            cases.append(replace(plain, kernel="exact", features=_WITHOUT_RANKS - {"positive"}, even=False))
+        if mode in ("logits", "embeddings"):  # a second teacher
+            later = replace(plain, student=False, even=False, ragged=True, features=frozenset({"segments", "biases"}))
+            cases.append(later)
+            cases.append(replace(later, kernel="gradient", features=_WITHOUT_RANKS | {"previous"}))
+    return cases
+
+
+def variants(architecture: str) -> list[Variant]:
+    """Every case in bf16 with every candidate tile shape of the architecture; in fp16, whose code differs by the
+    instructions' suffix, and in fp32, the plain and the full ones."""
+    found = []
+    wide = "ieee" if architecture.startswith("gfx") else "tf32x3"
+    for case in _cases():
+        typed = [case]
+        if case.mode in ("none", "embeddings") and "ranks" not in case.features:
+            typed.append(replace(case, dtype="fp16"))
+        if not case.tied:
+            typed.append(replace(case, dtype="fp32", precision=wide))
+        if case.mode == "none":
+            typed.append(replace(case, dtype="fp32", precision="tf32"))
+        for variant in typed:
+            plain = not variant.ragged and not variant.features & {"segments", "ranks"}
+            itemsize = 4 if variant.dtype == "fp32" else 2
+            taught, paired = variant.mode != "none", variant.mode == "paired"
+            shapes = candidates(variant.kind, taught, paired, plain, itemsize, architecture)
+            found += [replace(variant, config=shape) for shape in shapes]
+    return found
+
+
+def compile_variant(variant: Variant, architecture: str) -> Any:
+    kernel = KERNELS[variant.kernel]
+    constants = {
+        "STATISTICS": int(variant.student) + 2 * (variant.mode != "none") + ("ranks" in variant.features),
+        "STUDENT": variant.student,
+        "TEACHER": MODES[variant.mode],
+        "TIED": variant.tied,
+        "GROUP": GROUP,
+        "RAGGED": variant.ragged,
+        "EXACT": variant.exact,
+        "EVEN": variant.even,
+        "TEACHER_EVEN": variant.even,
+        "PRECISION": variant.precision,
+        "TEACHER_PRECISION": variant.precision,
+        **variant.config.constants(),
+    }
+    signature, constexprs, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        kind = _kind(name, variant)
+        if kind == "constexpr":
+            constexprs[(index,)] = constants.get(name, 1 if name.endswith("_step") else None)
+        elif kind.startswith("*") or name.endswith("_stride") or name == "edge" or ("width" in name and variant.even):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[name] = kind
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    return triton.compile(source, target=_target(architecture), options=variant.config.options())
+
+
+def _kind(name: str, variant: Variant) -> str:
+    if name.isupper() or name.endswith("_step"):
+        return "constexpr"
+    if name in _OPTIONAL and _OPTIONAL[name] not in variant.features:
+        return "constexpr"
+    if name in _INTEGER_POINTERS:
+        return "*i64"
+    if name == "suspect" or name.endswith("_fine"):
+        return "*i8"
+    if name in ("x", "y", "teacher_x", "teacher_y", "g", "mirror_g"):
+        return POINTERS[variant.dtype]
+    if name.endswith(("_stride", "_start", "_end", "width")) or name in ("edge", "rows", "columns"):
+        return "i32"
+    return "*fp32"
+
+
+def _target(architecture: str) -> GPUTarget:
+    if architecture.startswith("sm_"):
+        return GPUTarget("cuda", int(architecture[3:]), 32)
+    return GPUTarget("hip", architecture, 64)
+
+
+def inspect(variant: Variant, architecture: str) -> dict[str, Any]:
+    """What one variant compiles to. registers and spilled (bytes, stack included) are a thread's, shared bytes a
+    program's; exponentials_issued counts machine instructions a thread, over its `entries`. From the intermediate code:
+    matmuls and exponentials of whole tiles, and narrow_offsets, the addresses that rest on a product in 32 bits."""
+    compiled = compile_variant(variant, architecture)
+    nvidia = architecture.startswith("sm_")
+    c = variant.config
+    intermediate = compiled.asm["ttir"]
+    return {
+        "variant": variant.name,
+        "kernel": variant.kind,
+        "mode": variant.mode,
+        "tied": variant.tied,
+        "dtype": variant.dtype,
+        "architecture": architecture,
+        "triton": triton.__version__,
+        "shared": compiled.metadata.shared,
+        "shared_limit": SHARED_LIMIT[architecture],
+        "entries": c.block_m * c.block_n // ((32 if nvidia else 64) * c.warps),
+        **(_nvidia(compiled.asm["cubin"]) if nvidia else _amd(compiled.asm["amdgcn"])),
+        "matmuls": len(re.findall(r"= tt\.dot ", intermediate)),
+        "exponentials": len(re.findall(rf"= math\.exp2 .*tensor<{c.block_m}x{c.block_n}xf32", intermediate)),
+        "narrow_offsets": narrow_offsets(intermediate),
+    }
+
+
+def narrow_offsets(intermediate: str) -> list[str]:
+    """Address computations of Triton's intermediate code that contain a 32-bit product of two values. A product with a
+    constant is a position (tile number times tile size), which fits; a position times a stride may not."""
+    definitions = {
+        name: (operation, re.findall(r"%[\w#]+", operands), operands)
+        for name, operation, operands in re.findall(r"(%\w+)(?::\d+)? = (?:\")?([\w.]+)(.*)", intermediate)
+    }
+
+    def constant(name: str) -> bool:
+        operation, operands, _ = definitions.get(name, ("", [], ""))
+        return operation == "arith.constant" or (operation == "tt.splat" and constant(operands[0]))
+
+    def products(name: str, seen: set[str]) -> list[str]:
+        if name in seen or name not in definitions:
+            return []
+        seen.add(name)
+        operation, operands, text = definitions[name]
+        if operation == "tt.load":  # an index read from memory is not computed here
+            return []
+        found = [found for operand in operands for found in products(operand, seen)]
+        narrow = re.search(r":.*\bi32\b|xi32>", text.split(" loc(")[0])
+        if operation == "arith.muli" and narrow and not any(constant(operand) for operand in operands):
+            found.append(f"{name} = {operation}{text}")
+        return found
+
+    offsets = re.findall(r"= tt\.addptr %[\w#]+, (%\w+)", intermediate)
+    return sorted({found for offset in offsets for found in products(offset, set())})
+
+
+def _nvidia(cubin: bytes) -> dict[str, Any]:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        code = _run(tools / "nvdisasm", "-c", file.name)
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return {
+        "registers": registers,
+        "spilled": stack + local,
+        "tensor": _mnemonics(code, r"\b((?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)(?:\.\w+)*)"),
+        "exponentials_issued": len(re.findall(r"MUFU\.EX2", code)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
+    }
+
+
+def _amd(code: str) -> dict[str, Any]:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", code)[1])  # type: ignore[index]
+
+    return {
+        "registers": field("vgpr_count"),
+        "spilled": field("private_segment_fixed_size"),
+        "tensor": _mnemonics(code, r"\b(v_mfma_\w+)"),
+        "exponentials_issued": len(re.findall(r"\bv_exp_f32", code)),
+        "instructions": len(re.findall(r"^\t[vs]_\w+", code, re.M)),
+    }
+
+
+def _mnemonics(code: str, pattern: str) -> dict[str, int]:
+    found = re.findall(pattern, code)
+    return {name: found.count(name) for name in sorted(set(found))}
+
+
+def _run(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
+
+
+def table(architectures: Sequence[str], every: int = 1, jobs: int = 1) -> list[dict[str, Any]]:
+    """One row for each variant of each architecture, or for every n-th."""
+    work = [(variant, name) for name in architectures for variant in variants(name)[::every]]
+    if jobs == 1:
+        return [inspect(*pair) for pair in work]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(inspect, *zip(*work, strict=True)))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m softclip_kernels.kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="all by default")
+    parser.add_argument("--every", type=int, default=1, help="compile every n-th variant only")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    options = parser.parse_args(arguments)
+    rows = table(options.architecture or ARCHITECTURES, options.every, options.jobs)
+    options.output.write_text(json.dumps(rows, indent=1) + "\n")
+    spilled = sum(row["spilled"] > 0 for row in rows)
+    print(
+        f"{len(rows)} variants compiled with triton {triton.__version__}, {spilled} of them spill; see {options.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

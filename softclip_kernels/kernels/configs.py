@@ -1,0 +1,56 @@
+"""Tile shapes: a short list of candidates for every kind of kernel, architecture and element size.
+
+The launcher takes the first. Each compiles without spills and within the shared memory of its architecture
+(tests/test_triton_aot.py); which is fastest only a GPU can tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GROUP = 8  # tile rows that advance together, for L2
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile (block_m, block_n), the product's step along the width, warps and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    block_d: int
+    warps: int
+    stages: int
+
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def candidates(
+    kind: str, taught: bool, paired: bool, plain: bool, itemsize: int, architecture: str
+) -> tuple[Config, ...]:
+    """kind          statistics, exact, gradient or exact gradient
+    taught        there is a teacher, whose tile is alive beside the student's
+    paired        tiles (I, J) and (J, I) are worked on together; block_m is a multiple of block_n
+    plain         no segments, ranks or ragged edges, whose masks take registers
+    itemsize      bytes of the widest operand
+    architecture  sm_90, gfx942, interpreter, ...
+    """
+    if architecture == "interpreter":  # small, so that small problems have inner, edge and corner tiles
+        edge = 16 if kind == "exact gradient" else 32
+        return (Config(2 * edge, edge, 32, 4, 1) if paired else Config(edge, 2 * edge, 32, 4, 1),)
+    amd = architecture.startswith("gfx")
+    stages = 2 if amd else 3
+    warps = 4 if amd else 8
+    if itemsize > 2:
+        return (Config(64, 32, 32, warps, 2),) if taught else (Config(64, 64, 32, 8, 2),)
+    if kind in ("exact", "exact gradient"):  # rarely reached
+        return (Config(64, 32, 64, warps, 2),)
+    small, medium, large = (Config(128, width, 64, 8, stages) for width in (64, 128, 256))
+    if architecture == "sm_90" and not paired:
+        return ((medium, small) if taught else (large, medium, small)) if plain else (small,)
+    if plain and not (paired and architecture == "sm_100"):
+        return (small,) if taught else (medium, small)
+    return (Config(64, 32, 64, 4 if (kind, architecture) == ("gradient", "sm_100") else warps, stages),)

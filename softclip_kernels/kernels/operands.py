@@ -1,0 +1,167 @@
+"""From a Problem to the kernels' operands: which mode a teacher runs in, the common references, strides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, Source, TeacherOperand
+from .tiles import EMBEDDINGS, LOGITS, NONE, PAIRED
+
+LOG2E = 1 / math.log(2)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One launch's view of a problem: the student (when `student`) and at most one teacher.
+
+    mode     NONE, LOGITS, PAIRED or EMBEDDINGS of tiles.py
+    tied     the teacher's logits are the student's (of the swapped pair, when PAIRED) times exactly 1
+    weights  `exp(bias - largest bias)`, None where there is no bias
+    scalars  (7,) fp32, as statistics.py lists them
+    """
+
+    problem: Problem
+    student: bool
+    mode: int
+    tied: bool
+    teacher_x: Tensor | None
+    teacher_y: Tensor | None
+    row_bias: Tensor | None
+    column_bias: Tensor | None
+    row_weight: Tensor | None
+    column_weight: Tensor | None
+    scalars: Tensor
+
+    @property
+    def paired(self) -> bool:
+        return self.mode == PAIRED.value
+
+    @property
+    def taught(self) -> bool:
+        return self.mode != NONE.value
+
+    @property
+    def itemsize(self) -> int:
+        return max(t.element_size() for t in (self.problem.x, self.teacher_x) if t is not None)
+
+    def unpaired(self) -> Pass:
+        """The same with the swapped logits as a matrix product of their own."""
+        if not self.paired:
+            return self
+        p = self.problem
+        return replace(self, mode=EMBEDDINGS.value, tied=False, teacher_x=p.y, teacher_y=p.x)
+
+    def transposed(self) -> Pass:
+        """Rows and columns exchanged; for the exact kernel, which is given no positives and no thresholds."""
+        p = self.problem
+        return replace(
+            self,
+            problem=Problem(p.y, p.x, p.scale, None, p.column_segment, p.row_segment),
+            teacher_x=self.teacher_y,
+            teacher_y=self.teacher_x,
+            row_bias=self.column_bias,
+            column_bias=self.row_bias,
+            row_weight=self.column_weight,
+            column_weight=self.row_weight,
+            scalars=torch.cat([self.scalars[:5], self.scalars[6:], self.scalars[5:6]]),
+        )
+
+    def tensors(self) -> dict[str, Any]:
+        """The arguments that every kernel takes: embeddings, their strides and widths, segments, scalars."""
+        p = self.problem
+        teacher_x = p.x if self.teacher_x is None else self.teacher_x
+        teacher_y = p.y if self.teacher_y is None else self.teacher_y
+        arguments: dict[str, Any] = {
+            "x": p.x,
+            "y": p.y,
+            "teacher_x": teacher_x,
+            "teacher_y": teacher_y,
+            "row_segment": p.row_segment,
+            "column_segment": p.column_segment,
+            "scalars": self.scalars,
+            "width": p.x.shape[1],
+            "teacher_width": teacher_x.shape[1],
+        }
+        for name in ("x", "y", "teacher_x", "teacher_y"):
+            arguments[f"{name}_stride"], arguments[f"{name}_step"] = arguments[name].stride()
+        return arguments
+
+
+def passes(problem: Problem) -> list[Pass]:
+    """The launches that cover a problem: the first holds the student, each holds one teacher."""
+    problem = _with_contiguous_vectors(problem)
+    norms = _largest_norm(problem.x) * _largest_norm(problem.y)
+    return [
+        _pass(problem, teacher, index == 0, norms, alone=len(problem.teachers) == 1)
+        for index, teacher in enumerate(problem.teachers or (None,))
+    ]
+
+
+def _pass(problem: Problem, teacher: TeacherOperand | None, student: bool, norms: Tensor, alone: bool) -> Pass:
+    scale = problem.scale.float()
+    zero = torch.zeros_like(scale)
+    mode, tied, teacher_x, teacher_y = NONE.value, False, None, None
+    factor = bound = top_row = top_column = zero
+    row_bias = column_bias = row_weight = column_weight = None
+    if teacher is not None:
+        tied = teacher.scale is None
+        ratio = torch.ones_like(scale) if teacher.scale is None else teacher.scale.float()
+        factor, teacher_norms = scale * ratio, norms
+        if teacher.source == Source.EMBEDDINGS:
+            assert teacher.x is not None and teacher.y is not None
+            mode, tied, teacher_x, teacher_y = EMBEDDINGS.value, False, teacher.x, teacher.y
+            factor, teacher_norms = ratio, _largest_norm(teacher.x) * _largest_norm(teacher.y)
+        elif teacher.source == Source.LOGITS:
+            mode = LOGITS.value
+        elif alone:
+            mode = PAIRED.value
+        else:  # beside other teachers the swapped logits are a product of their own
+            mode, tied, teacher_x, teacher_y = EMBEDDINGS.value, False, problem.y, problem.x
+        bound = factor.abs() * teacher_norms
+        row_bias, row_weight, top_row = _centred(teacher.row_bias, zero)
+        column_bias, column_weight, top_column = _centred(teacher.column_bias, zero)
+    scalars = torch.stack([scale, scale * LOG2E, scale.abs() * norms * LOG2E])
+    teacher_scalars = torch.stack([factor, bound, top_row, top_column]) * LOG2E
+    return Pass(
+        problem=problem,
+        student=student,
+        mode=mode,
+        tied=tied,
+        teacher_x=teacher_x,
+        teacher_y=teacher_y,
+        row_bias=row_bias,
+        column_bias=column_bias,
+        row_weight=row_weight,
+        column_weight=column_weight,
+        scalars=torch.cat([scalars, teacher_scalars]),
+    )
+
+
+def _centred(bias: Tensor | None, zero: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """A bias, its weights `exp(bias - top)`, and its largest entry, 0 where there is none above -inf."""
+    if bias is None:
+        return None, None, zero
+    bias = bias.float().contiguous()
+    top = bias.max()
+    top = torch.where(top == -torch.inf, zero, top)
+    return bias, (bias - top).exp(), top
+
+
+def _with_contiguous_vectors(problem: Problem) -> Problem:
+    """The kernels take matrices of any strides, vectors with stride 1."""
+    names = ("positive", "row_segment", "column_segment", "row_threshold", "column_threshold")
+    vectors: dict[str, Any] = {name: _contiguous(getattr(problem, name)) for name in names}
+    return replace(problem, **vectors)
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def _largest_norm(embeddings: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32).max()

@@ -1,0 +1,105 @@
+# mypy: disallow-untyped-defs=False
+"""What the kernels share: the order of tiles, the streamed matrix product, masks.
+
+Legend: a tile has BLOCK_M rows i and BLOCK_N columns j of the block of logits; products stream over the width in steps
+of BLOCK_D. Row and column numbers are positions in the whole problem. Every index is widened to 64 bits before it meets
+a stride; tests/test_triton_aot.py proves it on the compiled code. Logits are in units of log 2, so an exponential is
+exp2.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Where a teacher's logits come from, within a tile.
+NONE = tl.constexpr(0)
+LOGITS = tl.constexpr(1)  # the student's own
+PAIRED = tl.constexpr(2)  # the student's of the swapped pairs: tiles (I, J) and (J, I) are worked on together
+EMBEDDINGS = tl.constexpr(3)  # a matrix product of its own
+
+
+@triton.jit
+def grouped_tile(index, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Tile row and tile column of the index-th program: GROUP tile rows advance through the tile columns together, so
+    that programs that run at the same time share their operands in L2."""
+    width = GROUP * tiles_n
+    first = index // width * GROUP
+    height = tl.minimum(tiles_m - first, GROUP)
+    inside = index % width
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def relation(row_start, column_start, tile_m, tile_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Where a tile lies when tiles (I, J) and (J, I) are worked on together: negative, below the diagonal of the whole
+    problem, done by its twin; 0, on it, where the square of BLOCK_M is its own twin; positive, with a twin to do.
+    BLOCK_M is a multiple of BLOCK_N, and only super-blocks on the diagonal have row_start == column_start."""
+    return tl.where(row_start == column_start, tile_n * BLOCK_N // BLOCK_M - tile_m, 1)
+
+
+@triton.jit
+def product(
+    a,
+    b,
+    i,
+    j,
+    width,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`a[i] @ b[j].T` (BLOCK_M, BLOCK_N), fp32; a and b are (pointer, stride of rows, stride along the width). EVEN:
+    the width is a multiple of BLOCK_D, and needs no mask."""
+    a_pointer, a_stride, a_step = a
+    b_pointer, b_stride, b_step = b
+    d = tl.arange(0, BLOCK_D)
+    wide = d.to(tl.int64)
+    a_tile = a_pointer + i.to(tl.int64)[:, None] * a_stride + wide[None, :] * a_step
+    b_tile = b_pointer + j.to(tl.int64)[None, :] * b_stride + wide[:, None] * b_step
+    a_advance = tl.full((), BLOCK_D, tl.int64) * a_step
+    b_advance = tl.full((), BLOCK_D, tl.int64) * b_step
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, width, BLOCK_D):
+        if EVEN:
+            left = tl.load(a_tile)
+            right = tl.load(b_tile)
+        else:
+            left = tl.load(a_tile, mask=(d < width - start)[None, :], other=0.0)
+            right = tl.load(b_tile, mask=(d < width - start)[:, None], other=0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+        a_tile += a_advance
+        b_tile += b_advance
+    return total
+
+
+@triton.jit
+def positives(positive, index, inside, start, end, BLOCK: tl.constexpr):
+    """The positives of the given rows as numbers within the tile's columns, which begin at `start`: (rows,) int32, -1
+    where the positive is not in the tile. The same with rows and columns exchanged."""
+    within = tl.load(positive + index, mask=inside, other=-1) - start
+    here = (within >= 0) & (within < BLOCK) & (within < end - start)
+    return tl.where(here, within, -1).to(tl.int32)
+
+
+@triton.jit
+def centre(bound, HEADROOM: tl.constexpr):
+    """The common reference of a problem whose logits are at most `bound`: HEADROOM below it, or 0 where none is needed.
+    Subtracting a reference costs the digits that its size takes; at usual scales there is none to subtract."""
+    return tl.maximum(bound - HEADROOM, 0.0)
+
+
+@triton.jit
+def visible(at, segment_i, segment_j):
+    """Which entries of the tile count (BLOCK_M, BLOCK_N): inside the block and, with segments, of equal segments. `at`:
+    row positions, column positions, and which of each are inside."""
+    i, j, inside_i, inside_j = at
+    seen = inside_i[:, None] & inside_j[None, :]
+    if segment_i is not None:
+        of_i = tl.load(segment_i + i, mask=inside_i, other=0)
+        of_j = tl.load(segment_j + j, mask=inside_j, other=0)
+        seen = seen & (of_i[:, None] == of_j[None, :])
+    return seen

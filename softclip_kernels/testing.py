@@ -1,0 +1,205 @@
+"""For tests and benchmarks, the library's and yours: problems to run on, the dense loss written independently of the
+library's own way (no lowering, no kernels), and the rule by which a fused result counts as correct."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .problem import accumulation_dtype
+from .targets import Average, Blocks, Dense, Hard, Mix, Target, Weighted
+from .teachers import Potentials, SelfTeacher, Sinkhorn, SoftTarget, Teacher
+
+
+def unit_rows(n: int, d: int, *, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    """(n, d) random rows of unit norm; the same values in every dtype, up to its rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(n, d, generator=generator, dtype=torch.float64), dim=1).to(device, dtype)
+
+
+def matching_rows(x: Tensor, *, noise: float = 0.5, seed: int = 1) -> Tensor:
+    """Rows that resemble x's, as a trained text encoder's would: unit norm, x's shape, dtype and device."""
+    other = unit_rows(*x.shape, seed=seed, device=str(x.device))
+    return F.normalize(x.double() + noise * other, dim=1).to(x.dtype)
+
+
+class DenseTarget(NamedTuple):
+    """A target in full: rows and columns (N, M), the pairs that may see each other (N, M) bool, weights (N,), (M,)."""
+
+    rows: Tensor
+    columns: Tensor
+    allowed: Tensor
+    row_weight: Tensor
+    column_weight: Tensor
+
+
+def dense_target(target: Target, x: Tensor, y: Tensor, scale: Tensor) -> DenseTarget:
+    """Every matrix of a target, from its definition, in x's dtype; O(N * M) memory."""
+    x, y, scale = x.detach(), y.detach(), scale.detach()
+    allowed = torch.ones(len(x), len(y), dtype=torch.bool, device=x.device)
+    row_weight, column_weight = x.new_ones(len(x)), x.new_ones(len(y))
+    while isinstance(target, (Blocks, Weighted)):
+        if isinstance(target, Blocks):
+            allowed = target.rows[:, None] == target.columns[None, :]
+        else:
+            weights = target.weights if isinstance(target.weights, tuple) else (target.weights, target.weights)
+            row_weight, column_weight = row_weight * weights[0], column_weight * weights[1]
+        target = target.target
+    rows, columns = _matrices(target, x, y, scale, allowed)
+    return DenseTarget(rows, columns, allowed, row_weight, column_weight)
+
+
+def _matrices(target: Target, x: Tensor, y: Tensor, scale: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(target, Hard):
+        return _hard_matrices(target, x, allowed)
+    if isinstance(target, Dense):
+        rows = target.rows.to(x.dtype)
+        return rows, rows if target.columns is None else target.columns.to(x.dtype)
+    if isinstance(target, Mix):
+        alpha = target.alpha if isinstance(target.alpha, tuple) else (target.alpha, target.alpha)
+        row_alpha, column_alpha = (torch.as_tensor(value, dtype=x.dtype).reshape(-1) for value in alpha)
+        hard, soft = (_matrices(part, x, y, scale, allowed) for part in (target.hard, target.soft))
+        return (
+            (1 - row_alpha)[:, None] * hard[0] + row_alpha[:, None] * soft[0],
+            (1 - column_alpha)[None, :] * hard[1] + column_alpha[None, :] * soft[1],
+        )
+    if isinstance(target, Average):
+        weights = torch.tensor(target.weights or [1.0] * len(target.targets), dtype=torch.float64)
+        parts = [_matrices(part, x, y, scale, allowed) for part in target.targets]
+        shares = (weights / weights.sum()).tolist()
+        return (
+            sum((share * part[0] for share, part in zip(shares, parts, strict=True)), torch.zeros_like(parts[0][0])),
+            sum((share * part[1] for share, part in zip(shares, parts, strict=True)), torch.zeros_like(parts[0][1])),
+        )
+    if isinstance(target, SoftTarget):
+        return _soft_matrices(target, x, y, scale, allowed)
+    raise TypeError(f"no dense form of {type(target).__name__} is known")
+
+
+def _hard_matrices(target: Hard, x: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    match = torch.zeros(allowed.shape, dtype=x.dtype, device=x.device)
+    if target.groups is not None:
+        match = (target.groups[0][:, None] == target.groups[1][None, :]).to(x.dtype)
+        rows, columns = (match / match.sum(dim, keepdim=True).clamp(min=1) for dim in (1, 0))
+    else:
+        labels = torch.arange(len(x), device=x.device) if target.labels is None else target.labels
+        match[torch.arange(len(x), device=x.device), labels.long()] = 1.0
+        rows = columns = match
+    seen = allowed.to(x.dtype)
+    s = target.smoothing
+    return (
+        (1 - s) * rows + s * seen / seen.sum(1, keepdim=True).clamp(min=1),
+        (1 - s) * columns + s * seen / seen.sum(0, keepdim=True).clamp(min=1),
+    )
+
+
+def _soft_matrices(target: SoftTarget, x: Tensor, y: Tensor, scale: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(target, Teacher):
+        t = torch.as_tensor(target.scale, dtype=x.dtype) * target.a.to(x.dtype) @ target.b.to(x.dtype).T
+    else:
+        assert isinstance(target, SelfTeacher)
+        own = scale if isinstance(target.scale, str) else torch.as_tensor(target.scale, dtype=x.dtype)
+        t = own.to(x.dtype) * x @ y.T
+        t = t.T if target.swap == "paired" else t
+    t = t.masked_fill(~allowed, -torch.inf)
+    if target.normalise in ("row", "column"):
+        over_columns, over_rows = (t.softmax(dim).nan_to_num(0.0) for dim in (1, 0))  # NaN: everything excluded
+        return (over_columns, over_rows) if target.normalise == "row" else (over_rows, over_columns)
+    if isinstance(target.normalise, Potentials):
+        plan = (t + target.normalise.row[:, None].to(t) + target.normalise.column[None, :].to(t)).exp()
+        return plan, plan
+    for _ in range((target.normalise if isinstance(target.normalise, Sinkhorn) else Sinkhorn()).iterations):
+        t = t.log_softmax(0).log_softmax(1)
+    return t.exp(), t.exp()
+
+
+def dense_row_losses(x: Tensor, y: Tensor, scale: Tensor, target: DenseTarget) -> tuple[Tensor, Tensor]:
+    """The definition: (N,) and (M,) losses from stored logits and targets, all in x's dtype, differentiable."""
+    z = scale.to(x.dtype) * x @ y.T
+    row_loss = target.rows.sum(1) * _log_sum_exp(z, target.allowed, 1) - (target.rows * z).sum(1)
+    column_loss = target.columns.sum(0) * _log_sum_exp(z, target.allowed, 0) - (target.columns * z).sum(0)
+    return target.row_weight * row_loss, target.column_weight * column_loss
+
+
+def _log_sum_exp(z: Tensor, allowed: Tensor, dim: int) -> Tensor:
+    """Over the allowed entries; 0 where there are none, with zero gradient."""
+    some = allowed.any(dim, keepdim=True)
+    return torch.where(some, z.masked_fill(~allowed & some, -torch.inf).logsumexp(dim, keepdim=True), 0.0).squeeze(dim)
+
+
+def dense_loss(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None) -> Tensor:
+    """What softclip_loss(x, y, scale, target) must equal, computed densely in x's dtype."""
+    rows, columns = dense_row_losses(x, y, scale, dense_target(target or Hard(), x, y, scale))
+    return 0.5 * (rows.mean() + columns.mean())
+
+
+@dataclass(frozen=True)
+class Result:
+    """A loss and its gradients with respect to x, y and scale."""
+
+    loss: Tensor
+    dx: Tensor
+    dy: Tensor
+    dscale: Tensor
+
+    @staticmethod
+    def of(function: Callable[..., Tensor], x: Tensor, y: Tensor, scale: Tensor) -> Result:
+        """`function(x, y, scale)` returns the loss; the operands become fresh leaves that keep their strides."""
+        leaves = [operand.detach().requires_grad_() for operand in (x, y, scale)]
+        loss = function(*leaves)
+        return Result(loss.detach(), *torch.autograd.grad(loss, leaves))
+
+
+def _dense(target: Target | None) -> Callable[..., Tensor]:
+    return lambda x, y, scale: dense_loss(x, y, scale, target)
+
+
+def truth(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None) -> Result:
+    """The dense loss in float64 of the operands as rounded."""
+    return Result.of(
+        lambda *leaves: dense_loss(leaves[0], leaves[1], leaves[2], target), x.double(), y.double(), scale.double()
+    )
+
+
+def assert_as_accurate_as_dense(
+    fused: Result, x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None
+) -> None:
+    """A fused result passes when each of its errors against float64 is at most twice the error of dense PyTorch in the
+    same dtype, plus what rounding a logit to the accumulation dtype may cost (`tolerances`). Raises AssertionError."""
+    dense = Result.of(_dense(target), x, y, scale.to(x.dtype))
+    exact = truth(x, y, scale, target)
+    matrices = dense_target(target or Hard(), x.double(), y.double(), scale.double())
+    mass = max(1.0, matrices.rows.sum(1).max().item(), matrices.columns.sum(0).max().item())
+    for name, atol in tolerances(exact, x, y, scale, mass).items():
+        error, allowed = (
+            (getattr(result, name).double() - getattr(exact, name)).abs().max().item() for result in (fused, dense)
+        )
+        if not error <= 2 * allowed + atol:
+            raise AssertionError(f"{name}: error {error:.3e} exceeds twice the dense {allowed:.3e} plus {atol:.3e}")
+
+
+def tolerances(exact: Result, x: Tensor, y: Tensor, scale: Tensor, mass: float = 1.0) -> dict[str, float]:
+    """The atol of each result. A logit carries a rounding of eps * |z| in the accumulation dtype; the loss takes it on
+    directly, a gradient entry in proportion to its natural size (scale / rows), as it does that of its probability
+    (eps), plus the result's own rounding. `mass`, at least 1, is the largest mass of a row's or column's target, by
+    which its log-sum-exp and its probabilities are multiplied."""
+    eps = torch.finfo(accumulation_dtype(x.dtype)).eps
+    x_norm, y_norm = (tensor.double().norm(dim=1).max().item() for tensor in (x, y))
+    largest = scale.abs().item() * x_norm * y_norm
+    per_row = 1 / min(len(x), len(y))
+
+    def rounding(result: Tensor, dtype: torch.dtype) -> float:
+        return torch.finfo(dtype).eps * result.abs().max().item()
+
+    return {
+        "loss": 8 * eps * (mass * largest + exact.loss.abs().item()),
+        "dx": 4 * eps * mass * (1 + largest) * scale.item() * y_norm * per_row + rounding(exact.dx, x.dtype),
+        "dy": 4 * eps * mass * (1 + largest) * scale.item() * x_norm * per_row + rounding(exact.dy, y.dtype),
+        "dscale": 4 * eps * (mass * largest * x_norm * y_norm + exact.dscale.abs().item())
+        + rounding(exact.dscale, scale.dtype),
+    }
