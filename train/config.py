@@ -1,0 +1,286 @@
+"""What a run is made of: frozen dataclasses, read from YAML and ``section.name=value`` overrides, checked once.
+
+Every message of a ConfigError names the value, what is allowed and the way out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from softclip_kernels import schedules
+
+DEFAULT_FILE = Path(__file__).parent / "configs" / "emoji.yaml"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """``folder``: one made by prepare_emoji or laid out like it; None for the emoji set, which is fetched on demand."""
+
+    folder: str | None = None
+    image_size: int = 48
+    seed: int = 0
+    corrupt: float = 0.0
+    max_bad_fraction: float = 0.01
+
+    def __post_init__(self) -> None:
+        _at_least("data.image_size", self.image_size, 16)
+        _at_least("data.seed", self.seed, 0)
+        _within("data.corrupt", self.corrupt, 0.0, 1.0)
+        _within("data.max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class Model:
+    """``image_widths``: channels of the stages, multiples of 8, each at half the resolution of the one before."""
+
+    embed_dim: int = 256
+    image_widths: tuple[int, ...] = (32, 64, 128)
+    text_width: int = 192
+    text_layers: int = 2
+    text_heads: int = 3
+    vocab_size: int = 4096
+    context_length: int = 12
+    initial_scale: float = 14.3  # 1 / 0.07, as in CLIP
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "text_width", "text_layers", "text_heads"):
+            _at_least(f"model.{name}", getattr(self, name), 1)
+        _at_least("model.vocab_size", self.vocab_size, 300)  # 256 bytes, the special tokens and some merges
+        _at_least("model.context_length", self.context_length, 3)
+        _within("model.initial_scale", self.initial_scale, 1.0, 100.0)
+        if not self.image_widths or any(width < 8 or width % 8 for width in self.image_widths):
+            raise ConfigError(f"model.image_widths={list(self.image_widths)}; allowed: one or more multiples of 8")
+        if self.text_width % self.text_heads:
+            raise ConfigError(
+                f"model.text_width={self.text_width} must be a multiple of model.text_heads={self.text_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """``target``: psd (progressive self-distillation) or hard (CLIP).
+
+    The soft share alpha is 0 for ``hard_steps`` steps, then goes from ``alpha_start`` to ``alpha_end`` over
+    ``rise_steps`` by ``schedule`` and stays there.
+    """
+
+    target: str = "psd"
+    schedule: str = "cosine"
+    hard_steps: int = 150
+    rise_steps: int = 300
+    alpha_start: float = 0.0
+    alpha_end: float = 0.3
+    swap: str = "paired"
+    scope: str = "full"
+    teacher_scale: float | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("loss.target", self.target, ("psd", "hard"))
+        _one_of("loss.schedule", self.schedule, ("constant", "linear", "cosine"))
+        _one_of("loss.swap", self.swap, ("none", "paired"))
+        _one_of("loss.scope", self.scope, ("full", "block"))
+        _at_least("loss.hard_steps", self.hard_steps, 0)
+        _at_least("loss.rise_steps", self.rise_steps, 1)
+        _within("loss.alpha_start", self.alpha_start, 0.0, 1.0)
+        _within("loss.alpha_end", self.alpha_end, 0.0, 1.0)
+        if self.teacher_scale is not None:
+            _within("loss.teacher_scale", self.teacher_scale, 1e-3, 1e3)
+
+    def alpha(self) -> schedules.Schedule:
+        """The soft share as a pure function of the step, counted from 0."""
+        if self.target != "psd":
+            return schedules.Constant(0.0)
+        if self.schedule == "constant":
+            after: schedules.Schedule = schedules.Constant(self.alpha_end)
+        else:
+            ramp = {"linear": schedules.Linear, "cosine": schedules.Cosine}[self.schedule]
+            after = ramp(self.alpha_start, self.alpha_end, self.rise_steps)
+        return schedules.WarmUp(self.hard_steps, after)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW. ``batch_size`` is that of all processes together; each process encodes its share in ``micro_batches``
+    parts, twice where there are several, and holds one part's activations at a time. The learning rate rises linearly
+    over ``warmup_steps`` and falls by half a cosine to ``final_lr_fraction`` of its peak ``lr``.
+    """
+
+    steps: int = 520
+    batch_size: int = 512
+    micro_batches: int = 1
+    lr: float = 1.5e-3
+    warmup_steps: int = 30
+    final_lr_fraction: float = 0.01
+    weight_decay: float = 0.1
+    betas: tuple[float, ...] = (0.9, 0.98)
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer.steps", self.steps, 1)
+        _at_least("optimizer.batch_size", self.batch_size, 2)
+        _at_least("optimizer.micro_batches", self.micro_batches, 1)
+        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        _within("optimizer.lr", self.lr, 0.0, 1.0)
+        _within("optimizer.final_lr_fraction", self.final_lr_fraction, 0.0, 1.0)
+        _within("optimizer.weight_decay", self.weight_decay, 0.0, 10.0)
+        _within("optimizer.max_grad_norm", self.max_grad_norm, 1e-6, 1e6)
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ConfigError(f"optimizer.betas={list(self.betas)}: two numbers in [0, 1)")
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0: a pure function, so that resuming needs no state."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = min((step - self.warmup_steps) / max(self.steps - self.warmup_steps, 1), 1.0)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self.lr * (self.final_lr_fraction + (1.0 - self.final_lr_fraction) * cosine)
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a run is carried out.
+
+    ``processes``: how many `python -m train` starts; 0 for one per GPU, or two on a CPU. ``on_nonfinite``: what all
+    ranks do together where a loss or gradient is not finite; the batch is skipped or the job stops, and it stops in any
+    case after ``max_skipped``. ``timeout_seconds``: how long a rank may stand still before the job ends. ``*_every``:
+    in steps; evaluate_every=0 evaluates at the end only.
+    """
+
+    processes: int = 0
+    device: str = "auto"
+    zero_stage: int = 1
+    precision: str = "bf16"
+    seed: int = 0
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 2
+    evaluate_every: int = 65
+    on_nonfinite: str = "skip"
+    max_skipped: int = 10
+    timeout_seconds: int = 180
+
+    def __post_init__(self) -> None:
+        _at_least("job.processes", self.processes, 0)
+        _one_of("job.device", self.device, ("auto", "cpu", "cuda"))
+        _one_of("job.zero_stage", self.zero_stage, (1, 2, 3))
+        _one_of("job.precision", self.precision, ("fp32", "bf16"))
+        _at_least("job.seed", self.seed, 0)
+        _at_least("job.checkpoint_every", self.checkpoint_every, 1)
+        _at_least("job.keep_checkpoints", self.keep_checkpoints, 2)  # a damaged one falls back to the one before
+        _at_least("job.evaluate_every", self.evaluate_every, 0)
+        _one_of("job.on_nonfinite", self.on_nonfinite, ("skip", "stop"))
+        _at_least("job.max_skipped", self.max_skipped, 0)
+        _at_least("job.timeout_seconds", self.timeout_seconds, 5)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    job: Job = field(default_factory=Job)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and scalars, as YAML and JSON take them."""
+        return {
+            section: {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+            for section, values in asdict(self).items()
+        }
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_dict(cls, mapping: dict[str, Any]) -> Config:
+        """From nested mappings; what is left out keeps its default."""
+        sections = {one.name: one.default_factory for one in fields(cls)}
+        _known("section", mapping, sections)
+        made = {}
+        for name, values in mapping.items():
+            if not isinstance(values, dict):
+                raise ConfigError(f"section {name!r} is {values!r}; write its options as `name: value` lines below it")
+            made[name] = _section(name, cast(type, sections[name]), values)
+        return cls(**made)
+
+
+def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a YAML file (the emoji run's by default) with ``section.name=value`` overrides on top."""
+    path = DEFAULT_FILE if file is None else Path(file)
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"the configuration {path} cannot be read ({error.strerror}); give a YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the configuration {path} is not YAML: {error}") from error
+    if not isinstance(mapping, dict):
+        raise ConfigError(f"the configuration {path} holds {type(mapping).__name__}; a mapping of sections is needed")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, dot, name = key.strip().partition(".")
+        if not (equals and dot and section and name):
+            raise ConfigError(f"{override!r}: write section.name=value, for example optimizer.steps=100")
+        values = mapping.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{override!r}: {section!r} is no section of {path}")
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{override!r}: the value is not YAML") from error
+    return Config.from_dict(mapping)
+
+
+def _section(section: str, kind: type, values: dict[str, Any]) -> Any:
+    known = {one.name: one for one in fields(kind)}
+    _known(f"option of {section!r}", values, known)
+    return kind(**{name: _typed(f"{section}.{name}", value, str(known[name].type)) for name, value in values.items()})
+
+
+def _typed(name: str, value: Any, annotation: str) -> Any:
+    """`value` as the annotation says; YAML reads 1e-3 as text and 1 as an integer, both of which are fine floats."""
+    base = annotation.removesuffix(" | None")
+    try:
+        if value is None and base != annotation:
+            return None
+        if base.startswith("tuple") and isinstance(value, (list, tuple)):
+            return tuple(_typed(name, one, base.removeprefix("tuple[").split(",")[0]) for one in value)
+        if base == "int" and isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if base == "float" and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            return float(value)
+        if base == "str" and isinstance(value, str):
+            return value
+    except ValueError:
+        pass
+    raise ConfigError(f"{name}={value!r} is {type(value).__name__}; allowed: {annotation}")
+
+
+def _known(what: str, given: dict[str, Any], allowed: dict[str, Any]) -> None:
+    unknown = sorted(str(name) for name in given if name not in allowed)
+    if unknown:
+        raise ConfigError(f"unknown {what}: {', '.join(unknown)}; allowed: {', '.join(sorted(allowed))}")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def _at_least(name: str, value: int, lowest: int) -> None:
+    if value < lowest:
+        raise ConfigError(f"{name}={value}; allowed: {lowest} or more")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # also catches NaN
+        raise ConfigError(f"{name}={value}; allowed: {low} to {high}")

@@ -1,0 +1,103 @@
+"""The manifest of a prepared folder: written last and atomically, so that its presence means a finished set-up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+MANIFEST_NAME = "manifest.json"
+# Raised whenever what a set-up writes changes, captions and splits included: older folders are then made anew.
+MANIFEST_FORMAT = 1
+MAX_MANIFEST_BYTES = 8 << 20
+# A shard is a plain file of the folder: no separator, no scheme such as "pipe:", no leading dot.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.tar")
+
+
+class DataError(ValueError):
+    """Prepared data are missing, malformed or too corrupt; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file: its plain name in the folder, its count of samples and the SHA-256 of its bytes."""
+
+    name: str
+    samples: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared folder holds. ``counts`` are samples by split and vendor, ``dropped`` by reason."""
+
+    size: int
+    seed: int
+    packages: dict[str, str]
+    group_names: tuple[str, ...]
+    shards: dict[str, tuple[Shard, ...]]
+    counts: dict[str, dict[str, int]]
+    dropped: dict[str, int]
+    renderer: str
+    format: int = MANIFEST_FORMAT
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write next to ``path``, flush to disk, rename: the file is whole or absent."""
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with scratch.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write ``<folder>/manifest.json``; the last act of a set-up."""
+    text = json.dumps(asdict(manifest), indent=1, sort_keys=True)
+    write_atomically(folder / MANIFEST_NAME, text.encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check ``<folder>/manifest.json``.
+
+    Raises:
+        DataError: there is none, or it names a shard that is not a plain tar file of the folder.
+    """
+    path = folder / MANIFEST_NAME
+    way_out = "run `python -m train.data` (delete the folder first if it was altered)"
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise DataError(f"{path} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} allowed; {way_out}")
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} holds no {MANIFEST_NAME}, so its set-up did not finish; {way_out}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not readable JSON ({error}); {way_out}") from error
+    try:
+        if raw["format"] != MANIFEST_FORMAT:
+            raise DataError(f"{path} has format {raw['format']!r}, this version reads {MANIFEST_FORMAT}; {way_out}")
+        shards = {split: tuple(Shard(**entry) for entry in entries) for split, entries in raw["shards"].items()}
+        manifest = Manifest(**{**raw, "shards": shards, "group_names": tuple(raw["group_names"])})
+        checks = [(manifest.size, 1, "size")] + [(s.samples, 0, s.name) for group in shards.values() for s in group]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} lacks or misnames a field ({error!r}); {way_out}") from error
+    for number, least, what in checks:
+        if not isinstance(number, int) or number < least:
+            raise DataError(f"{path} gives {number!r} for {what!r}, a whole number from {least} is allowed; {way_out}")
+    for shard in (shard for group in shards.values() for shard in group):
+        if not isinstance(shard.name, str) or not _SHARD_NAME.fullmatch(shard.name):
+            raise DataError(f"{path} names the shard {shard.name!r}; only plain '*.tar' names are allowed; {way_out}")
+    return manifest

@@ -1,0 +1,174 @@
+"""Evaluation on held-out data: retrieval both ways, and zero-shot classification of the subject group.
+
+    python -m train.evaluate runs/emoji
+
+reloads the last whole checkpoint of the run (safetensors and JSON only) and writes evaluation.md and evaluation.json
+there. Everything runs in fp32 on white backgrounds, without augmentation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from train import checkpoint
+from train.config import Config, ConfigError
+from train.data import DataError, Pairs, SetupError, composite, load_pairs, prepare_emoji
+from train.model import Clip
+from train.tokenizer import encode
+
+SPLITS = {"heldout": "held-out drawings", "vendor": "unseen vendor", "concepts": "unseen concepts"}
+DEPTHS = (1, 5, 10)
+CHUNK = 256
+TABLE, FIGURES = "evaluation.md", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Recalls at DEPTHS, and R@1 of a guess."""
+
+    recall: dict[int, float]
+    chance: float
+
+
+@dataclass(frozen=True)
+class SplitResult:
+    """``captions``: different canonical captions of the split. ``zero_shot_majority``: share of its largest group."""
+
+    images: int
+    captions: int
+    image_to_text: Retrieval
+    text_to_image: Retrieval
+    zero_shot: float
+    zero_shot_chance: float
+    zero_shot_majority: float
+
+
+@torch.no_grad()
+def embed_images(model: Clip, images: Tensor) -> Tensor:
+    """(n, 4, H, W) uint8 RGBA → (n, E) unit rows."""
+    return torch.cat([model(composite(chunk, None), None)[0] for chunk in images.split(CHUNK)])
+
+
+@torch.no_grad()
+def embed_captions(model: Clip, tokenizer: Tokenizer, captions: list[str]) -> Tensor:
+    """(n, E) unit rows."""
+    tokens = encode(tokenizer, captions, model.text.positions.shape[0])
+    return torch.cat([model(None, chunk)[1] for chunk in tokens.split(CHUNK)])
+
+
+def describe_groups(train: Pairs) -> list[list[str]]:
+    """Each group in words: the labels of its concepts in the training split, or its name where it has none there."""
+    words: list[list[str]] = [[] for _ in train.group_names]
+    for label, group in sorted(set(zip((texts[0] for texts in train.captions), train.groups.tolist(), strict=True))):
+        words[group].append(label)
+    return [labels or [name.replace("-", " and ")] for labels, name in zip(words, train.group_names, strict=True)]
+
+
+def evaluate_split(model: Clip, tokenizer: Tokenizer, pairs: Pairs, groups: list[list[str]]) -> SplitResult:
+    """Retrieval between all images and the canonical captions of all concepts of a split, and zero-shot groups: an
+    image goes to the group whose texts in `groups` (see describe_groups) have the nearest mean embedding.
+
+    Several drawings of one concept share its caption: an image has one right caption, a caption one or more right
+    images, any of which counts.
+    """
+    concepts, concept_of = torch.unique(pairs.concepts, return_inverse=True)
+    first = {int(concept): index for index, concept in reversed(list(enumerate(concept_of.tolist())))}
+    captions = [pairs.captions[first[index]][0] for index in range(len(concepts))]
+    x, y = embed_images(model, pairs.images), embed_captions(model, tokenizer, captions)
+    similarity = x @ y.T  # (images, captions); a few million entries at most
+    positive = torch.nn.functional.one_hot(concept_of, len(concepts)).bool()
+    prototypes = torch.stack([embed_captions(model, tokenizer, texts).mean(0) for texts in groups])
+    predicted = (x @ torch.nn.functional.normalize(prototypes, dim=1).T).argmax(1)
+    present = torch.bincount(pairs.groups, minlength=len(pairs.group_names))
+    return SplitResult(
+        images=len(pairs),
+        captions=len(concepts),
+        image_to_text=_retrieval(similarity, positive),
+        text_to_image=_retrieval(similarity.T, positive.T),
+        zero_shot=float((predicted == pairs.groups).double().mean()),
+        zero_shot_chance=1 / len(pairs.group_names),
+        zero_shot_majority=float(present.max()) / len(pairs),
+    )
+
+
+def _retrieval(similarity: Tensor, positive: Tensor) -> Retrieval:
+    """Rows query columns; the best right column counts. A tie with a wrong column counts as a miss."""
+    best = similarity.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
+    better = ((similarity >= best) & ~positive).sum(1)
+    chance = float(positive.double().mean(1).mean())
+    return Retrieval({depth: float((better < depth).double().mean()) for depth in DEPTHS}, chance)
+
+
+def data_folder(config: Config) -> Path:
+    """The prepared data of a run: its own folder, or the emoji set, fetched and drawn if that was never done."""
+    if config.data.folder is not None:
+        return Path(config.data.folder)
+    return prepare_emoji(size=config.data.image_size, seed=config.data.seed)
+
+
+def evaluate_checkpoint(folder: Path) -> dict[str, SplitResult]:
+    """The table of one checkpoint folder."""
+    model, tokenizer, config = checkpoint.read_model(folder)
+    data = data_folder(config)
+    limit = config.data.max_bad_fraction
+    groups = describe_groups(load_pairs(data, "train", max_bad_fraction=limit))
+    return {
+        split: evaluate_split(model, tokenizer, load_pairs(data, split, max_bad_fraction=limit), groups)
+        for split in SPLITS
+    }
+
+
+def table(results: dict[str, SplitResult]) -> str:
+    """Markdown; numbers in percent."""
+    lines = [
+        "| split | images | captions | image → text R@1 / 5 / 10 | text → image R@1 / 5 / 10 | chance R@1 "
+        "| zero-shot group | chance | majority |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for split, one in results.items():
+        chances = f"{100 * one.image_to_text.chance:.2f} / {100 * one.text_to_image.chance:.2f}"
+        recalls = [
+            " / ".join(f"{100 * way.recall[depth]:.1f}" for depth in DEPTHS)
+            for way in (one.image_to_text, one.text_to_image)
+        ]
+        lines.append(
+            f"| {SPLITS[split]} | {one.images} | {one.captions} | {recalls[0]} | {recalls[1]} | {chances} "
+            f"| {100 * one.zero_shot:.1f} | {100 * one.zero_shot_chance:.1f} | {100 * one.zero_shot_majority:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def write(run: Path, folder: Path, results: dict[str, SplitResult]) -> None:
+    """evaluation.md and evaluation.json in the run."""
+    text = f"# {run.name}, {folder.name}\n\nIn percent; held-out data only.\n\n{table(results)}\n"
+    checkpoint.write_atomically(run / TABLE, text.encode())
+    rows = {"checkpoint": folder.name, "splits": {split: asdict(one) for split, one in results.items()}}
+    checkpoint.write_atomically(run / FIGURES, json.dumps(rows, indent=1).encode())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="Evaluate a finished or stopped run.")
+    parser.add_argument("run", type=Path, help="the run's folder, for example runs/emoji")
+    options = parser.parse_args(arguments)
+    try:
+        folder = checkpoint.find(options.run, warn=lambda text: print(text, file=sys.stderr))
+        results = evaluate_checkpoint(folder)
+    except (checkpoint.CheckpointError, ConfigError, DataError, SetupError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    write(options.run, folder, results)
+    print(f"{folder}\n\n{table(results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

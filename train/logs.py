@@ -1,0 +1,110 @@
+"""What a run writes while it goes: a JSON line and TensorBoard scalars a step, a progress bar, and the plot at the end.
+
+Only rank 0 has a Log; the others have none.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from train.checkpoint import write_atomically
+
+METRICS, EVENTS, NONFINITE, PLOT = "metrics.jsonl", "tensorboard", "nonfinite.jsonl", "curves.png"
+BAR = ("loss", "alpha", "scale", "r1_image_to_text")
+
+
+class Log:
+    """Appends rows from step `start` on; rows of later steps, which a crash left behind the checkpoint, go first."""
+
+    def __init__(self, run: Path, start: int, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._run = run
+        for name in (METRICS, NONFINITE):
+            _keep_before(run / name, start)
+        self._file = (run / METRICS).open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(run / EVENTS), purge_step=start)
+        self._bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """Numbers that belong to a step. JSON knows no NaN and no infinity: they are written as null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """A row, and one step on the progress bar."""
+        self.row(step, values)
+        self._bar.set_postfix({name: f"{values[name]:.3f}" for name in BAR}, refresh=False)
+        self._bar.update()
+
+    def nonfinite(self, step: int, keys: tuple[str, ...]) -> None:
+        with (self._run / NONFINITE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "keys": keys}) + "\n")
+
+    def say(self, text: str) -> None:
+        self._bar.write(text)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._events.close()
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file; a last line cut by a crash is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _keep_before(path: Path, start: int) -> None:
+    kept = [row for row in read_rows(path) if row["step"] < start]
+    if kept or path.exists():
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+
+def plot(run: Path) -> Path:
+    """Loss, alpha and R@1 over the steps as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_rows(run / METRICS)
+    trained = [row for row in rows if "loss" in row]
+    steps = [row["step"] for row in trained]
+    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
+    upper.plot(steps, _column(trained, "loss"), color="tab:blue", label="loss")
+    upper.set_ylabel("loss")
+    share = upper.twinx()
+    share.plot(steps, _column(trained, "alpha"), color="tab:orange", label="α (soft share)")
+    share.set(ylabel="α", ylim=(0, 1))
+    upper.legend(handles=[*upper.lines, *share.lines], loc="upper right")
+    lower.plot(steps, _column(trained, "r1_image_to_text"), label="in batch, image → text", alpha=0.7)
+    lower.plot(steps, _column(trained, "r1_text_to_image"), label="in batch, text → image", alpha=0.7)
+    for name, label in (("heldout_r1_image_to_text", "image → text"), ("heldout_r1_text_to_image", "text → image")):
+        points = [(row["step"] + 1, row[name]) for row in rows if name in row]
+        if points:
+            lower.plot(*zip(*points, strict=True), marker="o", label=f"held out, {label}")
+    lower.set(xlabel="step", ylabel="R@1", ylim=(0, 1))
+    lower.legend(loc="upper left")
+    figure.suptitle(run.name)
+    figure.savefig(run / PLOT, dpi=120)
+    pyplot.close(figure)
+    return run / PLOT
+
+
+def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
+    return [math.nan if row[name] is None else row[name] for row in rows]

@@ -1,0 +1,92 @@
+"""The training step: one page, from a rank's share of the batch to updated parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
+from torch import Tensor
+
+from softclip_kernels import Hard, ProgressiveSelfDistillation, Target, TwoPass, softclip_loss_with_ranks
+from train.config import Config, Loss
+from train.model import MAX_LOG_SCALE
+from train.samples import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of the global batch, and the same on every rank. ``applied``: the parameters were updated, since the loss and the
+    gradient were finite. ``r1_*``: in-batch R@1. ``grad_norm``: before clipping."""
+
+    applied: bool
+    loss: float
+    r1_image_to_text: float
+    r1_text_to_image: float
+    scale: float
+    grad_norm: float
+
+
+def train_step(engine: Any, batch: Batch, step: int, config: Config, group: Any) -> StepResult:
+    """One optimizer step. Where any rank's loss or gradient is not finite, no rank updates its parameters."""
+    for settings in engine.optimizer.param_groups:
+        settings["lr"] = config.optimizer.lr_at(step)
+    (x, y, scale), backward = encode(engine, batch, config.optimizer.micro_batches)
+    target = target_at(step, config.optimizer.batch_size, config.loss, config.job.seed)
+    loss, ranks = softclip_loss_with_ranks(x, y, scale, target, group=group, backend=config.loss.backend)
+    assert isinstance(loss, torch.Tensor)  # reduction="mean"
+
+    # One exchange before the backward pass: what is logged, and whether every rank's loss is finite.
+    local = torch.stack([torch.isfinite(loss), loss.detach(), *ranks.recall(1)]).double()
+    dist.all_reduce(local, group=group)
+    finite, *averages = (local / dist.get_world_size(group)).tolist()
+    applied, grad_norm = finite == 1.0, float("nan")
+    if applied:
+        backward(loss)
+        engine.step()  # ZeRO takes the whole gradient's norm first, and updates nothing where that is not finite
+        applied, grad_norm = not engine.optimizer.overflow, float(engine.get_global_grad_norm())
+        clamp_log_scale(engine.module.log_scale)
+    loss_value, image_to_text, text_to_image = averages
+    return StepResult(applied, loss_value, image_to_text, text_to_image, float(scale.detach()), grad_norm)
+
+
+def encode(engine: Any, batch: Batch, micro_batches: int) -> tuple[tuple[Tensor, ...], Callable[[Tensor], None]]:
+    """The model's outputs over this rank's share, and what to call with the loss: one pass, or two (see TwoPass)."""
+    if micro_batches == 1:
+        return engine(batch.images, batch.tokens), engine.backward
+    parts = zip(batch.images.tensor_split(micro_batches), batch.tokens.tensor_split(micro_batches), strict=True)
+    passes = TwoPass(engine, list(parts))
+    return passes.outputs, passes.backward
+
+
+def target_at(step: int, pairs: int, loss: Loss, seed: int) -> Target:
+    """What the global batch of `pairs` pairs should match: a function of (seed, step), alike on all ranks."""
+    if loss.target == "hard":
+        return Hard()
+    teacher_scale = "tied" if loss.teacher_scale is None else loss.teacher_scale
+    return ProgressiveSelfDistillation(loss.alpha(), seed, loss.swap, loss.scope, teacher_scale).at(step, pairs)
+
+
+@torch.no_grad()
+def clamp_log_scale(log_scale: torch.nn.Parameter) -> None:
+    """Keep the scale at or below 100 in ZeRO's fp32 master copy, of which the optimizer makes the next step, and in the
+    parameter itself. Every rank calls it: the master copy is spread over them."""
+    master = safe_get_full_fp32_param(log_scale)
+    if float(master.max()) <= MAX_LOG_SCALE:
+        return
+    partitioned = hasattr(log_scale, "ds_id")  # stage 3
+    if partitioned:  # piece by piece: DeepSpeed cannot set a whole parameter with fewer elements than ranks
+        safe_set_local_fp32_param(log_scale, safe_get_local_fp32_param(log_scale).clamp(max=MAX_LOG_SCALE))
+    else:
+        safe_set_full_fp32_param(log_scale, master.clamp(max=MAX_LOG_SCALE))
+    with deepspeed.zero.GatheredParameters([log_scale], modifier_rank=0, enabled=partitioned):
+        log_scale.clamp_(max=MAX_LOG_SCALE)
