@@ -1,0 +1,140 @@
+"""Every bad input has an error that names the value and what is allowed, before any compute."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from softclip_kernels import (
+    Average,
+    Blocks,
+    Dense,
+    Hard,
+    Mix,
+    Potentials,
+    ProgressiveSelfDistillation,
+    SelfTeacher,
+    Sinkhorn,
+    SoftClipLoss,
+    Teacher,
+    Weighted,
+    backends,
+    partition,
+    schedules,
+    softclip_loss,
+)
+from softclip_kernels.testing import unit_rows
+
+X, Y = unit_rows(6, 4, dtype=torch.float32), unit_rows(6, 4, seed=1, dtype=torch.float32)
+SCALE = torch.tensor(10.0)
+
+
+def psd(**options):
+    return ProgressiveSelfDistillation(schedules.Constant(0.5), **options).at(0, 6)
+
+
+BAD_CALLS = {
+    "not a tensor": (lambda: softclip_loss([[1.0]], Y, SCALE), TypeError, "x must be a torch.Tensor"),
+    "one dimension": (lambda: softclip_loss(X[0], Y, SCALE), ValueError, "not shape (4,)"),
+    "integers": (lambda: softclip_loss(X.long(), Y.long(), SCALE), TypeError, "dtype torch.int64; allowed"),
+    "widths": (lambda: softclip_loss(X, Y[:, :3], SCALE), ValueError, "not 4 and 3"),
+    "width 0": (lambda: softclip_loss(X[:, :0], Y[:, :0], SCALE), ValueError, "width 0"),
+    "dtypes": (lambda: softclip_loss(X, Y.bfloat16(), SCALE), TypeError, "y.to(x.dtype)"),
+    "devices": (lambda: softclip_loss(X, Y.to("meta"), SCALE), ValueError, "y on meta"),
+    "no rows": (lambda: softclip_loss(X[:0], Y, SCALE, Hard(torch.zeros(0, dtype=torch.long))), ValueError, "0 rows"),
+    "float scale": (lambda: softclip_loss(X, Y, 10.0), TypeError, "torch.tensor(10.0)"),
+    "vector scale": (lambda: softclip_loss(X, Y, torch.ones(2)), ValueError, "shape (2,)"),
+    "negative scale": (lambda: softclip_loss(X, Y, -SCALE), ValueError, "logit_scale is -10.0"),
+    "reduction": (lambda: softclip_loss(X, Y, SCALE, reduction="avg"), ValueError, "reduction='avg'"),
+    "module reduction": (lambda: SoftClipLoss(reduction="avg"), ValueError, "reduction='avg'"),
+    "backend": (lambda: softclip_loss(X, Y, SCALE, backend="cuda"), ValueError, "backend='cuda' is not known"),
+    "logit bias": (lambda: SoftClipLoss()(X, Y, SCALE, torch.zeros(1)), ValueError, "logit_bias"),
+    "diagonal": (lambda: softclip_loss(X, Y[:4], SCALE), ValueError, "not 6 and 4"),
+    "smoothing": (lambda: Hard(smoothing=1.5), ValueError, "smoothing=1.5 must lie in [0, 1]"),
+    "labels and groups": (lambda: Hard(torch.arange(6), groups=(Y, Y)), ValueError, "not both"),
+    "label dtype": (lambda: softclip_loss(X, Y, SCALE, Hard(torch.ones(6))), TypeError, "labels has dtype"),
+    "label count": (lambda: softclip_loss(X, Y, SCALE, Hard(torch.arange(5))), ValueError, "labels has shape (5,)"),
+    "label range": (lambda: softclip_loss(X, Y, SCALE, Hard(torch.arange(6) + 1)), ValueError, "holds 1 to 6"),
+    "negative label": (lambda: softclip_loss(X, Y, SCALE, Hard(torch.arange(6) - 1)), ValueError, "holds -1 to 4"),
+    "group count": (
+        lambda: softclip_loss(X, Y, SCALE, Hard(groups=(torch.arange(5), torch.arange(6)))),
+        ValueError,
+        "groups of the rows has shape (5,)",
+    ),
+    "dense shape": (lambda: softclip_loss(X, Y, SCALE, Dense(torch.ones(6, 5))), ValueError, "allowed: (6, 6)"),
+    "dense negative": (lambda: softclip_loss(X, Y, SCALE, Dense(-torch.ones(6, 6))), ValueError, "not negative"),
+    "dense nan": (lambda: softclip_loss(X, Y, SCALE, Dense(torch.full((6, 6), torch.nan))), ValueError, "finite"),
+    "alpha": (lambda: Mix(Hard(), SelfTeacher(), 1.5), ValueError, "alpha=1.5"),
+    "alpha nan": (lambda: Mix(Hard(), SelfTeacher(), float("nan")), ValueError, "alpha=nan"),
+    "alpha values": (lambda: Mix(Hard(), SelfTeacher(), X[:, 0] - 2), ValueError, "alpha must lie in [0, 1]"),
+    "alpha shape": (
+        lambda: softclip_loss(X, Y, SCALE, Mix(Hard(), SelfTeacher(), torch.zeros(5))),
+        ValueError,
+        "alpha of the rows has shape (5,)",
+    ),
+    "alpha rectangular": (
+        lambda: softclip_loss(X, Y[:4], SCALE, Mix(Hard(torch.zeros(6).long()), SelfTeacher(), torch.zeros(6))),
+        ValueError,
+        "not 6 and 4",
+    ),
+    "teacher rows": (lambda: softclip_loss(X, Y, SCALE, Teacher(X[:3], Y, 1.0)), ValueError, "teacher a has 3 rows"),
+    "teacher widths": (lambda: softclip_loss(X, Y, SCALE, Teacher(X, Y[:, :2], 1.0)), ValueError, "not 4 and 2"),
+    "teacher scale": (lambda: softclip_loss(X, Y, SCALE, Teacher(X, Y, -1.0)), ValueError, "teacher scale=-1.0"),
+    "normalise": (lambda: Teacher(X, Y, 1.0, normalise="rows"), ValueError, "normalise='rows'"),
+    "swap": (lambda: SelfTeacher(swap="pair"), ValueError, "swap='pair'"),
+    "self scale": (lambda: SelfTeacher("own"), ValueError, "scale='own'"),
+    "swap rectangular": (lambda: softclip_loss(X, Y[:4], SCALE, SelfTeacher(swap="paired")), ValueError, "6 and 4"),
+    "sinkhorn": (lambda: Sinkhorn(0), ValueError, "iterations=0"),
+    "potentials": (
+        lambda: softclip_loss(X, Y, SCALE, SelfTeacher(normalise=Potentials(torch.zeros(5), torch.zeros(6)))),
+        ValueError,
+        "row potential has shape (5,)",
+    ),
+    "no targets": (lambda: Average([]), ValueError, "at least one"),
+    "weights": (lambda: Average([Hard()], [1.0, 2.0]), ValueError, "weights=[1.0, 2.0]"),
+    "segments": (
+        lambda: softclip_loss(X, Y, SCALE, Blocks(Hard(), torch.zeros(5), torch.zeros(6))),
+        ValueError,
+        "segments of the rows",
+    ),
+    "loss weights": (
+        lambda: softclip_loss(X, Y, SCALE, Weighted(Hard(), torch.ones(7))),
+        ValueError,
+        "weights of the rows has shape (7,)",
+    ),
+    "psd swap": (lambda: psd(swap="both"), ValueError, "swap='both'"),
+    "psd scope": (lambda: psd(scope="rows"), ValueError, "scope='rows'"),
+    "psd scale": (lambda: psd(teacher_scale="free"), ValueError, "scale='free'"),
+    "psd size": (
+        lambda: softclip_loss(X, Y, SCALE, ProgressiveSelfDistillation(schedules.Constant(0.5)).at(0, 7)),
+        ValueError,
+        "shape (7,)",
+    ),
+    "schedule value": (lambda: schedules.Linear(0.0, 1.1, 5), ValueError, "end=1.1"),
+    "schedule steps": (lambda: schedules.Cosine(0.0, 1.0, 0), ValueError, "steps=0"),
+    "milestones": (lambda: schedules.Step((5, 5), (0.0, 0.1, 0.2)), ValueError, "milestones=(5, 5)"),
+    "warm-up": (lambda: schedules.WarmUp(-1, schedules.Constant(0.0)), ValueError, "steps=-1"),
+    "partition": (lambda: partition(4, 5, 0, 0), ValueError, "soft=5"),
+    "partition step": (lambda: partition(4, 2, 0, -1), ValueError, "step=-1"),
+    "custom schedule": (
+        lambda: ProgressiveSelfDistillation(lambda step: 2.0).at(0, 6),
+        ValueError,
+        "schedule's alpha=2.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_input(case, monkeypatch):
+    call, error, words = BAD_CALLS[case]
+    monkeypatch.setattr(backends, "select", lambda *_: pytest.fail("compute began before the error"))
+    with pytest.raises(error, match=re.escape(words)):
+        call()
+
+
+def test_half_of_the_combinations_that_look_bad_are_fine():
+    """What must not be refused: rectangles with labels, a scale of shape (1,), a CPU float64 scale, int32 labels."""
+    for scale in (SCALE, SCALE.reshape(1), SCALE.double()):
+        assert softclip_loss(X, Y[:4], scale, Hard(torch.zeros(6, dtype=torch.int32))).isfinite()

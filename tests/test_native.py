@@ -1,0 +1,348 @@
+"""The native CPU backend at every instruction-set level of this machine: against float64 at the level of the Backend
+protocol, against the library's standard at the level of the loss, and what belongs to native code alone (threads,
+interruption, forked processes, memory)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ALL_TARGETS, SQUARE_TARGETS
+
+from softclip_kernels import Hard, Mix, SelfTeacher, backends, softclip_loss
+from softclip_kernels.backends import native, registered
+from softclip_kernels.problem import Problem, Source, Statistics, TeacherOperand
+from softclip_kernels.testing import Result, assert_as_accurate_as_dense, matching_rows, unit_rows
+
+LEVELS = native.levels()
+pytestmark = pytest.mark.skipif(not LEVELS, reason=str(native.why_missing()))
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE, REFERENCE = (registered()[name] for name in ("native", "reference"))
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Sets the number of threads for problems of any size, without touching PyTorch's own."""
+
+    def set_threads(count):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+        monkeypatch.setattr(native, "MULTIPLY_ADDS_PER_THREAD", 1)
+
+    set_threads(2)
+    return set_threads
+
+
+def random_problem(n, m, d, dtype=torch.float32, *, scale=14.3, norm=1.0, width=24, seed=0):
+    """Every optional operand at once: positives (some outside), segments, thresholds, three teachers with biases, some
+    -inf. Without the transposed teacher where n != m."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(length):
+        return torch.rand(length, generator=generator) * 6 - 3
+
+    def with_holes(bias):
+        return torch.where(torch.rand(len(bias), generator=generator) < 0.1, -torch.inf, bias)
+
+    teachers = [
+        TeacherOperand(
+            Source.EMBEDDINGS,
+            torch.tensor(9.0),
+            unit_rows(n, width, seed=seed + 2, dtype=dtype),
+            unit_rows(m, width, seed=seed + 3, dtype=dtype),
+            with_holes(uniform(n)),
+            with_holes(uniform(m)),
+        ),
+        TeacherOperand(Source.LOGITS, torch.tensor(0.7), row_bias=uniform(n)),
+    ]
+    if n == m:
+        teachers.append(TeacherOperand(Source.LOGITS_TRANSPOSED, torch.tensor(1.5), column_bias=with_holes(uniform(m))))
+        teachers.append(TeacherOperand(Source.LOGITS_TRANSPOSED))
+    return Problem(
+        (norm * unit_rows(n, d, seed=seed)).to(dtype),
+        (norm * unit_rows(m, d, seed=seed + 1)).to(dtype),
+        torch.tensor(scale),
+        positive=torch.randint(-1, m + 1, (n,), generator=generator),
+        row_segment=torch.randint(0, 3, (n,), generator=generator) * 10**12,
+        column_segment=torch.randint(0, 3, (m,), generator=generator) * 10**12,
+        teachers=tuple(teachers),
+        row_threshold=uniform(n),
+        column_threshold=uniform(m),
+    )
+
+
+def in_float64(problem):
+    def double(tensor):
+        return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+
+    teachers = tuple(TeacherOperand(one.source, *map(double, one.tensors())) for one in problem.teachers)
+    fields = {name: double(getattr(problem, name)) for name in Problem.__dataclass_fields__ if name != "teachers"}
+    return Problem(teachers=teachers, **fields)
+
+
+def assert_same_forward(problem, tolerance):
+    got, expected = NATIVE.forward(problem), REFERENCE.forward(in_float64(problem))
+    for field in ("rows", "columns", "positive"):
+        torch.testing.assert_close(getattr(got, field).double(), getattr(expected, field), rtol=1e-6, atol=tolerance)
+    # A rank may differ where a logit lies within rounding of its threshold: rare, and then by one.
+    for field in ("row_ranks", "column_ranks"):
+        assert (getattr(got, field) - getattr(expected, field)).abs().sum() <= 1 + problem.rows // 100
+    return expected
+
+
+def assert_same_backward(problem, expected, tolerance):
+    n, m, k = problem.rows, problem.columns, len(problem.teachers)
+    grad_rows, grad_columns = unit_rows(1 + k, n, seed=5), unit_rows(1 + k, m, seed=6)
+    exact = REFERENCE.backward(in_float64(problem), expected, grad_rows, grad_columns)
+    statistics = Statistics(expected.rows.float(), expected.columns.float(), *expected[2:])
+    got = NATIVE.backward(problem, statistics, grad_rows.float(), grad_columns.float())
+    for one, truth in zip(got, exact, strict=True):
+        assert one.dtype == torch.float32 and one.is_contiguous()
+        torch.testing.assert_close(one.double(), truth, rtol=0.0, atol=tolerance * truth.abs().max().item() + 1e-30)
+
+
+# A block is 224 or 240 rows and columns, a register tile 14 x 32, 6 x 16 or 4 x 8, a vector 16, 8 or 4 columns: 1 and 2
+# are degenerate, 15 to 33 straddle tiles, 223 to 241 a block, 460 has three blocks of rows and of columns.
+SIZES = ((1, 1, 1), (2, 1, 3), (15, 33, 5), (33, 33, 40), (223, 241, 7), (241, 241, 33), (460, 460, 16), (460, 225, 65))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_float32_against_float64(level, size, threads):
+    problem = random_problem(*size)
+    assert_same_backward(problem, assert_same_forward(problem, 2e-5), 1e-5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bfloat16_against_float64(level, size, threads):
+    """Statistics as exact as in float32; gradients to bf16's rounding of G, and exact where the level widens it."""
+    problem = random_problem(*size, dtype=torch.bfloat16)
+    expected = assert_same_forward(problem, 2e-5)
+    assert_same_backward(problem, expected, 1e-2 if level == "avx512bf16" else 1e-5)
+
+
+@pytest.mark.parametrize("norm", (1e-3, 1.0, 30.0))
+def test_logits_of_any_size(level, norm):
+    """Logits up to 9e4 and down to 1e-5: references move with every row and column, so nothing leaves the range."""
+    problem = random_problem(130, 130, 12, scale=100.0, norm=norm)
+    largest = 100 * norm**2 * 1.5
+    assert_same_backward(problem, assert_same_forward(problem, 1e-6 * largest + 1e-5), 1e-6 * largest + 1e-5)
+
+
+def test_rows_far_apart_in_one_block(level):
+    """Neighbouring rows whose logits differ by thousands, and columns with one entry 1e4 above all others: the largest
+    terms come in the last block, so every running sum is rescaled, by more than fp32 can hold."""
+    n = 500
+    x, y = unit_rows(n, 8), unit_rows(n, 8, seed=1)
+    x *= torch.logspace(-2, 2, n, dtype=torch.float64)[:, None]
+    y[-1] *= 100
+    teachers = (TeacherOperand(Source.LOGITS),)
+    problem = Problem(x.float(), y.float(), torch.tensor(50.0), torch.arange(n), teachers=teachers)
+    expected = assert_same_forward(problem, 0.05)  # |z| reaches 5e5, where fp32's spacing is 0.03
+    assert expected.rows.abs().max() > 1e5
+    # Where the logits are moderate nothing is lost next to the extreme rows.
+    got = NATIVE.forward(problem)
+    calm = expected.rows[0].abs() < 30
+    assert calm.any()
+    torch.testing.assert_close(got.rows[0][calm].double(), expected.rows[0][calm], rtol=1e-6, atol=1e-4)
+
+
+def fused(x, y, scale, target):
+    return Result.of(lambda *leaves: softclip_loss(*leaves, target, backend="native"), x, y, scale)
+
+
+@pytest.mark.parametrize("name", ALL_TARGETS)
+def test_every_target(level, name, threads):
+    """The library's standard of accuracy, on one size below a block, one above, and (rectangular) both."""
+    sizes = ((65, 65, 96), (257, 257, 64)) if name in SQUARE_TARGETS else ((63, 250, 70), (257, 64, 33))
+    for n, m, d in sizes:
+        target = ALL_TARGETS[name](n, m)
+        x = unit_rows(n, d, seed=n + d, dtype=torch.float32)
+        y = matching_rows(x) if n == m else unit_rows(m, d, seed=m + d + 1, dtype=torch.float32)
+        assert_as_accurate_as_dense(fused(x, y, torch.tensor(14.3), target), x, y, torch.tensor(14.3), target)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("scale", (1.0, 14.3, 100.0))
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_external", "labels_smoothing"))
+def test_dtypes_and_scales(level, name, scale, dtype):
+    n, scale = 129, torch.tensor(scale)
+    target = ALL_TARGETS[name](n, n)
+    x = unit_rows(n, 64, dtype=dtype)
+    y = matching_rows(x)
+    assert_as_accurate_as_dense(fused(x, y, scale, target), x, y, scale, target)
+
+
+def test_adversarial_rows(level):
+    """Logits of ±1e4, identical rows, opposite rows, zero rows, converged pairs."""
+    base = unit_rows(65, 32, dtype=torch.float32)
+    zero_row = base.clone()
+    zero_row[3] = 0
+    cases = {
+        "huge": (base * 1e2, base * -1e2, 1.0),
+        "identical": (base[:1].expand(65, 32), base[:1].expand(65, 32), 100.0),
+        "opposite": (base, -base, 100.0),
+        "zero row": (zero_row, base, 100.0),
+        "converged": (base, base, 100.0),
+    }
+    for target in (Hard(), Mix(Hard(), SelfTeacher(swap="paired"), 0.5)):
+        for x, y, scale in cases.values():
+            assert_as_accurate_as_dense(fused(x, y, torch.tensor(scale), target), x, y, torch.tensor(scale), target)
+
+
+def test_strides(level):
+    """Transposed, sliced, expanded, reversed operands and a teacher's: bit for bit as contiguous ones."""
+
+    def with_own_teacher(x, y):
+        teacher = TeacherOperand(Source.EMBEDDINGS, torch.tensor(3.0), x, y)
+        return Problem(x, y, torch.tensor(14.3), teachers=(teacher,))
+
+    wide = unit_rows(100, 64, dtype=torch.float32)
+    views = (
+        (wide[::2, ::2], wide[1::2, 1::2]),
+        (wide.T.contiguous().T[:50], wide[50:]),
+        (wide[:1].expand(50, 64), wide[50:]),
+        (wide[:50, 3:40], wide.flip(0)[:50, 3:40]),
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for pair in views:
+            x, y = (view if dtype == view.dtype else view.to(dtype).T.contiguous().T for view in pair)
+            strided = NATIVE.forward(with_own_teacher(x, y))
+            contiguous = NATIVE.forward(with_own_teacher(x.contiguous(), y.contiguous()))
+            assert torch.equal(strided.rows, contiguous.rows) and torch.equal(strided.columns, contiguous.columns)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_nan_and_infinity_come_back(level, dtype):
+    for value in (torch.nan, torch.inf):
+        x = unit_rows(250, 8, dtype=dtype)
+        x[5, 2] = value
+        statistics = NATIVE.forward(Problem(x, unit_rows(250, 8, seed=1, dtype=dtype), torch.tensor(5.0)))
+        assert not statistics.rows[0, 5].isfinite()
+        # A logit of -inf is a zero share, so of the infinite row's columns only those with +inf must show it.
+        assert not (statistics.columns if value != value else statistics.columns[:, :0]).isfinite().any()
+        assert statistics.rows[0, 6:].isfinite().all()
+
+
+def test_fully_excluded_rows(level):
+    """A row that sees no column: log-sum-exp -inf, mean 0, no gradient."""
+    n = 40
+    segment = torch.zeros(n, dtype=torch.int64)
+    alone = segment.clone()
+    alone[7] = 1
+    x = unit_rows(n, 8, dtype=torch.float32)
+    problem = Problem(x, x, torch.tensor(9.0), None, alone, segment, (TeacherOperand(Source.LOGITS),))
+    statistics = NATIVE.forward(problem)
+    assert statistics.rows[:, 7].tolist() == [-torch.inf, -torch.inf, 0.0] and statistics.columns.isfinite().all()
+    gx, _ = NATIVE.backward(problem, statistics, torch.ones(2, n), torch.ones(2, n))
+    assert not gx[7].any() and gx[8].any()
+
+
+@pytest.mark.parametrize("name", ("psd", "teacher"))
+def test_threads_change_rounding_only(level, name, threads):
+    """The same bits on every run of a thread count, other counts within rounding; 3 and 5 divide nothing evenly."""
+    n, scale = 700, torch.tensor(20.0)
+    target = ALL_TARGETS[name](n, n)
+    x, y = (unit_rows(n, 48, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    results = []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        results.append(fused(x, y, scale, target))
+        again = fused(x, y, scale, target)
+        assert all(torch.equal(getattr(results[-1], f), getattr(again, f)) for f in ("loss", "dx", "dy", "dscale"))
+    for result in results[1:]:
+        for field in ("loss", "dx", "dy", "dscale"):
+            torch.testing.assert_close(getattr(result, field), getattr(results[0], field), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", ((1, 1), (1, 9), (5, 2), (7, 7)))
+def test_more_threads_than_rows(level, threads, shape):
+    threads(16)
+    problem = random_problem(*shape, 5)
+    assert_same_backward(problem, assert_same_forward(problem, 2e-5), 1e-5)
+
+
+def test_auto_takes_it():
+    x = unit_rows(8, 4, dtype=torch.float32)
+    for dtype, name in ((torch.float32, "native"), (torch.bfloat16, "native"), (torch.float64, "chunked")):
+        one = x.to(dtype)
+        assert backends.select("auto", Problem(one, one, torch.ones(()))).name == name
+    assert "float16" in str(NATIVE.why_not(Problem(x.half(), x.half(), torch.ones(()))))
+
+
+def test_unknown_level_is_an_error(monkeypatch):
+    monkeypatch.setenv(native.ISA_VARIABLE, "avx1024")
+    with pytest.raises(ValueError, match=r"'avx1024'.*allowed: .*portable"):
+        softclip_loss(torch.eye(3), torch.eye(3), torch.ones(()))
+
+
+def test_interrupt_within_a_second():
+    """Ctrl-C during a call that would take minutes ends it, in a process of its own."""
+    code = """
+import os, signal, threading, time, torch
+from softclip_kernels import softclip_loss
+torch.set_num_threads(2)
+x = torch.randn(60000, 512)
+threading.Timer(1.0, lambda: (print(time.time(), flush=True), os.kill(os.getpid(), signal.SIGINT))).start()
+try:
+    with torch.no_grad():
+        softclip_loss(x, x, torch.ones(()), backend="native")
+except KeyboardInterrupt:
+    print(time.time())
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    sent, ended = map(float, run.stdout.split())
+    assert ended - sent < 1.0
+
+
+def test_other_python_threads_run_meanwhile(threads):
+    """The interpreter lock is released: a Python thread advances while a call runs."""
+    x = unit_rows(4000, 64, dtype=torch.float32)
+    ticks = []
+    stop = threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.perf_counter()
+    NATIVE.forward(Problem(x, x, torch.ones(())))
+    end = time.perf_counter()
+    stop.set()
+    ticker.join()
+    assert sum(start < one < end for one in ticks) >= 3, f"{end - start:.3f} s"
+
+
+def _loss_in_child(queue):
+    x = unit_rows(300, 16, dtype=torch.float32)
+    queue.put(softclip_loss(x, x, torch.tensor(10.0), backend="native").item())
+
+
+def test_forked_children(threads):
+    """A forked child computes after its parent has, as data-loader workers do."""
+    x = unit_rows(300, 16, dtype=torch.float32)
+    expected = softclip_loss(x, x, torch.tensor(10.0), backend="native").item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_loss_in_child, args=(queue,))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == pytest.approx(expected, rel=1e-6)
+    finally:
+        child.join(timeout=10)
+        assert child.exitcode == 0

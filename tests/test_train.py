@@ -1,0 +1,405 @@
+"""The trainer, without processes of its own: configuration, schedules, batches, checkpoints, evaluation. See
+test_train_runs.py for whole jobs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer
+from train_data import CONCEPTS, make_data, tiny
+
+from train import checkpoint, evaluate, logs
+from train.config import Config, ConfigError, Loss, Optimizer, load
+from train.data import Pairs, load_pairs
+from train.main import main
+from train.model import Clip
+from train.samples import Batch, Sampler, all_captions
+from train.tokenizer import PAD_ID, encode, train_tokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def pairs(data: Path) -> Pairs:
+    return load_pairs(data, "train")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(pairs: Pairs) -> Tokenizer:
+    return train_tokenizer(all_captions(pairs), 300)
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+
+def test_default_configuration_round_trips(tmp_path: Path) -> None:
+    config = load()
+    (tmp_path / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load(tmp_path / "again.yaml") == config
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_overrides_are_typed_as_the_option_is() -> None:
+    config = load(
+        None, ["optimizer.lr=2e-3", "optimizer.weight_decay=0", "model.image_widths=[8, 16]", "data.folder=a"]
+    )
+    assert config.optimizer.lr == 2e-3  # YAML reads 2e-3 as text
+    assert isinstance(config.optimizer.weight_decay, float)
+    assert config.model.image_widths == (8, 16)
+    assert load(None, ["data.folder=null"]).data.folder is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    (
+        (
+            "optimizer.learning_rate=1",
+            r"unknown option of 'optimizer': learning_rate; allowed: batch_size, betas, .*lr",
+        ),
+        ("optimiser.lr=1", r"unknown section: optimiser; allowed: data, job, loss, model, optimizer"),
+        ("optimizer.steps=many", r"optimizer\.steps='many' is str; allowed: int"),
+        ("optimizer.steps=1.5", r"optimizer\.steps=1\.5 is float; allowed: int"),
+        ("optimizer.steps=0", r"optimizer\.steps=0; allowed: 1 or more"),
+        ("optimizer.lr=nan", r"optimizer\.lr=nan; allowed: 0\.0 to 1\.0"),
+        ("optimizer.betas=[0.9]", r"optimizer\.betas=\[0\.9\]: two numbers"),
+        ("loss.target=siglip", r"loss\.target='siglip'; allowed: 'psd', 'hard'"),
+        ("loss.alpha_end=1.1", r"loss\.alpha_end=1\.1; allowed: 0\.0 to 1\.0"),
+        ("job.zero_stage=0", r"job\.zero_stage=0; allowed: 1, 2, 3"),
+        ("job.seed=true", r"job\.seed=True is bool; allowed: int"),
+        ("model.text_heads=5", r"model\.text_width=192 must be a multiple of model\.text_heads=5"),
+        ("steps=3", r"'steps=3': write section\.name=value"),
+        ("job.seed=[", r"'job\.seed=\[': the value is not YAML"),
+    ),
+)
+def test_bad_options_are_named_with_what_is_allowed(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, [override])
+
+
+@pytest.mark.parametrize("text", ("[1, 2]", "model: 3", "a: [", None))
+def test_bad_files(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml|section 'model' is 3"):
+        load(file)
+
+
+def test_schedules_in_closed_form() -> None:
+    options = Optimizer(steps=110, warmup_steps=10, lr=1.0, final_lr_fraction=0.1)
+    assert [options.lr_at(step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert options.lr_at(10) == 1.0
+    assert options.lr_at(60) == pytest.approx(0.55)
+    assert options.lr_at(110) == pytest.approx(0.1)
+    loss = Loss(hard_steps=10, rise_steps=20, alpha_start=0.1, alpha_end=0.5)
+    values = [loss.alpha()(step) for step in (0, 9, 10, 20, 30, 500)]
+    assert values == pytest.approx([0.0, 0.0, 0.1, 0.3, 0.5, 0.5])
+    assert replace(loss, schedule="linear").alpha()(15) == pytest.approx(0.2)
+    assert replace(loss, schedule="constant").alpha()(10) == 0.5
+    assert replace(loss, target="hard").alpha()(30) == 0.0
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+def joined(shares: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([one.images for one in shares]), torch.cat([one.tokens for one in shares])
+
+
+def test_a_batch_does_not_depend_on_the_number_of_ranks(pairs: Pairs, tokenizer: Tokenizer) -> None:
+    sampler = Sampler(pairs, tokenizer, 12, 24, seed=3)
+    whole = joined([sampler.share(5, 0, 1, CPU)])
+    for ranks in (2, 3, 4):
+        cut = joined([sampler.share(5, rank, ranks, CPU) for rank in range(ranks)])
+        assert all(torch.equal(one, other) for one, other in zip(whole, cut, strict=True))
+    again = Sampler(pairs, tokenizer, 12, 24, seed=3).share(5, 0, 1, CPU)
+    assert torch.equal(again.images, whole[0])
+    assert again.keys == sampler.share(5, 1, 2, CPU).keys
+    assert not torch.equal(sampler.share(6, 0, 1, CPU).images, whole[0])
+    assert not torch.equal(Sampler(pairs, tokenizer, 12, 24, seed=4).share(5, 0, 1, CPU).images, whole[0])
+
+
+def test_a_batch_takes_each_concept_once_and_reaches_every_drawing(pairs: Pairs, tokenizer: Tokenizer) -> None:
+    concept_of = dict(zip(pairs.keys, pairs.concepts.tolist(), strict=True))
+    sampler = Sampler(pairs, tokenizer, 12, CONCEPTS, seed=0)
+    drawn: set[str] = set()
+    for step in range(12):  # each of the two drawings of a concept is missed with a chance of 2^-12
+        keys = sampler.share(step, 0, 1, CPU).keys
+        assert len({concept_of[key] for key in keys}) == CONCEPTS
+        drawn.update(keys)
+    assert len(drawn) > 0.95 * len(pairs)
+    with pytest.raises(
+        ConfigError, match=rf"batch_size={CONCEPTS + 1}; allowed: at most {CONCEPTS}, the number of conc"
+    ):
+        Sampler(pairs, tokenizer, 12, CONCEPTS + 1, seed=0)
+
+
+def test_captions_belong_to_their_drawings(pairs: Pairs, tokenizer: Tokenizer) -> None:
+    sampler = Sampler(pairs, tokenizer, 12, CONCEPTS, seed=0)
+    captions = dict(zip(pairs.keys, pairs.captions, strict=True))
+    chosen = set()
+    for step in range(3):
+        batch = sampler.share(step, 0, 1, CPU)
+        for key, tokens in zip(batch.keys, batch.tokens, strict=True):
+            allowed = encode(tokenizer, list(captions[key]), 12)
+            position = (allowed == tokens).all(1).nonzero().flatten().tolist()
+            assert position, f"{key} came with another's caption"
+            chosen.update(position)
+    assert chosen == {0, 1, 2}, "every caption of a drawing has its turn"
+
+
+def test_tokens_are_cut_and_padded(tokenizer: Tokenizer) -> None:
+    tokens = encode(tokenizer, ["thing 1", "a drawing of thing 1 and of many other things besides"], 8)
+    assert tokens.shape == (2, 8)
+    assert (tokens[0] == PAD_ID).any()
+    assert not (tokens[1] == PAD_ID).any()
+    assert encode(tokenizer, ["THING 1"], 8).tolist() == tokens[:1].tolist(), "case is no difference"
+
+
+def test_padding_does_not_change_an_embedding(data: Path, tokenizer: Tokenizer) -> None:
+    model = Clip(Config.from_dict(tiny(data)).model, tokenizer.get_vocab_size()).eval()
+    tokens = encode(tokenizer, ["thing 1"], 12)
+    length = int((tokens != PAD_ID).sum())
+    torch.testing.assert_close(model(None, tokens)[1], model(None, tokens[:, :length])[1])
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def write_checkpoint(run: Path, data: Path, tokenizer: Tokenizer, step: int, at: Any = None) -> Path:
+    config = Config.from_dict(tiny(data))
+    torch.manual_seed(step)
+    weights = Clip(config.model, tokenizer.get_vocab_size()).state_dict()
+    scratch = checkpoint.begin(run, step)
+    (scratch / checkpoint.ENGINE).mkdir()
+    (scratch / checkpoint.ENGINE / "rank0.pt").write_bytes(b"optimizer" * step)
+    checkpoint.write_portable(scratch, weights, config, tokenizer, checkpoint.State(step, 0, 2, 1))
+    return checkpoint.commit(run, scratch, step, keep=2, at=at or (lambda point: None))
+
+
+POINTS = ("files flushed", "manifest written", "old removed", "renamed", "latest written")
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_crash_while_saving_leaves_a_whole_checkpoint(
+    tmp_path: Path, data: Path, tokenizer: Tokenizer, point: str
+) -> None:
+    write_checkpoint(tmp_path, data, tokenizer, 4)
+    reached = []
+
+    def crash(here: str) -> None:
+        reached.append(here)
+        if here == point:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(tmp_path, data, tokenizer, 8, crash)
+    assert tuple(reached) == POINTS[: len(reached)], "a point of this test's list is gone or new"
+    found = checkpoint.find(tmp_path)
+    assert checkpoint.why_broken(found) is None
+    assert found.name == ("step-000008" if point == "latest written" else "step-000004")
+    write_checkpoint(tmp_path, data, tokenizer, 8)  # the resumed run passes the same step again
+    assert checkpoint.find(tmp_path).name == "step-000008"
+    assert not list((tmp_path / checkpoint.FOLDER).glob(".*")), "what the crash left is cleared away"
+
+
+def test_only_the_newest_are_kept(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
+    for step in (4, 8, 12):
+        write_checkpoint(tmp_path, data, tokenizer, step)
+    assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).glob("step-*")) == ["step-000008", "step-000012"]
+
+
+def damage(folder: Path, how: str) -> None:
+    weights = folder / checkpoint.WEIGHTS
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif how == "bit flipped":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif how == "engine gone":
+        (folder / checkpoint.ENGINE / "rank0.pt").unlink()
+    elif how == "manifest empty":
+        (folder / checkpoint.MANIFEST).write_text("{}")
+    elif how == "manifest cut":
+        (folder / checkpoint.MANIFEST).write_text("{")
+    else:
+        entries = json.loads((folder / checkpoint.MANIFEST).read_text())
+        entries["../../outside"] = {"sha256": "", "bytes": 0}
+        (folder / checkpoint.MANIFEST).write_text(json.dumps(entries))
+
+
+DAMAGES = ("truncated", "bit flipped", "engine gone", "manifest empty", "manifest cut", "path outside")
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_falls_back(tmp_path: Path, data: Path, tokenizer: Tokenizer, how: str) -> None:
+    write_checkpoint(tmp_path, data, tokenizer, 4)
+    damage(write_checkpoint(tmp_path, data, tokenizer, 8), how)
+    warnings: list[str] = []
+    assert checkpoint.find(tmp_path, warnings.append).name == "step-000004"
+    assert "step-000008 is not whole" in warnings[0]
+    damage(tmp_path / checkpoint.FOLDER / "step-000004", how)
+    with pytest.raises(checkpoint.CheckpointError, match=r"no whole checkpoint.*step-000008, step-000004"):
+        checkpoint.find(tmp_path, warnings.append)
+
+
+def test_a_checkpoint_reloads_and_says_what_it_fits(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
+    folder = write_checkpoint(tmp_path, data, tokenizer, 4)
+    model, read, config = checkpoint.read_model(folder)
+    torch.manual_seed(4)
+    fresh = Clip(config.model, tokenizer.get_vocab_size()).state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
+    assert read.to_str() == tokenizer.to_str()
+    state = checkpoint.read_state(folder)
+    assert checkpoint.describe_mismatch(state, 2, 1) is None
+    assert "job.processes=2 and this job has 4" in str(checkpoint.describe_mismatch(state, 4, 1))
+    assert "job.zero_stage=1 and this job has 3" in str(checkpoint.describe_mismatch(state, 2, 3))
+
+
+# ----------------------------------------------------------------------------------------------------- logs, evaluation
+
+
+def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    values = {"loss": 1.0, "alpha": 0.5, "scale": 14.0, "r1_image_to_text": 0.1, "r1_text_to_image": 0.2}
+    log = logs.Log(tmp_path, 0, 10)
+    for step in range(6):
+        log.step(step, values)
+    log.row(2, {"heldout_r1_image_to_text": 0.3, "heldout_r1_text_to_image": 0.3})
+    log.nonfinite(5, ("a", "b"))
+    log.close()
+    with (tmp_path / logs.METRICS).open("a") as file:
+        file.write('{"step": 6, "lo')  # a crash in the middle of a line
+    resumed = logs.Log(tmp_path, 4, 10)
+    resumed.step(4, values | {"loss": math.nan})
+    resumed.close()
+    rows = logs.read_rows(tmp_path / logs.METRICS)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 2, 4]
+    assert rows[-1]["loss"] is None
+    assert logs.read_rows(tmp_path / logs.NONFINITE) == []
+    assert logs.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+class Fixed(torch.nn.Module):
+    """Embeddings that are given: the pictures' as they come, and a table of texts', found by their tokens."""
+
+    def __init__(self, x: torch.Tensor, texts: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.x = x
+        self.table = {tuple(encode(tokenizer, [text], 12)[0].tolist()): row for text, row in texts.items()}
+        self.text = torch.nn.Module()
+        self.text.positions = torch.nn.Parameter(torch.empty(12, 1))
+
+    def forward(self, images: Any, tokens: Any) -> Any:
+        if images is not None:
+            return self.x, None, None
+        return None, torch.stack([self.table[tuple(row)] for row in tokens.tolist()]), None
+
+
+def made_pairs(concepts: torch.Tensor, groups: torch.Tensor, names: tuple[str, ...]) -> Pairs:
+    n = len(concepts)
+    return Pairs(
+        images=torch.zeros(n, 4, 2, 2, dtype=torch.uint8),
+        captions=[(f"thing {concept}",) for concept in concepts.tolist()],
+        concepts=concepts,
+        groups=groups,
+        group_names=names,
+        vendors=("v",) * n,
+        keys=tuple(map(str, range(n))),
+        corrupted=torch.zeros(n, dtype=torch.bool),
+        bad={},
+    )
+
+
+def test_retrieval_and_zero_shot_against_sorting(tokenizer: Tokenizer) -> None:
+    generator = np.random.default_rng(0)
+    x, y = (torch.from_numpy(generator.normal(size=(n, 3))) for n in (40, 25))
+    concepts = torch.cat([torch.arange(25), torch.from_numpy(generator.integers(0, 25, 15))])
+    pairs = made_pairs(concepts, concepts % 3, ("a", "b", "c"))
+    model = Fixed(x, {f"thing {concept}": y[concept] for concept in range(25)}, tokenizer)
+    groups = [[f"thing {concept}" for concept in range(group, 25, 3)] for group in range(3)]
+    assert [sorted(one) for one in groups] == evaluate.describe_groups(pairs)
+    result = evaluate.evaluate_split(model, tokenizer, pairs, groups)  # type: ignore[arg-type]
+    order = (x @ y.T).argsort(1, descending=True)
+    orders = (y @ x.T).argsort(1, descending=True)
+    for depth in evaluate.DEPTHS:
+        right = [concepts[i] in order[i, :depth] for i in range(40)]
+        assert result.image_to_text.recall[depth] == pytest.approx(np.mean(right))
+        right = [any(concepts[i] == j for i in orders[j, :depth]) for j in range(25)]
+        assert result.text_to_image.recall[depth] == pytest.approx(np.mean(right))
+    assert result.image_to_text.chance == pytest.approx(1 / 25)
+    assert result.text_to_image.chance == pytest.approx(40 / 25 / 40)
+    assert (result.images, result.captions) == (40, 25)
+    means = torch.stack([y[group::3].mean(0) / y[group::3].mean(0).norm() for group in range(3)])
+    hits = [(means @ row).argmax() == concept % 3 for row, concept in zip(x, concepts, strict=True)]
+    assert result.zero_shot == pytest.approx(np.mean(hits))
+    assert result.zero_shot_majority == pytest.approx((torch.bincount(concepts % 3).max() / 40).item())
+
+
+def test_a_group_that_training_never_saw_is_described_by_its_name() -> None:
+    pairs = made_pairs(torch.tensor([3, 3]), torch.tensor([1, 1]), ("food-drink", "flags"))
+    assert evaluate.describe_groups(pairs) == [["food and drink"], ["thing 3"]]
+
+
+def test_a_collapsed_model_scores_nothing(tokenizer: Tokenizer, pairs: Pairs) -> None:
+    model = Fixed(torch.ones(len(pairs), 3), {texts[0]: torch.ones(3) for texts in pairs.captions}, tokenizer)
+    result = evaluate.evaluate_split(model, tokenizer, pairs, evaluate.describe_groups(pairs))  # type: ignore[arg-type]
+    assert set(result.image_to_text.recall.values()) == {0.0}, "ties must not count as hits"
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+def run_main(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = main(arguments)
+    return status, capsys.readouterr().err
+
+
+def test_command_line_errors(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_main(["job.sede=1"], capsys)[0] == 2
+    assert "unknown option of 'job': sede" in run_main(["job.sede=1"], capsys)[1]
+    assert "no config.yaml there" in run_main(["--resume", str(tmp_path)], capsys)[1]
+    assert "leave out --config" in run_main(["--resume", str(tmp_path), "job.seed=1"], capsys)[1]
+    assert "--stop-after 0" in run_main(["--stop-after", "0"], capsys)[1]
+    assert f"the run {tmp_path} exists" in run_main(["--folder", str(tmp_path)], capsys)[1]
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in run_main(["--folder", str(tmp_path / "gpu"), "job.device=cuda"], capsys)[1]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "give --folder" in run_main([], capsys)[1]
+
+
+def test_evaluate_names_a_missing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(tmp_path / "nothing")]) == 1
+    assert "no whole checkpoint (found: none)" in capsys.readouterr().err
+
+
+def test_configuration_file_of_the_default_run_names_only_known_options() -> None:
+    mapping = yaml.safe_load((Path(evaluate.__file__).parent / "configs" / "emoji.yaml").read_text(encoding="utf-8"))
+    Config.from_dict(mapping)
+
+
+def test_documentation_lists_every_option_with_its_default() -> None:
+    text = (Path(evaluate.__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    listed = {line.split(" | ")[0]: line.split(" | ")[1] for line in text.splitlines() if line.startswith("| `")}
+    options = {
+        f"| `{section}.{name}`": "null" if value is None else str(value)
+        for section, values in Config().to_dict().items()
+        for name, value in values.items()
+    }
+    assert listed == options

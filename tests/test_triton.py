@@ -1,0 +1,146 @@
+"""The Triton backend on a machine without a GPU: interpreted, refused, bounded in memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from softclip_kernels import backends, softclip_loss
+from softclip_kernels.problem import Problem
+from softclip_kernels.testing import unit_rows
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+# Two groups for two processors.
+@needs_triton
+@pytest.mark.parametrize("group", ("square_targets", "not square_targets"))
+def test_interpreted(group):
+    """Interpreted, because a process either compiles or interprets; the tests are in triton_interpreted.py."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py"), "-k", group]
+    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= 20 and "skipped" not in done.stdout
+
+
+def test_without_a_gpu_it_says_why_not(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x = unit_rows(4, 8, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=r"not on a GPU|not installed"):
+        softclip_loss(x, x, torch.tensor(1.0), backend="triton")
+    assert backends.select("auto", Problem(x, x, torch.tensor(1.0))).name != "triton"
+
+
+def test_without_triton_it_says_so(monkeypatch):
+    from softclip_kernels.backends import triton
+
+    monkeypatch.setattr(triton, "_installed", lambda: False)
+    x = unit_rows(4, 8, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="triton is not installed"):
+        softclip_loss(x, x, torch.tensor(1.0), backend="triton")
+
+
+def test_too_many_ranks_are_refused(monkeypatch):
+    from softclip_kernels.backends import triton
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "MOST_RANKED", 4)
+    x, threshold = unit_rows(4, 8, dtype=torch.float32), torch.zeros(4)
+    problem = Problem(x, x, torch.tensor(1.0), row_threshold=threshold, column_threshold=threshold)
+    expected = "ranks" if triton._installed() else "not installed"
+    assert expected in (triton.TritonBackend().why_not(problem) or "")
+
+
+def _bench(directory, *options, interpret):
+    """`python -m bench gpu` with its records going to the directory."""
+    code = (
+        f"import pathlib, bench.common, bench.gpu; bench.common.RESULTS = pathlib.Path({str(directory)!r}); "
+        f"bench.gpu.main({list(options)!r})"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE.parent, env=environment, capture_output=True, text=True
+    )
+
+
+@needs_triton
+def test_the_gpu_benchmark_runs_as_far_as_a_processor_goes(tmp_path):
+    """Arguments, problems, correctness, interleaved timing, goals, the record and the plot, on tiny sizes."""
+    options = ("--interpret", "--n", "64", "--d", "32", "--rounds", "2", "--name", "rehearsal")
+    done = _bench(tmp_path, *options, interpret="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rehearsal.json").read_text())["rows"]
+    assert sum(row["kind"] == "correctness" for row in rows) == 3
+    assert {row["loss"] for row in rows if row["kind"] == "speed"} == {"hard", "psd", "psd_teacher"}
+    assert all(row["fused"]["median"] > 0 and row["over dense"] > 0 for row in rows if row["kind"] == "speed")
+
+
+@needs_triton
+def test_the_gpu_benchmark_without_a_gpu_says_so(tmp_path):
+    done = _bench(tmp_path, interpret="0")
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+    bad = _bench(tmp_path, "--n", "0", interpret="0")
+    assert bad.returncode == 2 and "must be at least 1" in bad.stderr
+
+
+@needs_triton
+def test_gradient_sums_without_addition_in_place(monkeypatch):
+    """Where torch cannot add a product of 16-bit matrices to an fp32 sum (the CPU, some versions), the product is made
+    apart; where it can, the sum is the output."""
+    from softclip_kernels.kernels import launch
+
+    launch._adds_in_place.cache_clear()
+    assert not launch._adds_in_place(torch.bfloat16, torch.device("cpu"))
+    a, b = (unit_rows(5, 5, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
+    expected = 1 + a.float() @ b.float()
+
+    def mm(a, b, out_dtype):
+        return a.to(out_dtype) @ b.to(out_dtype)
+
+    def addmm(total, a, b, out_dtype, out):
+        return out.copy_(total + mm(a, b, out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    total = torch.ones(5, 5)
+    launch._add_product(total, a, b)
+    torch.testing.assert_close(total, expected)
+    launch._adds_in_place.cache_clear()
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert launch._adds_in_place(torch.bfloat16, torch.device("cpu"))
+    total = torch.ones(5, 5)
+    launch._add_product(total, a, b)
+    torch.testing.assert_close(total, expected)
+    launch._adds_in_place.cache_clear()
+
+
+@needs_triton
+@pytest.mark.parametrize("n", (100, 4096, 32768, 131072, 1 << 20))
+@pytest.mark.parametrize("count", (1, 3, 6))
+def test_scratch_is_bounded_whatever_the_batch(n, count):
+    """Partial sums (forward) and G (backward) fit in the published scratch for every batch and tile shape."""
+    from softclip_kernels.kernels import launch
+    from softclip_kernels.kernels.aot import ARCHITECTURES
+    from softclip_kernels.kernels.configs import candidates
+
+    for architecture in ARCHITECTURES:
+        for paired in (False, True):
+            for config in candidates("statistics", True, paired, True, 2, architecture):
+                edge = launch._forward_edge(config, count, paired, n)
+                slots = edge // config.block_m + edge // config.block_n
+                assert edge > 0 and edge % config.block_m == edge % config.block_n == 0
+                assert 4 * count * (1 + paired) * slots * edge <= launch.SCRATCH
+                assert edge < n + max(config.block_m, config.block_n)
+    for itemsize in (2, 4):
+        edge = launch._edge(launch.SCRATCH / itemsize, 128, n)
+        assert edge > 0 and edge * edge * itemsize <= launch.SCRATCH

@@ -1,0 +1,90 @@
+"""The Triton kernels compiled for GPUs that are not at hand: budgets of the machine code, and 64-bit addresses."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# What a tensor core's instruction is called.
+INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "gfx942": "v_mfma"}
+# Every n-th of about 100 variants each, in steps that share no factor with the list's own period, so that all kernels,
+# modes and dtypes occur; the whole table, `python -m softclip_kernels.kernels.aot`, takes two processors four minutes.
+SAMPLED = {"sm_80": 17, "sm_90": 7, "sm_100": 17, "gfx942": 17}
+# Exponentials of a whole tile. A pair of tiles with a tied teacher takes one for each of the two.
+EXPONENTIALS = {
+    ("none", False): 1,
+    ("logits", True): 1,
+    ("logits", False): 2,
+    ("embeddings", False): 2,
+    ("paired", True): 2,
+    ("paired", False): 4,
+}
+
+
+@pytest.mark.parametrize("architecture", SAMPLED)
+def test_budgets(architecture, tmp_path):
+    """No spills, shared memory within the chip's, tensor-core instructions, and the design's number of matrix products
+    and exponentials a tile. A process of its own, whatever TRITON_INTERPRET is here."""
+    output = tmp_path / "table.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    options = ["--architecture", architecture, "--every", str(SAMPLED[architecture]), "--jobs", "1", "--output"]
+    subprocess.run(
+        [sys.executable, "-m", "softclip_kernels.kernels.aot", *options, str(output)],
+        cwd=Path(__file__).parent.parent,
+        env=environment,
+        check=True,
+    )
+    rows = json.loads(output.read_text())
+    assert {row["kernel"] for row in rows} >= {"statistics", "gradient"}
+    problems = [f"{row['variant']}: {problem}" for row in rows for problem in over_budget(row)]
+    assert not problems, "\n".join(problems)
+
+
+def over_budget(row):
+    if row["spilled"]:
+        yield f"{row['spilled']} bytes spilled"
+    if row["shared"] > row["shared_limit"]:
+        yield f"{row['shared']} bytes of shared memory, more than {row['shared_limit']}"
+    if not any(name.startswith(INSTRUCTIONS[row["architecture"]]) for name in row["tensor"]):
+        yield f"no {INSTRUCTIONS[row['architecture']]} among {row['tensor']}"
+    if row["narrow_offsets"]:
+        yield f"32-bit products in addresses: {row['narrow_offsets']}"
+    teacher_only = "teacher-only" in row["variant"]
+    if row["matmuls"] != (
+        1 if teacher_only and row["kernel"] == "gradient" else 1 + (row["mode"] in ("embeddings", "paired"))
+    ):
+        yield f"{row['matmuls']} matrix products"
+    if row["kernel"] in ("statistics", "gradient"):
+        budget = 1 if teacher_only else EXPONENTIALS[row["mode"], row["tied"]]
+        if row["exponentials"] != budget:
+            yield f"{row['exponentials']} exponentials an entry instead of {budget}"
+        # With masks the compiler may take an exponential again, in another layout, rather than move it.
+        repeated = 1.1 if "whole" in row["variant"] else 2.1
+        if "gfx" not in row["architecture"] and row["exponentials_issued"] > repeated * budget * row["entries"]:
+            yield f"{row['exponentials_issued']} exponential instructions for {row['entries']} entries"
+
+
+def test_the_check_of_addresses_finds_what_it_looks_for():
+    from softclip_kernels.kernels.aot import narrow_offsets
+
+    code = """
+    %c64_i32 = arith.constant 64 : i32
+    %0 = tt.get_program_id x : i32
+    %1 = arith.muli %0, %c64_i32 : i32
+    %2 = tt.splat %1 : i32 -> tensor<64xi32>
+    %3 = arith.addi %2, %range : tensor<64xi32>
+    %4 = tt.splat %stride : i32 -> tensor<64xi32>
+    %5 = arith.muli %3, %4 : tensor<64xi32>
+    %6 = tt.addptr %x, %5 : tensor<64x!tt.ptr<f32>>, tensor<64xi32>
+    """
+    assert len(narrow_offsets(code)) == 1 and narrow_offsets(code)[0].startswith("%5")
+    wide = code.replace("%5 = arith.muli %3, %4 : tensor<64xi32>", "%5 = arith.muli %3, %4 : tensor<64xi64>")
+    assert narrow_offsets(wide) == []

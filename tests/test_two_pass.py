@@ -1,0 +1,298 @@
+"""An optimiser step in two passes equals that of one process which holds every graph: plain, DDP and ZeRO 0 to 3."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import SQUARE_TARGETS
+from ranks import Pool, start_ranks
+from torch import nn
+
+from softclip_kernels import TwoPass, softclip_loss
+
+COUNTS = (13, 9)  # pairs of each rank: uneven, and neither a multiple of a number of micro-batches
+STEPS, RATE, CLIP = 2, 0.5, 0.05
+# One micro-batch, equal parts of neither share, tails, and more parts than some are rows; None: one pass with autograd.
+MICRO_BATCHES = (None, 1, 2, 4, 7)
+
+
+class Towers(nn.Module):
+    """Two towers that draw random numbers, and a learnable scale."""
+
+    def __init__(self, dropout, dtype):
+        super().__init__()
+        self.image = nn.Sequential(nn.Linear(6, 20), nn.GELU(), nn.Dropout(dropout), nn.Linear(20, 8))
+        self.text = nn.Sequential(nn.Linear(5, 20), nn.GELU(), nn.Dropout(dropout), nn.Linear(20, 8))
+        self.log_scale = nn.Parameter(torch.tensor([1.5]))  # DeepSpeed takes no parameter without a dimension
+        self.to(dtype)
+
+    def forward(self, images, texts):
+        return (
+            F.normalize(self.image(images), dim=1),
+            F.normalize(self.text(texts), dim=1),
+            self.log_scale.exp().squeeze(),
+        )
+
+
+def make(dropout, dtype):
+    torch.manual_seed(0)
+    return Towers(dropout, dtype)
+
+
+def data(step, rank, dtype):
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    images, texts = (torch.randn(COUNTS[rank], width, generator=generator, dtype=torch.float64) for width in (6, 5))
+    return images.to(dtype), texts.to(dtype)
+
+
+def split(batch, parts):
+    """As tensor_split does: sizes differ by one."""
+    return list(zip(*(tensor.tensor_split(parts or 1) for tensor in batch), strict=True))
+
+
+def target():
+    return SQUARE_TARGETS["psd"](sum(COUNTS), sum(COUNTS))
+
+
+def expected(parts, dropout, dtype, ranks):
+    """The parameters after each step of one process that encodes every rank's micro-batches in turn, with that rank's
+    random numbers, and holds all their graphs."""
+    model = make(dropout, dtype)
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    seen = []
+    for step in range(STEPS):
+        outputs = []
+        for rank in range(ranks):
+            torch.manual_seed(1000 * step + rank)
+            outputs += [model(*batch) for batch in split(data(step, rank, dtype), parts)]
+        x, y = (torch.cat([output[k] for output in outputs]) for k in (0, 1))
+        loss = softclip_loss(x, y, outputs[0][2], target() if ranks == 2 else None)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        assert norm > 2 * CLIP  # or clipping would not be tested
+        assert model.log_scale.grad.abs() > 1e-3 * CLIP  # nor the scale
+        optimizer.step()
+        seen.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+    return seen
+
+
+def assert_same_steps(found, parts, dropout, dtype, ranks):
+    start = dict(make(dropout, dtype).named_parameters())
+    for step, parameters in enumerate(expected(parts, dropout, dtype, ranks)):
+        for name, value in parameters.items():
+            moved = (value - start[name]).abs().max().item()
+            error = (torch.as_tensor(found[step][name]) - value).abs().max().item()
+            allowed = (1e-11 if dtype == torch.float64 else 2e-5) * max(moved, 1e-3)
+            assert error <= allowed, f"step {step}, {name}: error {error:.3e} of a change of {moved:.3e}"
+
+
+def step_with(model, batch, parts, group, backward):
+    if parts is None:
+        backward(softclip_loss(*model(*batch), target() if group else None, group=group))
+        return
+    passes = TwoPass(model, split(batch, parts))
+    passes.backward(softclip_loss(*passes.outputs, target() if group else None, group=group))
+
+
+def train_torch(group, parts, dropout, dtype, ddp):
+    """The parameters after each step, of a plain module or DistributedDataParallel."""
+    model = make(dropout, dtype)
+    wrapped = nn.parallel.DistributedDataParallel(model, process_group=group) if ddp else model
+    rank = dist.get_rank(group) if ddp else 0
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    seen = []
+    for step in range(STEPS):
+        torch.manual_seed(1000 * step + rank)
+        optimizer.zero_grad()
+        step_with(wrapped, data(step, rank, dtype), parts, group, torch.Tensor.backward)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        seen.append({name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()})
+    return seen
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+@pytest.mark.parametrize("parts", MICRO_BATCHES)
+def test_plain(parts, dropout):
+    found = train_torch(None, parts, dropout, torch.float64, False)
+    assert_same_steps(found, parts, dropout, torch.float64, 1)
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.3))
+@pytest.mark.parametrize("parts", MICRO_BATCHES)
+def test_ddp(pool, parts, dropout):
+    for found in pool.run(train_torch, parts, dropout, torch.float64, True):
+        assert_same_steps(found, parts, dropout, torch.float64, 2)
+
+
+def import_deepspeed(group):
+    """DeepSpeed in a rank's process, without its all-reduce through shared memory, which it would compile at its first
+    start: that takes longer than these tests may."""
+    os.environ["LOCAL_RANK"] = str(dist.get_rank(group))  # as a launcher would
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def train_deepspeed(group, cases):
+    """For each (stage, parts, dropout, accumulation steps): the parameters after each step of a DeepSpeed engine."""
+    deepspeed = import_deepspeed(group)
+    results = []
+    for stage, parts, dropout, accumulation in cases:
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": CLIP,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1_000_000_000,
+        }
+        model = make(dropout, torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), RATE)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        seen = []
+        for step in range(STEPS):
+            torch.manual_seed(1000 * step + dist.get_rank(group))
+            step_with(engine, data(step, dist.get_rank(group), torch.float32), parts, group, engine.backward)
+            engine.step()
+            with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+                seen.append({name: parameter.detach().numpy().copy() for name, parameter in model.named_parameters()})
+        engine.destroy()
+        results.append(seen)
+    return results
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+def test_deepspeed(pool, stage):
+    """Every number of micro-batches; an engine configured for another number of accumulation steps in between."""
+    cases = [(stage, parts, dropout, 1) for parts in MICRO_BATCHES for dropout in (0.0, 0.3)]
+    cases.append((stage, 4, 0.3, 3))
+    for found in pool.run(train_deepspeed, cases):
+        for (_, parts, dropout, _), seen in zip(cases, found, strict=True):
+            assert_same_steps(seen, parts, dropout, torch.float32, 2)
+
+
+def run_and_leave(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    train_deepspeed(dist.group.WORLD, [(3, 2, 0.0, 1)])
+    dist.destroy_process_group()
+
+
+def test_deepspeed_processes_end_well():
+    """The engine is destroyed before the group; the other way round a process may abort at its exit."""
+    processes, folder = start_ranks(run_and_leave, 2)
+    for rank, process in enumerate(processes):
+        process.join(120)
+        assert process.exitcode == 0, (folder / f"{rank}.txt").read_text()
+
+
+def reductions(group, parts):
+    """How often DDP reduces gradients in one step."""
+    model = nn.parallel.DistributedDataParallel(make(0.0, torch.float64), process_group=group)
+    calls = []
+
+    def reduce(state, bucket):
+        calls.append(bucket.index())
+        return dist.all_reduce(bucket.buffer(), group=group, async_op=True).get_future().then(lambda f: f.value()[0])
+
+    model.register_comm_hook(None, reduce)
+    step_with(model, data(0, dist.get_rank(group), torch.float64), parts, group, torch.Tensor.backward)
+    return calls
+
+
+def test_ddp_communicates_once(pool):
+    for calls in pool.run(reductions, 4):
+        assert calls == [0]
+
+
+def different_numbers(group):
+    deepspeed = import_deepspeed(group)
+    model = make(0.0, torch.float32)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), RATE),
+        config={"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True},
+        dist_init_required=False,
+    )
+    rank = dist.get_rank(group)
+    try:
+        TwoPass(engine, split(data(0, rank, torch.float32), 2 + rank))
+    except ValueError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+
+
+def test_deepspeed_refuses_different_numbers_of_micro_batches(pool):
+    for message in pool.run(different_numbers):
+        assert "as many micro-batches, but there are [2, 3]" in message
+
+
+def test_inside_autocast():
+    """Autocast remembers casts of parameters; the second pass must not get the first one's, which have no graph."""
+    gradients = []
+    for parts in (1, 3):
+        model = make(0.0, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            passes = TwoPass(model, split(data(0, 0, torch.float32), parts))
+            passes.backward(softclip_loss(*(output.float() for output in passes.outputs)))
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    expected = make(0.0, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        softclip_loss(*(output.float() for output in expected(*data(0, 0, torch.float32)))).backward()
+    for parameter, *others in zip(expected.parameters(), *gradients, strict=True):
+        for other in others:
+            assert (other - parameter.grad).abs().max() <= 0.02 * parameter.grad.abs().max()
+
+
+def test_random_numbers_go_on_as_after_one_pass():
+    drawn = []
+    for parts in (None, 3):
+        torch.manual_seed(5)
+        batch = data(0, 0, torch.float64)
+        model = make(0.3, torch.float64)
+        if parts is None:
+            for part in split(batch, 3):
+                model(*part)
+        else:
+            step_with(model, batch, parts, None, None)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("model", "micro_batches", "error", "message"),
+    (
+        (lambda x: (x,), [], ValueError, "micro_batches is empty"),
+        (lambda x: x, [(torch.ones(2, 2),)], TypeError, "must return a tuple of tensors, not Tensor"),
+        (lambda x: (x, x[:, 0]), [(torch.ones(2, 2),)], ValueError, r"returned shape \(2,\); allowed"),
+    ),
+)
+def test_bad_values(model, micro_batches, error, message):
+    with pytest.raises(error, match=message):
+        TwoPass(model, micro_batches)
+
+
+def test_what_changes_between_the_passes_is_refused():
+    weight = torch.ones(2, 2, requires_grad=True)
+    lengths = iter((4, 3))
+    passes = TwoPass(lambda x: (x[: next(lengths)] @ weight,), [(torch.ones(4, 2),)])
+    with pytest.raises(RuntimeError, match=r"shape \(4, 2\) in the first pass and has \(3, 2\) in the second"):
+        passes.backward(passes.outputs[0].sum())
+    passes = TwoPass(lambda x: (x @ weight,), [(torch.ones(4, 2),)])
+    passes.backward(passes.outputs[0].sum())
+    with pytest.raises(RuntimeError, match="good for one step"):
+        passes.backward(passes.outputs[0].sum())

@@ -1,0 +1,186 @@
+"""The Triton kernels in Triton's interpreter, against float64. tests/test_triton.py runs this file in processes of its
+own, because the kernels are interpreted or compiled for the whole of a process; by hand:
+
+    TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
+
+Only float32: the interpreter multiplies bfloat16 bit patterns as if they were integers, without an error, so the
+backend refuses other dtypes there. In bfloat16 and float16 the same code is compiled ahead of time (test_triton_aot.py)
+and run on a GPU (test_triton_gpu.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import test_loss
+import torch
+from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
+
+from softclip_kernels import Hard, backends, softclip_loss, softclip_loss_with_ranks
+from softclip_kernels.kernels import launch
+from softclip_kernels.problem import Problem
+from softclip_kernels.testing import Result, assert_as_accurate_as_dense, matching_rows, unit_rows
+
+# Tiles are 32 x 64 or 64 x 32 in the interpreter, steps along the width 32: one entry, less than a tile, a tile, many
+# with ragged edges; widths below, at and between multiples of a step. One size a target in turn, all sizes for the
+# plainest and the richest target, because the interpreter takes a second for a few tiles.
+SQUARE_SIZES = ((97, 40), (64, 64), (1, 3), (33, 32), (2, 1), (129, 70))
+RECTANGULAR_SIZES = ((70, 130, 33), (64, 128, 64), (1, 2, 3), (129, 63, 1), (2, 1, 70), (65, 49, 32))
+FIELDS = ("loss", "dx", "dy", "dscale")
+
+
+def check(name, n, m, d, scale=14.3):
+    target = ALL_TARGETS[name](n, m)
+    x, y, scale = test_loss.operands(n, m, d, scale=scale)
+    assert_as_accurate_as_dense(test_loss.fused(x, y, scale, target, "triton"), x, y, scale, target)
+
+
+def in_turn(names, sizes, everywhere):
+    return [
+        (name, *size)
+        for index, name in enumerate(names)
+        for size in (sizes if name in everywhere else (sizes[0], sizes[1 + index % (len(sizes) - 1)]))
+    ]
+
+
+@pytest.mark.parametrize(("name", "n", "d"), in_turn(SQUARE_TARGETS, SQUARE_SIZES, ("hard", "psd_own_scale")))
+def test_square_targets(name, n, d):
+    check(name, n, n, d)
+
+
+@pytest.mark.parametrize(("name", "n", "m", "d"), in_turn(RECTANGULAR_TARGETS, RECTANGULAR_SIZES, ("blend_vectors",)))
+def test_rectangular_targets(name, n, m, d):
+    check(name, n, m, d)
+
+
+# One of each kind of teacher, with every feature among them, at scales where the centred sums are used as they are (1),
+# need a reference (100) and leave the range for some rows (300).
+@pytest.mark.parametrize("scale", (1.0, 100.0, 300.0))
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_block", "psd_several", "paired_column"))
+def test_scales(name, scale):
+    check(name, 70, 70, 40, scale)
+
+
+# Scratch for two or three tiles: inner, edge and corner super-blocks, on and off the diagonal.
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_block", "psd_several", "blocks"))
+def test_super_blocks(name, monkeypatch):
+    monkeypatch.setattr(launch, "SCRATCH", 40_000)
+    check(name, 200, 200, 33)
+
+
+def test_second_tile_shape_agrees(monkeypatch):
+    """Tile shapes change the result by rounding only: square ones here instead of the interpreter's."""
+    x, y, scale = test_loss.operands(130, 130, 40)
+    for name in ("hard", "psd"):
+        target = SQUARE_TARGETS[name](130, 130)
+        usual = test_loss.fused(x, y, scale, target, "triton")
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "candidates", lambda *_: (launch.Config(64, 64, 16, 4, 1),))
+            other = test_loss.fused(x, y, scale, target, "triton")
+        for field in FIELDS:
+            torch.testing.assert_close(getattr(usual, field), getattr(other, field), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "test",
+    (
+        test_loss.test_adversarial_values_stay_finite,
+        test_loss.test_nan_in_nan_out,
+        test_loss.test_retrieval_ranks,
+        test_loss.test_ranks_with_labels_and_ties,
+        test_loss.test_strides,
+    ),
+    ids=lambda test: test.__name__,
+)
+def test_the_suite_of_every_backend(test):
+    test("triton")
+
+
+def test_ranks_over_super_blocks_and_segments(monkeypatch):
+    monkeypatch.setattr(launch, "SCRATCH", 40_000)
+    n = 150
+    x, scale = unit_rows(n, 16, dtype=torch.float32), torch.tensor(20.0)
+    y = matching_rows(x, noise=1.5)
+    _, ranks = softclip_loss_with_ranks(x, y, scale, SQUARE_TARGETS["psd_block"](n, n), backend="triton")
+    _, expected = softclip_loss_with_ranks(x, y, scale, SQUARE_TARGETS["psd_block"](n, n), backend="reference")
+    assert expected.rows.max() > 0
+    assert torch.equal(ranks.rows, expected.rows) and torch.equal(ranks.columns, expected.columns)
+
+
+class _Never:
+    """Stands for a kernel that returns at once."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+def test_the_exact_kernel_is_what_saves_extreme_rows(monkeypatch):
+    """One long row puts the bound 800 nats above all others, whose centred sums vanish."""
+    x = unit_rows(40, 16, dtype=torch.float32)
+    y, scale = -x, torch.tensor(400.0)
+    x[0] *= 3
+    expected = softclip_loss(x, y, scale, backend="reference")
+    torch.testing.assert_close(softclip_loss(x, y, scale, backend="triton"), expected)
+    monkeypatch.setattr(launch, "exact_rows_kernel", _Never())
+    assert (softclip_loss(x, y, scale, backend="triton") - expected).abs() > 10
+
+
+def test_the_exact_tiles_are_what_saves_extreme_gradients(monkeypatch):
+    """The same for the second launch of the gradient kernel."""
+    x = unit_rows(40, 16, dtype=torch.float32)
+    y, scale = -x, torch.tensor(400.0)
+    x[0] *= 3
+    expected = test_loss.fused(x, y, scale, None, "reference")
+    torch.testing.assert_close(test_loss.fused(x, y, scale, None, "triton").dx, expected.dx, rtol=1e-3, atol=1e-3)
+    usual = launch._gradient_calls
+    monkeypatch.setattr(launch, "_gradient_calls", lambda *arguments: usual(*arguments)[:1])
+    assert not torch.allclose(test_loss.fused(x, y, scale, None, "triton").dx, expected.dx, rtol=0.1, atol=0.1)
+
+
+def test_fresh_memory_is_never_read():
+    """Uninitialised tensors come filled with NaN under deterministic algorithms."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        for name in ("hard", "psd", "psd_several", "teacher_potentials"):
+            check(name, 97, 97, 40)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_repeats_are_bitwise_equal():
+    """Ten here, where programs run one after the other; 250 on a GPU."""
+    x, y, scale = test_loss.operands(97, 97, 40)
+    target = SQUARE_TARGETS["psd"](97, 97)
+    first = test_loss.fused(x, y, scale, target, "triton")
+    for _ in range(10):
+        again = test_loss.fused(x, y, scale, target, "triton")
+        assert all(torch.equal(getattr(first, field), getattr(again, field)) for field in FIELDS)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_other_dtypes_are_refused(dtype):
+    x = unit_rows(4, 8, dtype=dtype)
+    with pytest.raises(RuntimeError, match=str(dtype)):
+        softclip_loss(x, x, torch.tensor(1.0), backend="triton")
+
+
+def test_auto_takes_triton_first():
+    x = unit_rows(4, 8, dtype=torch.float32)
+    assert backends.select("auto", Problem(x, x, torch.tensor(1.0))).name == "triton"
+
+
+def test_float16_gradients_are_taken_in_a_unit_that_holds_them():
+    """The largest becomes 2^12; without a gradient, or with an infinite one, nothing is rescaled."""
+    rows = torch.tensor([[1e-7, -3e-6]])
+    unit = launch._unit(torch.float16, rows, torch.zeros(1, 3))
+    assert unit is not None
+    assert (rows / unit).abs().max() == pytest.approx(2**12)
+    assert launch._unit(torch.float16, torch.zeros(1, 2), torch.zeros(1, 3)) == 1
+    assert launch._unit(torch.float16, torch.tensor([[torch.inf]]), torch.zeros(1, 3)) == 1
+    assert launch._unit(torch.bfloat16, rows, rows) is None
+
+
+def test_launch_results_have_the_backend_protocol_types():
+    x, y, scale = test_loss.operands(40, 40, 16)
+    loss = Result.of(lambda *leaves: softclip_loss(*leaves, Hard(), backend="triton"), x, y, scale)
+    assert [getattr(loss, field).dtype for field in FIELDS] == [torch.float32] * 4
