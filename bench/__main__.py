@@ -1,11 +1,11 @@
-"""python -m bench cpu|gpu|distributed [options]; each prints its own with --help."""
+"""python -m bench cpu|gpu|aot|distributed [options]; each prints its own with --help."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-KINDS = ("cpu", "gpu", "distributed")
+KINDS = ("cpu", "gpu", "aot", "distributed")
 
 
 def main() -> None:

@@ -106,3 +106,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    launch.leave(0)

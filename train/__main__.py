@@ -2,7 +2,11 @@
 
 import sys
 
+from train import launch
 from train.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if launch.is_launched():
+        launch.leave(status)
+    sys.exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -93,6 +94,16 @@ def world(job: Job) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End a rank's process at once, without the interpreter's own end. Gloo's threads may still be releasing the
+    tensors of collectives that are over; one that needs the interpreter for it while that is ending aborts the process:
+    exit status -6 after all is done and saved (in 7 of 57 jobs on a busy machine; ZeRO-3, torch 2.13, Python 3.11)."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def on_first(world: World, act: Callable[[], T]) -> T:

@@ -103,8 +103,7 @@ def _ranked(settings: Config, run: Path, options: argparse.Namespace) -> int:
         except Exception as error:
             traceback.print_exc()
             progress.fail(f"{type(error).__name__}: {error}")
-            sys.stdout.flush()
-            os._exit(1)  # an orderly end would wait for ranks that may be gone
+            launch.leave(1)  # an orderly end would wait for ranks that may be gone
         finally:
             progress.close()
     return 0

@@ -2,16 +2,11 @@
 
 `variants(architecture)` lists what the launcher asks for, with every candidate tile shape; `inspect` compiles one as
 the just-in-time compiler would on the device and counts registers, spills, shared memory, tensor-core instructions and
-exponentials in the machine code. On the command line the table goes to a file:
-
-    python -m softclip_kernels.kernels.aot --output bench/results/triton_aot.json
+exponentials in the machine code. `python -m bench aot` writes the table down.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import re
 import subprocess
 import tempfile
@@ -286,29 +281,10 @@ def _run(*command: object) -> str:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
-def table(architectures: Sequence[str], every: int = 1, jobs: int = 1) -> list[dict[str, Any]]:
-    """One row for each variant of each architecture, or for every n-th."""
-    work = [(variant, name) for name in architectures for variant in variants(name)[::every]]
+def table(architectures: Sequence[str], every: int = 1, first: int = 0, jobs: int = 1) -> list[dict[str, Any]]:
+    """One row for each variant of each architecture, or for every n-th from the `first` on."""
+    work = [(variant, name) for name in architectures for variant in variants(name)[first::every]]
     if jobs == 1:
         return [inspect(*pair) for pair in work]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         return list(pool.map(inspect, *zip(*work, strict=True)))
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m softclip_kernels.kernels.aot", description=__doc__.split("\n")[0])
-    parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="all by default")
-    parser.add_argument("--every", type=int, default=1, help="compile every n-th variant only")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
-    options = parser.parse_args(arguments)
-    rows = table(options.architecture or ARCHITECTURES, options.every, options.jobs)
-    options.output.write_text(json.dumps(rows, indent=1) + "\n")
-    spilled = sum(row["spilled"] > 0 for row in rows)
-    print(
-        f"{len(rows)} variants compiled with triton {triton.__version__}, {spilled} of them spill; see {options.output}"
-    )
-
-
-if __name__ == "__main__":
-    main()
