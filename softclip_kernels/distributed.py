@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .agreement import all_gather_into, in_phase, wait
 from .layout import Layout
+from .scatter import sum_rows
 
 Visit = Callable[[int, list[Tensor]], list[Tensor]]
 Merge = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
@@ -141,7 +142,7 @@ def sum_to_columns(values: Tensor, index: Tensor, layout: Layout, own: bool = Fa
     """The sum of the values (n_local,) of all ranks' rows whose index (n_local,) names each of this rank's columns:
     (m_local,), differentiable. `own`: every rank's rows name its own columns only, so nothing needs to travel."""
     if own or layout.exchange is None:
-        return values.new_zeros(layout.m_local).index_add(0, index - layout.column_start, values)
+        return sum_rows(layout.m_local, index - layout.column_start, values)
     return _SumToColumns.apply(values, index, layout)
 
 
@@ -170,7 +171,7 @@ class _SumToColumns(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, index: Tensor, layout: Layout) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(index)
-        return sum_columns(values.new_zeros(layout.m).index_add(0, index, values), layout)
+        return sum_columns(sum_rows(layout.m, index, values), layout)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import distributed
 from .layout import Layout
 from .problem import LossParts, Problem, TeacherOperand
+from .scatter import sum_rows
 
 if TYPE_CHECKING:
     from .targets import Context
@@ -113,7 +114,7 @@ class IndexTerm(HardTerm):
         index = self.index - start
         column = index.clamp(0, len(y) - 1)
         z = torch.where(column == index, scale * (x.to(scale.dtype) * y[column].to(scale.dtype)).sum(1), 0.0)
-        return z, z.new_zeros(len(y)).index_add(0, column, z)
+        return z, sum_rows(len(y), column, z)
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ class GroupTerm(HardTerm):
     ) -> tuple[Tensor, Tensor]:
         x, y = x.to(scale.dtype), y.to(scale.dtype)
         row_group, column_group, groups = _places(self.row_id, operands[0])
-        x_of_group = x.new_zeros(groups, x.shape[1]).index_add(0, row_group, x)
-        y_of_group = y.new_zeros(groups, y.shape[1]).index_add(0, column_group, y)
+        x_of_group = sum_rows(groups, row_group, x)
+        y_of_group = sum_rows(groups, column_group, y)
         row_dot = scale * (x * y_of_group[row_group]).sum(1)
         column_dot = scale * (y * x_of_group[column_group]).sum(1)
         return row_dot, column_dot

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import backends
 from .problem import Problem, Source, Statistics, TeacherOperand, accumulation_dtype
+from .scatter import add_rows
 
 FIELDS_PER_TEACHER = 5  # TeacherOperand.tensors()
 ROWS_AT_A_TIME = {"cpu": 1024, "cuda": 8192}  # bounds the temporaries of the positives' exact gradient
@@ -252,7 +253,7 @@ def _add_positive(problem: Problem, coefficient: Tensor, gx: Tensor, gy: Tensor)
     for part in _parts(problem.x):
         column = positive[part]
         gx[part] += coefficient[part, None] * problem.y[column]
-        gy.index_add_(0, column, coefficient[part, None] * problem.x[part])
+        add_rows(gy, column, coefficient[part, None] * problem.x[part])
 
 
 def _inner_product(x: Tensor, gx: Tensor) -> Tensor:
