@@ -6,6 +6,7 @@ Checks of tensor values read the tensor; they run for CPU tensors outside torch.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def embeddings(x: Any, y: Any, names: tuple[str, str] = ("x", "y")) -> None:
     """x (N, D) and y (M, D): tensors of one floating dtype and device, none of the sizes 0 in width."""
     for name, value in zip(names, (x, y), strict=True):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor of shape (rows, width), not {type(value).__name__}")
+        tensor(name, value, " of shape (rows, width)")
+        if value.layout != torch.strided:
+            raise TypeError(f"{name} has layout {value.layout}; allowed: torch.strided, for example {name}.to_dense()")
         if value.dim() != 2:
             raise ValueError(f"{name} must have two dimensions (rows, width), not shape {tuple(value.shape)}")
         if value.dtype not in FLOATING:
@@ -41,22 +43,35 @@ def not_empty(n: int, m: int) -> None:
         raise ValueError(f"a loss over {n} rows and {m} columns is undefined; at least one of each is needed")
 
 
-def logit_scale(value: Any, device: torch.device) -> None:
-    """A floating tensor of one element, already exponentiated, hence positive and finite."""
+def tensor(name: str, value: Any, what: str = "") -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor{what}, not {type(value).__name__}")
+
+
+def logit_scale(value: Any, device: torch.device, name: str = "logit_scale") -> None:
+    """A floating tensor of one element, already exponentiated, hence positive."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"logit_scale must be a tensor of one element, already exponentiated, not {type(value).__name__}; "
+            f"{name} must be a tensor of one element, already exponentiated, not {type(value).__name__}; "
             f"wrap a constant as torch.tensor({value!r})"
         )
     if value.numel() != 1 or not value.dtype.is_floating_point:
         raise ValueError(
-            f"logit_scale must be one floating number, already exponentiated, not shape {tuple(value.shape)} "
+            f"{name} must be one floating number, already exponentiated, not shape {tuple(value.shape)} "
             f"of {value.dtype}"
         )
     if value.device != device and value.device.type != "cpu":
-        raise ValueError(f"logit_scale is on {value.device} but the embeddings on {device}; move it with .to(device)")
-    if _readable(value) and value.item() < 0:
-        raise ValueError(f"logit_scale is {value.item()}; it must be positive: pass log_scale.exp()")
+        raise ValueError(f"{name} is on {value.device} but the embeddings on {device}; move it with .to(device)")
+    if _readable(value) and value.item() <= 0:
+        raise ValueError(f"{name} is {value.item()}; it must be positive: pass the exponential of its logarithm")
+
+
+def teacher_scale(name: str, value: Any, allowed: tuple[str, ...] = ()) -> None:
+    """A number, a tensor (see logit_scale, which the embeddings' device is needed for), or one of the words allowed."""
+    if isinstance(value, str) and allowed:
+        one_of(name, value, allowed)
+    elif not isinstance(value, Tensor):
+        number_in(name, value, 0.0, torch.finfo(torch.float32).max)
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -65,41 +80,69 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def number_in(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in [{low:g}, {high:g}] or a tensor, not {type(value).__name__}")
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name}={value} must lie in [{low:g}, {high:g}]")
 
 
-def vector(name: str, value: Tensor, lengths: tuple[int, ...]) -> None:
+def vector(name: str, value: Any, lengths: tuple[int, ...]) -> None:
+    tensor(name, value)
     if value.dim() != 1 or len(value) not in lengths:
         allowed = " or ".join(f"({length},)" for length in dict.fromkeys(lengths))
         raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed: {allowed}")
 
 
-def probabilities(name: str, value: Tensor) -> None:
-    """Values in [0, 1], NaN refused."""
-    if _readable(value) and not bool(((value >= 0) & (value <= 1)).all()):
+def probabilities(name: str, value: Tensor | float) -> None:
+    """A number or values in [0, 1], NaN refused."""
+    if not isinstance(value, Tensor):
+        number_in(name, value, 0.0, 1.0)
+    elif _readable(value) and not bool(((value >= 0) & (value <= 1)).all()):
         raise ValueError(f"{name} must lie in [0, 1], but holds {_extremes(value)}")
 
 
-def non_negative(name: str, value: Tensor) -> None:
-    if _readable(value) and not bool((value >= 0).all() & value.isfinite().all()):
+def non_negative(name: str, value: Tensor | float) -> None:
+    if not isinstance(value, Tensor):
+        number_in(name, value, 0.0, torch.finfo(torch.float32).max)
+    elif _readable(value) and not bool((value >= 0).all() & value.isfinite().all()):
         raise ValueError(f"{name} must be finite and not negative, but holds {_extremes(value)}")
 
 
-def integers(name: str, value: Tensor, length: int) -> None:
+def potential(name: str, value: Tensor) -> None:
+    """Finite, or -inf, which excludes."""
+    if _readable(value) and not bool((value < torch.inf).all()):
+        raise ValueError(f"{name} must be finite or -inf, but holds {_extremes(value)}")
+
+
+def identifiers(name: str, value: Any) -> None:
+    """Integers of any width, or booleans; floating ids would be cut."""
+    tensor(name, value)
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        raise TypeError(f"{name} has dtype {value.dtype}; allowed: integers and booleans")
+
+
+def indices(name: str, value: Any, length: int, columns: int) -> None:
+    """A column number for each of `length` rows."""
+    tensor(name, value)
     if value.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name} has dtype {value.dtype}; allowed: torch.int64, torch.int32")
     vector(name, value, (length,))
-
-
-def indices(name: str, value: Tensor, length: int, columns: int) -> None:
-    """A column number for each of `length` rows."""
-    integers(name, value, length)
     if _readable(value) and value.numel() and not 0 <= int(value.min()) <= int(value.max()) < columns:
         raise ValueError(f"{name} must lie in [0, {columns}), but holds {int(value.min())} to {int(value.max())}")
 
 
-def same_device(name: str, value: Tensor, device: torch.device) -> None:
+def own_segments(row_segment: Tensor, positive_segment: Tensor) -> None:
+    """Every row's segment (N,) and the one of its positive (N,)."""
+    if _readable(row_segment) and not torch.equal(row_segment, positive_segment):
+        row = int((row_segment != positive_segment).nonzero()[0, 0])
+        raise ValueError(
+            f"row {row} is of segment {int(row_segment[row])} but its positive of {int(positive_segment[row])}; a row "
+            f"must see its positive: give both one segment"
+        )
+
+
+def same_device(name: str, value: Any, device: torch.device) -> None:
+    tensor(name, value)
     if value.device != device:
         raise ValueError(f"{name} is on {value.device} but the embeddings on {device}; move it with .to(device)")
 

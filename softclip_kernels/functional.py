@@ -3,6 +3,7 @@ autograd.loss_parts (ops, backends.select, a kernel; over ranks, block by block)
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from . import agreement, autograd, backends, checks, distributed
 from .layout import Layout
 from .lowering import IndexTerm, LoweredTarget, positive_logits
 from .problem import Problem, Statistics
-from .targets import Context, Hard, Target
+from .targets import Context, Hard, Target, check_target
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -27,7 +28,7 @@ class Losses(NamedTuple):
 
 class RetrievalRanks(NamedTuple):
     """How many logits exceed the positive's: rows (N,) among columns, columns (M,) among rows; int64, 0 is the best, -1
-    for a column that is no row's positive. Ties count in favour. This rank's own rows and columns."""
+    for a column that is no row's positive. Ties count in favour, NaN ranks last. This rank's own rows and columns."""
 
     rows: Tensor
     columns: Tensor
@@ -69,9 +70,10 @@ def softclip_loss(
     come back as a non-finite loss. Raises TypeError or ValueError on operands that do not fit, RuntimeError for a
     backend.
     """
-    problem, lowered, layout = _prepare(x, y, logit_scale, target, reduction, group, backend, ranked=False)
-    parts = autograd.loss_parts(problem, lowered.linear, layout, backend)
-    return _reduce(lowered.losses(parts, layout), reduction, layout)
+    with _full_precision(x):
+        problem, lowered, layout = _prepare(x, y, logit_scale, target, reduction, group, backend, ranked=False)
+        parts = autograd.loss_parts(problem, lowered.linear, layout, backend)
+        return _reduce(lowered.losses(parts, layout), reduction, layout)
 
 
 def softclip_loss_with_ranks(
@@ -86,13 +88,19 @@ def softclip_loss_with_ranks(
 ) -> tuple[Tensor | Losses, RetrievalRanks]:
     """softclip_loss and, from the same pass over the similarities, the ranks of the positives. The target's hard part
     must be Hard() or Hard(labels): something with one positive a row."""
-    problem, lowered, layout = _prepare(x, y, logit_scale, target, reduction, group, backend, ranked=True)
-    if lowered.indexed is None:
-        raise ValueError(f"retrieval ranks need one positive a row: Hard() or Hard(labels), not {target}")
-    problem = _with_thresholds(problem, lowered.indexed, layout)
-    parts = autograd.loss_parts(problem, lowered.linear, layout, backend)
-    loss = _reduce(lowered.losses(parts, layout), reduction, layout)
-    return loss, _ranks(problem, parts.statistics)
+    with _full_precision(x):
+        problem, lowered, layout = _prepare(x, y, logit_scale, target, reduction, group, backend, ranked=True)
+        if lowered.indexed is None or any(isinstance(term, IndexTerm) for term in lowered.linear):
+            raise ValueError(f"retrieval ranks need one positive a row: one Hard() or Hard(labels), not {target}")
+        problem = _with_thresholds(problem, lowered.indexed, layout)
+        parts = autograd.loss_parts(problem, lowered.linear, layout, backend)
+        loss = _reduce(lowered.losses(parts, layout), reduction, layout)
+        return loss, _ranks(problem, parts.statistics, layout)
+
+
+def _full_precision(x: Any) -> AbstractContextManager[Any]:
+    """No autocast in here: the operands' own dtypes say how to compute."""
+    return torch.autocast(x.device.type, enabled=False) if isinstance(x, Tensor) else nullcontext()
 
 
 def _prepare(
@@ -109,6 +117,8 @@ def _prepare(
         checks.one_of("reduction", reduction, REDUCTIONS)
         backends.check_name(backend)
         checks.embeddings(x, y)
+        if target is not None:
+            check_target("target", target)
         checks.logit_scale(logit_scale, x.device)
 
     exchange = agreement.as_exchange(group)
@@ -151,7 +161,9 @@ def _with_thresholds(problem: Problem, indexed: IndexTerm, layout: Layout) -> Pr
     return replace(problem, row_threshold=row_threshold, column_threshold=column_threshold)
 
 
-def _ranks(problem: Problem, statistics: Statistics) -> RetrievalRanks:
-    assert problem.column_threshold is not None
-    columns = torch.where(problem.column_threshold == -torch.inf, -1, statistics.column_ranks)
-    return RetrievalRanks(statistics.row_ranks, columns)
+def _ranks(problem: Problem, statistics: Statistics, layout: Layout) -> RetrievalRanks:
+    assert problem.row_threshold is not None and problem.column_threshold is not None
+    # Nothing exceeds NaN: behind all others, not before them.
+    rows = torch.where(problem.row_threshold.isnan(), layout.m, statistics.row_ranks)
+    columns = torch.where(problem.column_threshold.isnan(), layout.n, statistics.column_ranks)
+    return RetrievalRanks(rows, torch.where(problem.column_threshold == -torch.inf, -1, columns))

@@ -31,19 +31,37 @@ def report() -> dict[str, Any]:
         "devices": devices,
         "backends": {
             name: {
-                "details": backend.details(),
+                "details": _details(backend),
                 "why_not": {
-                    device: {_name(dtype): backend.why_not(_probe(device, dtype)) for dtype in DTYPES}
+                    device: {_name(dtype): _why_not(backend, _probe(device, dtype)) for dtype in DTYPES}
                     for device in devices
                 },
             }
             for name, backend in backends.registered().items()
         },
-        "auto": {
-            device: {_name(dtype): backends.select("auto", _probe(device, dtype)).name for dtype in DTYPES}
-            for device in devices
-        },
+        "auto": {device: {_name(dtype): _automatic(_probe(device, dtype)) for dtype in DTYPES} for device in devices},
     }
+
+
+def _details(backend: backends.Backend) -> dict[str, str]:
+    try:
+        return backend.details()
+    except ValueError as error:
+        return {"unusable": str(error)}
+
+
+def _why_not(backend: backends.Backend, problem: Problem) -> str | None:
+    try:
+        return backend.why_not(problem)
+    except ValueError as error:  # a setting in the environment that this machine cannot follow
+        return str(error)
+
+
+def _automatic(problem: Problem) -> str:
+    try:
+        return backends.select("auto", problem).name
+    except ValueError as error:
+        return f"none: {error}"
 
 
 def _devices() -> dict[str, str]:

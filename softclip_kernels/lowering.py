@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from . import distributed
+from . import checks, distributed
 from .layout import Layout
 from .problem import LossParts, Problem, TeacherOperand
 from .scatter import sum_rows
@@ -102,6 +102,9 @@ class IndexTerm(HardTerm):
     own: bool = False
 
     def complete(self, context: Context) -> IndexTerm:
+        if context.segments is not None and context.layout.exchange is None:
+            row_segment, column_segment = context.segments
+            checks.own_segments(row_segment, column_segment[self.index])
         ones = torch.ones_like(self.row_coefficient)
         return replace(self, sums=(ones, distributed.sum_to_columns(ones, self.index, context.layout, self.own)))
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from . import backends, checks
 from .functional import REDUCTIONS, Losses, softclip_loss
-from .targets import Target
+from .targets import Target, check_target
 
 
 class SoftClipLoss(nn.Module):
@@ -29,6 +29,8 @@ class SoftClipLoss(nn.Module):
         super().__init__()
         checks.one_of("reduction", reduction, REDUCTIONS)
         backends.check_name(backend)
+        if target is not None:
+            check_target("target", target)
         self.target = target
         self.reduction = reduction
         self.group = group

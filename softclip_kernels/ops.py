@@ -145,8 +145,12 @@ def backward(
     problem = unpack(arguments, sources)
     nothing = torch.empty(0, dtype=torch.int64, device=x.device)
     statistics = Statistics(rows, columns, positive_logit, nothing, nothing)
-    dx, dy, dscale = block_backward(problem, statistics, grad_rows, grad_columns, grad_positive, backend)
-    return dx.to(x.dtype), dy.to(y.dtype), dscale
+    gradients = list(block_backward(problem, statistics, grad_rows, grad_columns, grad_positive, backend))
+    # Rounded one after the other, each sum released at once: they are larger than what they are rounded to.
+    for index, dtype in enumerate((x.dtype, y.dtype)):
+        gradients[index] = gradients[index].to(dtype)
+    dx, dy, dscale = gradients
+    return dx, dy, dscale
 
 
 @backward.register_fake
@@ -207,6 +211,9 @@ def _positive_gradient(
             _log_ratio(column_logit, statistics.columns[1 + 2 * k][column]),
         ]
     gradient, log_probability = torch.stack(gradients), torch.stack(log_probabilities)
+    if problem.row_segment is not None and problem.column_segment is not None:  # a pair that is excluded has no weight
+        excluded = problem.row_segment != problem.column_segment[column]
+        log_probability = log_probability.masked_fill(excluded, -torch.inf)
     near_one = log_probability > math.log(0.5)
     exact = torch.where(near_one, torch.expm1(log_probability), torch.exp(log_probability))
     total = grad_positive + torch.where(near_one, gradient, 0.0).sum(0) + (gradient * exact).sum(0)

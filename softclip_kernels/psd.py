@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks
 from .schedules import Schedule
-from .targets import Average, Blocks, Hard, Mix, Target
+from .targets import Average, Blocks, ForBatch, Hard, Mix, Target
 from .teachers import SelfTeacher, Teacher
 
 
@@ -56,16 +56,19 @@ class ProgressiveSelfDistillation:
     def __post_init__(self) -> None:
         checks.one_of("swap", self.swap, ("none", "paired"))
         checks.one_of("scope", self.scope, ("full", "block"))
-        SelfTeacher(self.teacher_scale)  # raises on a bad scale
+        checks.teacher_scale("teacher_scale", self.teacher_scale, ("tied",))
 
     def at(self, step: int, n: int, teacher: Teacher | Sequence[Teacher] | None = None) -> Target:
         """The target of optimiser step `step` for a global batch of n pairs. `teacher` (external embeddings of this
         batch) takes the place of the constructor's."""
         alpha = self.schedule(step)
         checks.number_in("the schedule's alpha", alpha, 0.0, 1.0)
-        soft = partition(n, round(alpha * n), self.seed, step)
+        count = round(alpha * n)
+        if count == 0:  # CLIP, at CLIP's cost
+            return ForBatch(Hard(), n)
+        soft = partition(n, count, self.seed, step)
         target: Target = Mix(Hard(), self._soft_target(self.teacher if teacher is None else teacher), soft.float())
-        return Blocks(target, soft.long(), soft.long()) if self.scope == "block" else target
+        return ForBatch(Blocks(target, soft.long(), soft.long()) if self.scope == "block" else target, n)
 
     def _soft_target(self, teacher: Teacher | Sequence[Teacher] | None) -> Target:
         if teacher is None:

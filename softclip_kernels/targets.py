@@ -8,9 +8,11 @@ be given for this rank's rows or for the global batch.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,35 +41,54 @@ class Context:
 
     def row_vector(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a per-row tensor given for its own rows or for all."""
-        value = value.detach().to(self.layout.device)
         checks.vector(name, value, (self.layout.n_local, self.layout.n))
+        value = value.detach().to(self.layout.device)
         return value if len(value) == self.layout.n_local else value[self.layout.own_rows]
 
     def column_vector(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a per-column tensor given for its own columns or for all."""
-        value = value.detach().to(self.layout.device)
         checks.vector(name, value, (self.layout.m_local, self.layout.m))
+        value = value.detach().to(self.layout.device)
         return value if len(value) == self.layout.m_local else value[self.layout.own_columns]
+
+    def identifiers(self, name: str, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of ids of rows and columns, int64."""
+        for side, value in (("rows", rows), ("columns", columns)):
+            checks.identifiers(f"{name} of the {side}", value)
+        own_rows = self.row_vector(f"{name} of the rows", rows)
+        return own_rows.long(), self.column_vector(f"{name} of the columns", columns).long()
 
     def coefficients(self, name: str, value: Coefficients) -> tuple[Tensor | float, Tensor | float]:
         """A number for all, one tensor for the pairs (N == M), or a (per-row, per-column) couple."""
-        if isinstance(value, Tensor) and value.dim() == 0:
-            return value, value
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and value.dim():
             checks.square(f"one tensor as {name}", self.layout.n, self.layout.m)
-            value = (value, value)
         rows, columns = value if isinstance(value, tuple) else (value, value)
-        if isinstance(rows, Tensor) and rows.dim():
-            rows = self.row_vector(f"{name} of the rows", rows).to(self.layout.dtype)
-        if isinstance(columns, Tensor) and columns.dim():
-            columns = self.column_vector(f"{name} of the columns", columns).to(self.layout.dtype)
+        if isinstance(rows, Tensor):
+            rows = self._number_or(self.row_vector, f"{name} of the rows", rows)
+        if isinstance(columns, Tensor):
+            columns = self._number_or(self.column_vector, f"{name} of the columns", columns)
         return rows, columns
+
+    def _number_or(self, vector: Callable[[str, Tensor], Tensor], name: str, value: Tensor) -> Tensor:
+        own = value.detach().to(self.layout.device) if value.dim() == 0 else vector(name, value)
+        return own.to(self.layout.dtype)
 
 
 class Target(ABC):
     @abstractmethod
     def lower(self, context: Context) -> LoweredTarget:
         """This target as terms; raises on values that do not fit the batch. Communicates nothing: see Term.complete."""
+
+
+def check_target(name: str, value: Any) -> None:
+    if not isinstance(value, Target):
+        hint = "; call its at(step, n)" if hasattr(value, "at") else ""
+        raise TypeError(f"{name} must be a target, such as Hard() or Mix(...), not {type(value).__name__}{hint}")
+
+
+def _check_coefficients(name: str, value: Coefficients, check: Callable[[str, Any], None]) -> None:
+    for one in value if isinstance(value, tuple) else (value,):
+        check(name, one)
 
 
 @dataclass(frozen=True)
@@ -111,9 +132,8 @@ class Hard(Target):
 
     def _grouped(self, context: Context) -> LoweredTarget:
         assert self.groups is not None
-        row_ids = context.row_vector("groups of the rows", self.groups[0])
-        column_ids = context.column_vector("groups of the columns", self.groups[1])
-        return LoweredTarget(hard=(GroupTerm(*context.ones(), row_ids.long(), column_ids.long()),))
+        row_ids, column_ids = context.identifiers("groups", *self.groups)
+        return LoweredTarget(hard=(GroupTerm(*context.ones(), row_ids, column_ids),))
 
 
 def _uniform(context: Context) -> LoweredTarget:
@@ -170,11 +190,9 @@ class Mix(Target):
     alpha: Coefficients
 
     def __post_init__(self) -> None:
-        for value in self.alpha if isinstance(self.alpha, tuple) else (self.alpha,):
-            if isinstance(value, Tensor):
-                checks.probabilities("alpha", value)
-            else:
-                checks.number_in("alpha", value, 0.0, 1.0)
+        check_target("hard", self.hard)
+        check_target("soft", self.soft)
+        _check_coefficients("alpha", self.alpha, checks.probabilities)
 
     def lower(self, context: Context) -> LoweredTarget:
         rows, columns = context.coefficients("alpha", self.alpha)
@@ -192,11 +210,13 @@ class Average(Target):
     def __post_init__(self) -> None:
         if not self.targets:
             raise ValueError("Average needs at least one target")
-        if self.weights is not None and (
-            len(self.weights) != len(self.targets) or min(self.weights) < 0 or sum(self.weights) <= 0
+        for target in self.targets:
+            check_target("every one of targets", target)
+        if self.weights is not None and not (
+            len(self.weights) == len(self.targets) and min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf
         ):
             raise ValueError(
-                f"weights={list(self.weights)} must be {len(self.targets)} numbers, none negative, not all zero"
+                f"weights={list(self.weights)} must be {len(self.targets)} finite numbers, none negative, not all zero"
             )
 
     def lower(self, context: Context) -> LoweredTarget:
@@ -214,6 +234,10 @@ class Weighted(Target):
 
     target: Target
     weights: Coefficients
+
+    def __post_init__(self) -> None:
+        check_target("target", self.target)
+        _check_coefficients("weights", self.weights, checks.non_negative)
 
     def lower(self, context: Context) -> LoweredTarget:
         rows, columns = context.coefficients("weights", self.weights)
@@ -233,8 +257,28 @@ class Blocks(Target):
     rows: Tensor
     columns: Tensor
 
+    def __post_init__(self) -> None:
+        check_target("target", self.target)
+
     def lower(self, context: Context) -> LoweredTarget:
-        row_segment = context.row_vector("segments of the rows", self.rows).to(torch.int64)
-        column_segment = context.column_vector("segments of the columns", self.columns).to(torch.int64)
-        segments = (row_segment, column_segment)
-        return replace(self.target.lower(replace(context, segments=segments)), segments=segments)
+        segments = context.identifiers("segments", self.rows, self.columns)
+        lowered = self.target.lower(replace(context, segments=segments))
+        if lowered.segments is not None:
+            raise ValueError("Blocks inside Blocks: give one Blocks whose segments combine both")
+        return replace(lowered, segments=segments)
+
+
+@dataclass(frozen=True)
+class ForBatch(Target):
+    """A target that was made for a batch of n pairs: over ranks, of the global batch. Any other batch is refused."""
+
+    target: Target
+    n: int
+
+    def lower(self, context: Context) -> LoweredTarget:
+        if (context.layout.n, context.layout.m) != (self.n, self.n):
+            raise ValueError(
+                f"the target was made for n={self.n} pairs, but the batch has {context.layout.n} rows and "
+                f"{context.layout.m} columns; over ranks n is that of the global batch"
+            )
+        return self.target.lower(context)

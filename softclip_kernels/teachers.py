@@ -32,6 +32,11 @@ class Potentials:
     row: Tensor
     column: Tensor
 
+    def __post_init__(self) -> None:
+        for name, value in (("the row potential", self.row), ("the column potential", self.column)):
+            checks.tensor(name, value)
+            checks.potential(name, value)
+
 
 Normalise = str | Sinkhorn | Potentials
 
@@ -76,7 +81,7 @@ class ColumnNormalisedTerm(TeacherTerm):
     """A teacher whose potentials are the other direction's log-sum-exps, which complete computes."""
 
     def complete(self, context: Context) -> TeacherTerm:
-        row, column = (-lse for lse in _log_sum_exps(context, self.operand))
+        row, column = (_normalising(lse) for lse in _log_sum_exps(context, self.operand))
         return replace(
             self, row_potential=torch.zeros_like(row), column_potential=torch.zeros_like(column)
         ).with_biases(row, column)
@@ -103,17 +108,24 @@ def _log_sum_exps(context: Context, operand: TeacherOperand) -> tuple[Tensor, Te
     if operand.source == Source.EMBEDDINGS:  # the teacher's own similarity is the cheaper problem to ride on
         assert operand.x is not None and operand.y is not None and operand.scale is not None
         x, y, scale = operand.x, operand.y, operand.scale
+        if x.dtype != context.x.dtype:  # a backend takes the student's dtype, and a teacher of any
+            x, y = x.to(context.layout.dtype), y.to(context.layout.dtype)
         operand = TeacherOperand(Source.LOGITS, None, None, None, operand.row_bias, operand.column_bias)
     problem = Problem(x, y, scale, None, row_segment, column_segment, (operand,))
     statistics = autograd.loss_parts(problem, (), context.layout, context.backend).statistics
     return statistics.rows[1].to(context.layout.dtype), statistics.columns[1].to(context.layout.dtype)
 
 
+def _normalising(log_sum_exp: Tensor) -> Tensor:
+    """The potential that makes a row (column) sum to 1; one that sees nothing is excluded."""
+    return torch.where(log_sum_exp == -torch.inf, -torch.inf, -log_sum_exp)
+
+
 def _sinkhorn_potentials(context: Context, operand: TeacherOperand, iterations: int) -> tuple[Tensor, Tensor]:
     row, column = (torch.zeros_like(one) for one in context.ones())
     for _ in range(iterations):
-        column = -_log_sum_exps(context, replace(operand, row_bias=row, column_bias=column))[1]
-        row = -_log_sum_exps(context, replace(operand, row_bias=row, column_bias=column))[0]
+        column = _normalising(_log_sum_exps(context, replace(operand, row_bias=row, column_bias=column))[1])
+        row = _normalising(_log_sum_exps(context, replace(operand, row_bias=row, column_bias=column))[0])
     return row, column
 
 
@@ -130,6 +142,10 @@ class Teacher(SoftTarget):
     a: Tensor
     b: Tensor
     scale: Tensor | float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        checks.teacher_scale("teacher scale", self.scale)
 
     def swapped(self) -> Teacher:
         """Row i is taught by the teacher's text→image distribution of pair i, and the other way round."""
@@ -163,8 +179,7 @@ class SelfTeacher(SoftTarget):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.one_of("swap", self.swap, ("none", "paired"))
-        if isinstance(self.scale, str):
-            checks.one_of("scale", self.scale, ("tied",))
+        checks.teacher_scale("scale", self.scale, ("tied",))
 
     def operand(self, context: Context) -> TeacherOperand:
         ratio = None
@@ -188,7 +203,6 @@ class SelfTeacher(SoftTarget):
 def _detached_scale(scale: Tensor | float, context: Context) -> Tensor:
     """A teacher's scale as a 0-d tensor of the accumulation dtype, without gradient."""
     if not isinstance(scale, Tensor):
-        checks.number_in("teacher scale", scale, 0.0, torch.finfo(torch.float32).max)
         return torch.tensor(scale, dtype=context.layout.dtype, device=context.layout.device)
-    checks.logit_scale(scale, context.layout.device)
+    checks.logit_scale(scale, context.layout.device, "teacher scale")
     return scale.detach().to(context.layout.device, context.layout.dtype).reshape(())

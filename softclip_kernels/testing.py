@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import accumulation_dtype
-from .targets import Average, Blocks, Dense, Hard, Mix, Target, Weighted
+from .targets import Average, Blocks, Dense, ForBatch, Hard, Mix, Target, Weighted
 from .teachers import Potentials, SelfTeacher, Sinkhorn, SoftTarget, Teacher
 
 
@@ -43,10 +43,10 @@ def dense_target(target: Target, x: Tensor, y: Tensor, scale: Tensor) -> DenseTa
     x, y, scale = x.detach(), y.detach(), scale.detach()
     allowed = torch.ones(len(x), len(y), dtype=torch.bool, device=x.device)
     row_weight, column_weight = x.new_ones(len(x)), x.new_ones(len(y))
-    while isinstance(target, (Blocks, Weighted)):
+    while isinstance(target, (Blocks, ForBatch, Weighted)):
         if isinstance(target, Blocks):
             allowed = target.rows[:, None] == target.columns[None, :]
-        else:
+        elif isinstance(target, Weighted):
             weights = target.weights if isinstance(target.weights, tuple) else (target.weights, target.weights)
             row_weight, column_weight = row_weight * weights[0], column_weight * weights[1]
         target = target.target
@@ -62,7 +62,9 @@ def _matrices(target: Target, x: Tensor, y: Tensor, scale: Tensor, allowed: Tens
         return rows, rows if target.columns is None else target.columns.to(x.dtype)
     if isinstance(target, Mix):
         alpha = target.alpha if isinstance(target.alpha, tuple) else (target.alpha, target.alpha)
-        row_alpha, column_alpha = (torch.as_tensor(value, dtype=x.dtype).reshape(-1) for value in alpha)
+        row_alpha, column_alpha = (
+            torch.as_tensor(value, dtype=x.dtype, device=x.device).reshape(-1) for value in alpha
+        )
         hard, soft = (_matrices(part, x, y, scale, allowed) for part in (target.hard, target.soft))
         return (
             (1 - row_alpha)[:, None] * hard[0] + row_alpha[:, None] * soft[0],
@@ -100,11 +102,12 @@ def _hard_matrices(target: Hard, x: Tensor, allowed: Tensor) -> tuple[Tensor, Te
 
 def _soft_matrices(target: SoftTarget, x: Tensor, y: Tensor, scale: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(target, Teacher):
-        t = torch.as_tensor(target.scale, dtype=x.dtype) * target.a.to(x.dtype) @ target.b.to(x.dtype).T
+        own = torch.as_tensor(target.scale, dtype=x.dtype, device=x.device)
+        t = own * target.a.to(x.dtype) @ target.b.to(x.dtype).T
     else:
         assert isinstance(target, SelfTeacher)
-        own = scale if isinstance(target.scale, str) else torch.as_tensor(target.scale, dtype=x.dtype)
-        t = own.to(x.dtype) * x @ y.T
+        own = torch.as_tensor(scale if isinstance(target.scale, str) else target.scale, dtype=x.dtype, device=x.device)
+        t = own * x @ y.T
         t = t.T if target.swap == "paired" else t
     t = t.masked_fill(~allowed, -torch.inf)
     if target.normalise in ("row", "column"):
@@ -114,7 +117,8 @@ def _soft_matrices(target: SoftTarget, x: Tensor, y: Tensor, scale: Tensor, allo
         plan = (t + target.normalise.row[:, None].to(t) + target.normalise.column[None, :].to(t)).exp()
         return plan, plan
     for _ in range((target.normalise if isinstance(target.normalise, Sinkhorn) else Sinkhorn()).iterations):
-        t = t.log_softmax(0).log_softmax(1)
+        for dim in (0, 1):
+            t = t.log_softmax(dim).masked_fill(~allowed, -torch.inf)  # a log_softmax over nothing is NaN
     return t.exp(), t.exp()
 
 

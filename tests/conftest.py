@@ -79,6 +79,8 @@ RECTANGULAR_TARGETS: dict[str, TargetMaker] = {
         Hard(_integers(n, m, 4), 0.1), _teacher(n, m), (_fractions(n, 12), _fractions(m, 13))
     ),
     "two_indices": lambda n, m: Average([Hard(_integers(n, m, 4)), Hard(_integers(n, m, 14))], (1.0, 3.0)),
+    "blocks_column": lambda n, m: Blocks(_teacher(n, m, normalise="column"), _segments(n) * 2, _segments(m)),
+    "blocks_sinkhorn": lambda n, m: Blocks(_teacher(n, m, normalise="sinkhorn"), _segments(n), _segments(m) * 3),
     "blocks": lambda n, m: Blocks(Average([_teacher(n, m), SelfTeacher(8.0)]), _segments(n), _segments(m)),
 }
 

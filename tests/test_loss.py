@@ -7,11 +7,14 @@ import torch
 from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
 
 from softclip_kernels import (
+    Average,
     Hard,
     Losses,
     Mix,
     SelfTeacher,
     SoftClipLoss,
+    Teacher,
+    checks,
     softclip_loss,
     softclip_loss_with_ranks,
 )
@@ -28,15 +31,23 @@ from softclip_kernels.testing import (
 
 # Triton, in its interpreter, has tests of its own.
 FLOAT64_BACKENDS = ("reference", "chunked")
-BACKENDS = (
-    *FLOAT64_BACKENDS,
-    pytest.param("native", marks=pytest.mark.skipif(not native.levels(), reason="not built")),
-)
+NATIVE = [f"native {level}" for level in native.levels()] or [
+    pytest.param("native", marks=pytest.mark.skip(reason="the native extension is not built"))
+]
 
 # The edge of a block in these tests is 48 (conftest): 47 to 49 straddle one block, 63 to 65 and 127 to 129 a register
 # tile and a GPU tile, 1 and 2 are degenerate, 1000 has many blocks. D covers odd, tiny, and the usual tower widths.
 SQUARE_SIZES = ((1, 3), (2, 1), (47, 64), (48, 1), (49, 320), (65, 96), (129, 768), (1000, 64))
 RECTANGULAR_SIZES = ((1, 2, 3), (2, 1, 64), (64, 127, 96), (129, 63, 1), (65, 49, 2048), (1000, 65, 384))
+
+
+@pytest.fixture(params=(*FLOAT64_BACKENDS, *NATIVE))
+def backend(request, monkeypatch):
+    """Every backend; the native one at every instruction-set level of this machine."""
+    name, _, level = request.param.partition(" ")
+    if level:
+        monkeypatch.setenv(native.ISA_VARIABLE, level)
+    return name
 
 
 def fused(x, y, scale, target, backend):
@@ -49,7 +60,6 @@ def operands(n, m, d, dtype=torch.float32, scale=14.3):
     return x, y, torch.tensor(scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SQUARE_TARGETS)
 def test_square_targets(name, backend):
     for n, d in SQUARE_SIZES:
@@ -58,7 +68,6 @@ def test_square_targets(name, backend):
         assert_as_accurate_as_dense(fused(x, y, scale, target, backend), x, y, scale, target)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", RECTANGULAR_TARGETS)
 def test_rectangular_targets(name, backend):
     for n, m, d in RECTANGULAR_SIZES:
@@ -67,21 +76,18 @@ def test_rectangular_targets(name, backend):
         assert_as_accurate_as_dense(fused(x, y, scale, target, backend), x, y, scale, target)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("scale", (1.0, 14.3, 100.0))
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_external", "labels_smoothing"))
-def test_dtypes_and_scales(name, scale, dtype, backend):
-    if backend == "native" and dtype not in native.DTYPES:
-        pytest.skip("native computes float32 and bfloat16")
+def test_dtypes_and_scales(name, scale, backend):
     n, d = 129, 64
     target = ALL_TARGETS[name](n, n)
-    x, y, scale = operands(n, n, d, dtype, scale)
-    scale = scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
-    result = fused(x, y, scale, target, backend)
-    assert_as_accurate_as_dense(result, x, y, scale, target)
-    assert result.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert (result.dx.dtype, result.dy.dtype, result.dscale.dtype) == (dtype, dtype, scale.dtype)
+    for dtype in native.DTYPES if backend == "native" else checks.FLOATING:
+        x, y, logit_scale = operands(n, n, d, dtype, scale)
+        logit_scale = logit_scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        result = fused(x, y, logit_scale, target, backend)
+        assert_as_accurate_as_dense(result, x, y, logit_scale, target)
+        assert result.loss.dtype == logit_scale.dtype
+        assert (result.dx.dtype, result.dy.dtype, result.dscale.dtype) == (dtype, dtype, logit_scale.dtype)
 
 
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
@@ -127,10 +133,10 @@ def test_reductions_and_grad_output(backend):
     assert not infinite.dx.isfinite().any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_strides(backend):
     """Transposed, sliced and expanded operands equal contiguous ones."""
     wide = unit_rows(100, 64, dtype=torch.float32)
+    a, b = wide[:50, 1:64:3], wide.T.contiguous().T[50:, :63:3]
     scale = torch.tensor(14.3)
     views = (
         (wide[::2, ::2], wide[1::2, 1::2]),
@@ -139,13 +145,13 @@ def test_strides(backend):
         (wide[:50, 3:40], wide.flip(0)[:50, 3:40]),
     )
     for x, y in views:
-        strided = fused(x, y, scale, None, backend)
-        contiguous = fused(x.contiguous(), y.contiguous(), scale, None, backend)
+        strided = fused(x, y, scale, Mix(Hard(), Teacher(a, b, 9.0), 0.5), backend)
+        plain = Mix(Hard(), Teacher(a.contiguous(), b.contiguous(), 9.0), 0.5)
+        contiguous = fused(x.contiguous(), y.contiguous(), scale, plain, backend)
         for field in ("loss", "dx", "dy", "dscale"):
             torch.testing.assert_close(getattr(strided, field), getattr(contiguous, field), rtol=2e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_adversarial_values_stay_finite(backend):
     """Logits of ±1e4, identical rows, opposite rows, zero rows, converged pairs."""
     base = unit_rows(65, 32, dtype=torch.float32)
@@ -166,12 +172,51 @@ def test_adversarial_values_stay_finite(backend):
             assert_as_accurate_as_dense(result, x, y, scale, target)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_in_nan_out(backend):
-    x = unit_rows(65, 8, dtype=torch.float32)
-    x[5, 2] = torch.nan
-    result = fused(x, unit_rows(65, 8, seed=1, dtype=torch.float32), torch.tensor(5.0), None, backend)
-    assert result.loss.isnan()
+@pytest.mark.parametrize("value", (torch.nan, torch.inf))
+def test_nan_in_nan_out(value, backend):
+    """In an embedding or in a teacher's."""
+    x, y = (unit_rows(65, 8, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    bad, scale = x.clone(), torch.tensor(5.0)
+    bad[5, 2] = value
+    assert not fused(bad, y, scale, None, backend).loss.isfinite()
+    for target in (Teacher(bad, y, 5.0), Mix(Hard(), Teacher(bad, y, 5.0), 0.5)):
+        assert not fused(x, y, scale, target, backend).loss.isfinite()
+    _, ranks = softclip_loss_with_ranks(bad * torch.nan, y, scale, backend=backend)
+    assert ranks.recall(10) == (0.0, 0.0), "NaN is no good match"
+
+
+# Segments, several teachers and an index that is not the diagonal, beside the plain loss.
+@pytest.mark.parametrize("name", ("hard", "psd_block", "psd_several", "two_indices"))
+def test_memory_around_the_operands_is_left_alone(name, backend, monkeypatch):
+    """Reads: rows and columns beyond the operands are NaN. Writes: allocations are fenced, and NaN where not zeroed."""
+    n, d, fence, canary = 65, 24, 64, -12345.0
+    scale, target = torch.tensor(14.3), ALL_TARGETS[name](65, 65)
+    x, y = (unit_rows(n, d, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    expected = fused(x, y, scale, target, backend)
+    inside = []
+    for operand in (x, y):
+        wide = torch.full((n + 2, d + 2 * fence), torch.nan)
+        wide[1:-1, fence:-fence] = operand
+        inside.append(wide[1:-1, fence:-fence])
+    fences = []
+
+    def fenced(value):
+        def allocate(*shape, dtype=torch.float32, device=None):
+            shape = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
+            whole = torch.full((shape.numel() + 2 * fence,), canary if dtype.is_floating_point else -123).to(dtype)
+            fences.extend((whole[:fence], whole[-fence:]))
+            return whole[fence : fence + shape.numel()].fill_(value if dtype.is_floating_point else 0).view(shape)
+
+        return allocate
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "empty", fenced(torch.nan))
+        patched.setattr(torch, "zeros", fenced(0.0))
+        result = fused(*inside, scale, target, backend)
+    assert all((one == one[0]).all() and one[0] in (canary, -123) for one in fences)
+    assert fences or backend != "native"
+    for field in ("loss", "dx", "dy", "dscale"):
+        torch.testing.assert_close(getattr(result, field), getattr(expected, field), rtol=2e-6, atol=1e-7)
 
 
 def test_repeats_are_bitwise_equal():
@@ -183,7 +228,6 @@ def test_repeats_are_bitwise_equal():
         assert all(torch.equal(getattr(first, f), getattr(again, f)) for f in ("loss", "dx", "dy", "dscale"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_retrieval_ranks(backend):
     n = 129
     x = unit_rows(n, 16, dtype=torch.float32)
@@ -196,7 +240,6 @@ def test_retrieval_ranks(backend):
     assert torch.equal(loss, softclip_loss(x, y, torch.tensor(20.0), backend=backend))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_ranks_with_labels_and_ties(backend):
     """Columns without a positive say -1; a duplicate of the positive ties in its favour."""
     x = unit_rows(4, 8, dtype=torch.float32)
@@ -208,9 +251,10 @@ def test_ranks_with_labels_and_ties(backend):
 
 
 def test_ranks_need_one_positive():
-    x = unit_rows(4, 8)
-    with pytest.raises(ValueError, match="one positive a row"):
-        softclip_loss_with_ranks(x, x, torch.tensor(1.0), SelfTeacher())
+    x, labels = unit_rows(4, 8), torch.zeros(4, dtype=torch.int64)
+    for target in (SelfTeacher(), Average([Hard(labels), Hard(labels + 1)])):
+        with pytest.raises(ValueError, match="one positive a row"):
+            softclip_loss_with_ranks(x, x, torch.tensor(1.0), target)
 
 
 def test_module_is_a_drop_in():

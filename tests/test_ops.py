@@ -8,42 +8,48 @@ import sys
 
 import pytest
 import torch
-from conftest import ALL_TARGETS, SQUARE_TARGETS
+from conftest import ALL_TARGETS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softclip_kernels import Hard, SoftClipLoss, ops, softclip_loss, softclip_loss_with_ranks
 from softclip_kernels.agreement import make_layout
-from softclip_kernels.backends import chunked
+from softclip_kernels.backends import chunked, native
 from softclip_kernels.problem import Problem
 from softclip_kernels.targets import Context
-from softclip_kernels.testing import matching_rows, unit_rows
+from softclip_kernels.testing import Result, matching_rows, unit_rows
+
+BACKENDS = ("reference", "chunked", *(["native"] if native.levels() else []))
 
 
-def lowered_problem(name: str, n: int = 20, d: int = 6) -> Problem:
-    x, y, scale = unit_rows(n, d), unit_rows(n, d, seed=1), torch.tensor(10.0, dtype=torch.float64)
-    context = Context(x, y, scale, make_layout(x, y, None), "chunked")
+def lowered_problem(name: str, backend: str, n: int = 20, d: int = 6) -> Problem:
+    dtype = torch.float32 if backend == "native" else torch.float64
+    x, y = (unit_rows(n, d, seed=seed, dtype=dtype) for seed in (0, 1))
+    scale = torch.tensor(10.0, dtype=dtype)
+    context = Context(x, y, scale, make_layout(x, y, None), backend)
     return ALL_TARGETS[name](n, n).lower(context).complete(context).problem(x, y, scale)
 
 
 # Between them: no teacher, each teacher source, biases, several teachers, segments, no positive.
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_no_swap", "psd_several_block", "teacher_sinkhorn"))
-def test_opcheck(name):
-    problem = lowered_problem(name)
+def test_opcheck(name, backend):
+    problem = lowered_problem(name, backend)
     arguments, sources = ops.pack(problem)
-    torch.library.opcheck(ops.forward, (*arguments, sources, "chunked"))
-    found = ops.forward(*arguments, sources, "chunked")
+    torch.library.opcheck(ops.forward, (*arguments, sources, backend))
+    found = ops.forward(*arguments, sources, backend)
     x, y, scale, positive, row_segment, column_segment, _, _, operands = arguments
     gradients = (found[0][0::2].contiguous(), found[1][0::2].contiguous(), torch.ones_like(found[2]))
     torch.library.opcheck(
         ops.backward,
-        (x, y, scale, positive, row_segment, column_segment, operands, sources, "chunked", *found[:3], *gradients),
+        (x, y, scale, positive, row_segment, column_segment, operands, sources, backend, *found[:3], *gradients),
     )
 
 
-def test_opcheck_with_ranks():
-    arguments, sources = ops.pack(lowered_problem("hard"))
-    arguments[6], arguments[7] = torch.zeros(20, dtype=torch.float64), torch.zeros(20, dtype=torch.float64)
-    torch.library.opcheck(ops.forward, (*arguments, sources, "chunked"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_with_ranks(backend):
+    arguments, sources = ops.pack(lowered_problem("hard", backend))
+    arguments[6] = arguments[7] = torch.zeros(20, dtype=arguments[0].dtype)
+    torch.library.opcheck(ops.forward, (*arguments, sources, backend))
 
 
 # A self teacher is a constant to the loss but not to a finite difference, so these have none; the comparison with the
@@ -59,13 +65,14 @@ FIXED_TARGETS += (
 )
 
 
+@pytest.mark.parametrize("backend", ("reference", "chunked"))
 @pytest.mark.parametrize("name", FIXED_TARGETS)
-def test_gradcheck(name):
+def test_gradcheck(name, backend):
     n = 5
     target = ALL_TARGETS[name](n, n)
     x, y = unit_rows(n, 3).requires_grad_(), unit_rows(n, 3, seed=1).requires_grad_()
     scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *leaves: softclip_loss(*leaves, target), (x, y, scale))
+    assert torch.autograd.gradcheck(lambda *leaves: softclip_loss(*leaves, target, backend=backend), (x, y, scale))
 
 
 # Between them: indices, groups, both kinds of self teacher, potentials computed by the operator itself, segments.
@@ -88,14 +95,32 @@ def test_compiles_to_one_graph(name):
         torch.testing.assert_close(gradient, other)
 
 
-def test_autocast_leaves_the_loss_in_full_precision():
+def test_ranks_compile_to_one_graph():
+    x, y = unit_rows(33, 6, dtype=torch.float32), unit_rows(33, 6, seed=1, dtype=torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(softclip_loss_with_ranks, fullgraph=True, backend="aot_eager")
+    (loss, ranks), (expected, same) = (f(x, y, torch.tensor(10.0)) for f in (compiled, softclip_loss_with_ranks))
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(ranks.rows, same.rows) and torch.equal(ranks.columns, same.columns)
+
+
+# Kernels, and the terms outside them that multiply matrices: a dense target, tables of groups.
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ("psd_external", "teacher_sinkhorn", "dense", "groups"))
+def test_autocast_leaves_the_loss_in_full_precision(name, backend):
     x, y = unit_rows(65, 16, dtype=torch.float32), unit_rows(65, 16, seed=1, dtype=torch.float32)
-    scale = torch.tensor(50.0)
-    target = SQUARE_TARGETS["psd_external"](65, 65)
-    outside = softclip_loss(x, y, scale, target)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = softclip_loss(x, y, scale, target)
-    assert torch.equal(inside, outside)
+    target = ALL_TARGETS[name](65, 65)
+
+    def loss(*leaves):
+        return softclip_loss(*leaves, target, backend=backend)
+
+    def inside(*leaves):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss(*leaves)
+
+    outer, inner = (Result.of(function, x, y, torch.tensor(50.0)) for function in (loss, inside))
+    for field in ("loss", "dx", "dy", "dscale"):
+        assert torch.equal(getattr(inner, field), getattr(outer, field)), field
 
 
 def test_no_grad_and_inference():
@@ -148,7 +173,8 @@ def transparent_ops(monkeypatch):
 # Dense targets are (N, M) tensors that the user brings.
 @pytest.mark.parametrize("name", [name for name in ALL_TARGETS if not name.startswith("dense")])
 def test_no_matrix_of_all_pairs(name, transparent_ops):
-    """Neither pass holds anything larger than a block or a handful of embeddings; the reference, for contrast, does."""
+    """Of PyTorch's operators, in the chunked backend and around every kernel: neither pass holds anything larger than a
+    block or a handful of embeddings; the reference, for contrast, does."""
     n, d = 300, 8
     target = ALL_TARGETS[name](n, n)
 

@@ -21,13 +21,15 @@ from softclip_kernels import (
     SelfTeacher,
     Sinkhorn,
     Teacher,
+    Weighted,
+    checks,
     partition,
     schedules,
     softclip_loss,
 )
 from softclip_kernels.agreement import make_layout
 from softclip_kernels.targets import Context
-from softclip_kernels.testing import Result, unit_rows
+from softclip_kernels.testing import Result, dense_loss, unit_rows
 
 sizes = st.integers(1, 70)
 widths = st.integers(1, 20)
@@ -199,9 +201,29 @@ def test_paired_swap_of_an_external_teacher():
     )
 
 
+def test_a_positive_in_another_segment_has_no_weight(monkeypatch):
+    """Refused where it can be seen without waiting for a GPU; elsewhere what the formula says, with p = 0 there."""
+    monkeypatch.setattr(checks, "_readable", lambda value: False)
+    x, y, scale = batch(6, 5, 9.0)
+    target = Blocks(
+        Mix(Hard(), SelfTeacher(4.0), 0.4), torch.tensor([0, 0, 1, 1, 2, 7]), torch.tensor([0, 1, 1, 0, 2, 2])
+    )
+    expected = Result.of(lambda *leaves: dense_loss(*leaves, target), x, y, scale)
+    assert_equal(result(x, y, scale, target), expected)
+
+
+@pytest.mark.parametrize("alpha", (torch.tensor(0.3), torch.full((6,), 0.3)))
+def test_targets_get_no_gradient(alpha):
+    x, y, scale = batch(6, 5, 9.0)
+    parts = [alpha.requires_grad_(), torch.tensor(2.0, requires_grad=True), x.clone().requires_grad_()]
+    target = Weighted(Mix(Hard(), Teacher(parts[2], y, parts[1]), alpha), parts[1])
+    softclip_loss(x.requires_grad_(), y, scale, target).backward()
+    assert [part.grad for part in parts] == [None, None, None]
+
+
 def test_weighted_and_blocks_must_wrap_the_whole():
     x, y, scale = batch(4, 3, 1.0)
-    inner = Blocks(Hard(), torch.zeros(4), torch.zeros(4))
+    inner = Blocks(Hard(), torch.arange(4), torch.arange(4))
     with pytest.raises(ValueError, match="wrap the mixture"):
         softclip_loss(x, y, scale, Mix(inner, SelfTeacher(), 0.5))
 

@@ -105,8 +105,9 @@ def _teacher_logits(
 
 def _log_sum_exp_and_mean(teacher_logits: Tensor, z: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     # Weights that sum to 1 to the last bit: exp(t - lse) would carry the rounding of lse into a mean of size |z|.
-    weights = teacher_logits.softmax(dim).nan_to_num(0.0)  # NaN: everything is excluded
-    return teacher_logits.logsumexp(dim), (weights * z).sum(dim)
+    log_sum_exp, weights = teacher_logits.logsumexp(dim), teacher_logits.softmax(dim)
+    mean = (weights * z).sum(dim)
+    return log_sum_exp, torch.where(log_sum_exp == -torch.inf, 0.0, mean)  # everything is excluded
 
 
 def _excluded(problem: Problem) -> Tensor | None:
