@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .agreement import all_gather_into, in_phase, wait
 from .layout import Layout
-from .scatter import sum_rows
+from .rows import sum_rows
 
 Visit = Callable[[int, list[Tensor]], list[Tensor]]
 Merge = Callable[[list[Tensor], list[Tensor]], list[Tensor]]

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import checks, distributed
 from .layout import Layout
 from .problem import LossParts, Problem, TeacherOperand
-from .scatter import sum_rows
+from .rows import parts, sum_rows
 
 if TYPE_CHECKING:
     from .targets import Context
@@ -304,16 +304,15 @@ def positive_logits(problem: Problem, own: bool, layout: Layout) -> tuple[Tensor
     `scale * norm(x[i]) * norm(y[positive[i]])` (N,). `own`: see IndexTerm; otherwise it takes a lap of its own."""
     assert problem.positive is not None
     positive, dtype = problem.positive, problem.accumulation_dtype
-    x = problem.x.to(dtype)
-    logits, sizes = (x.new_zeros(len(x)) for _ in range(2))
+    logits, sizes = (problem.x.new_zeros(problem.rows, dtype=dtype) for _ in range(2))
 
     def visit(start: int, operands: list[Tensor]) -> list[Tensor]:
         block = operands[0].to(problem.y.dtype)
-        if len(block):
-            column = (positive - start).clamp(0, len(block) - 1)
-            inside, y = column == positive - start, block[column].to(dtype)
-            logits.add_(torch.where(inside, problem.scale * (x * y).sum(1), 0.0))
-            sizes.add_(torch.where(inside, problem.scale * x.norm(dim=1) * y.norm(dim=1), 0.0))
+        for part in parts(problem.x) if len(block) else ():
+            column = (positive[part] - start).clamp(0, len(block) - 1)
+            inside, x, y = column == positive[part] - start, problem.x[part].to(dtype), block[column].to(dtype)
+            logits[part] += torch.where(inside, problem.scale * (x * y).sum(1), 0.0)
+            sizes[part] += torch.where(inside, problem.scale * x.norm(dim=1) * y.norm(dim=1), 0.0)
         return []
 
     columns = [distributed.travelling(problem.y, layout)]

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from . import backends
 from .problem import Problem, Source, Statistics, TeacherOperand, accumulation_dtype
-from .scatter import add_rows
+from .rows import add_rows, parts
 
 FIELDS_PER_TEACHER = 5  # TeacherOperand.tensors()
-ROWS_AT_A_TIME = {"cpu": 1024, "cuda": 8192}  # bounds the temporaries of the positives' exact gradient
 
 
 def pack(problem: Problem) -> tuple[list[Any], list[int]]:
@@ -233,7 +232,7 @@ def _log_ratio(logit: Tensor, log_sum_exp: Tensor) -> Tensor:
 
 def _teacher_logit_at_positive(problem: Problem, teacher: TeacherOperand, z: Tensor) -> Tensor:
     x, y, (_, column) = problem.x, problem.y, _inside(problem)
-    if teacher.source == Source.LOGITS:
+    if teacher.source == Source.LOGITS or (teacher.source == Source.LOGITS_TRANSPOSED and _is_diagonal(column)):
         t = z
     elif teacher.source == Source.LOGITS_TRANSPOSED:
         # As a difference, so that a positive on the diagonal has bit for bit the student's logit.
@@ -244,11 +243,16 @@ def _teacher_logit_at_positive(problem: Problem, teacher: TeacherOperand, z: Ten
     return t if teacher.scale is None else teacher.scale * t
 
 
+def _is_diagonal(column: Tensor) -> bool:
+    """Whether it is known without waiting for a GPU that row i's positive is column i."""
+    return column.device.type == "cpu" and torch.equal(column, torch.arange(len(column)))
+
+
 def _pairwise_dot(x: Tensor, y: Tensor, column: Tensor, swap: bool = False) -> Tensor:
     """`x_i · y_column[i]`, or with swap `x_column[i] · y_i`: (N,), accumulation dtype."""
     dtype = accumulation_dtype(x.dtype)
     result = x.new_empty(len(column), dtype=dtype)
-    for part in _parts(column):
+    for part in parts(column):
         left, right = (x[column[part]], y[part]) if swap else (x[part], y[column[part]])
         result[part] = (left.to(dtype) * right.to(dtype)).sum(1)
     return result
@@ -257,7 +261,7 @@ def _pairwise_dot(x: Tensor, y: Tensor, column: Tensor, swap: bool = False) -> T
 def _add_positive(problem: Problem, coefficient: Tensor, gx: Tensor, gy: Tensor) -> None:
     """`gx_i += c_i y_column[i]` and `gy_column[i] += c_i x_i`, in place."""
     _, positive = _inside(problem)
-    for part in _parts(problem.x):
+    for part in parts(problem.x):
         column = positive[part]
         gx[part] += coefficient[part, None] * problem.y[column]
         add_rows(gy, column, coefficient[part, None] * problem.x[part])
@@ -266,11 +270,6 @@ def _add_positive(problem: Problem, coefficient: Tensor, gx: Tensor, gy: Tensor)
 def _inner_product(x: Tensor, gx: Tensor) -> Tensor:
     """`sum_i x_i · gx_i`: the scale's gradient, for free, because z is linear in both x and scale."""
     total = gx.new_zeros(())
-    for part in _parts(x):
+    for part in parts(x):
         total += (x[part] * gx[part]).sum()
     return total
-
-
-def _parts(tensor: Tensor) -> list[slice]:
-    step = ROWS_AT_A_TIME.get(tensor.device.type, ROWS_AT_A_TIME["cuda"])
-    return [slice(start, start + step) for start in range(0, len(tensor), step)]

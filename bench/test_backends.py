@@ -1,0 +1,33 @@
+"""Every backend beside dense PyTorch, by pytest-benchmark: a quick comparison with pytest's ways of saving and comparing.
+
+    pytest bench/test_backends.py --benchmark-group-by=param:loss --benchmark-columns=median,iqr,rounds
+
+`python -m bench cpu` and `gpu` measure more, interleaved. As a test it checks correctness and times nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from bench import common
+from softclip_kernels.backends import native
+
+pytest.importorskip("pytest_benchmark")
+
+N, D = 2048, 256
+CONTENDERS = ("dense", "chunked", *(["native"] if native.levels() else []))
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("loss", common.LOSSES)
+def test_forward_and_backward(loss: str, contender: str, benchmark: Any) -> None:
+    dtype = torch.float32
+    if contender == "dense":
+        function = common.dense(loss, N, D, dtype)
+    else:
+        common.check(loss, D, dtype, backend=contender, n=300)
+        function = common.fused(common.target(loss, N, D, dtype), contender)
+    benchmark(common.forward_backward(function, *common.operands(N, D, dtype)))

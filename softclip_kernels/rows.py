@@ -1,0 +1,26 @@
+"""Work on rows of embeddings: sums of rows that share a place, and a few rows at a time."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+AT_A_TIME = {"cpu": 1024, "cuda": 8192}  # bounds temporaries of the rows' width
+
+
+def add_rows(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """`total[index[i]] += values[i]`, in place; total (M, ...), index (N,), values (N, ...). Repeats bit for bit: on
+    CUDA index_add uses atomics, whose order changes from run to run, while index_put sorts first."""
+    if total.device.type == "cpu":
+        return total.index_add_(0, index, values)
+    return total.index_put_((index,), values, accumulate=True)
+
+
+def sum_rows(length: int, index: Tensor, values: Tensor) -> Tensor:
+    """The sum of the values (N, ...) at each of `length` places: (length, ...), differentiable."""
+    return add_rows(values.new_zeros(length, *values.shape[1:]), index, values)
+
+
+def parts(tensor: Tensor) -> list[slice]:
+    """The tensor's rows, some at a time."""
+    step = AT_A_TIME.get(tensor.device.type, AT_A_TIME["cuda"])
+    return [slice(start, start + step) for start in range(0, len(tensor), step)]
