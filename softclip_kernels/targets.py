@@ -2,8 +2,9 @@
 itself to terms; a new target is one such class.
 
 A target describes a whole (global) batch of N rows (images) and M columns (texts) in both directions: image→text, a
-distribution over columns for every row, and text→image, a distribution over rows for every column. Per-row tensors may
-be given for this rank's rows or for the global batch.
+distribution over columns for every row, and text→image, a distribution over rows for every column. Over ranks,
+per-row and per-column tensors may be given for this rank's share or for the global batch; labels and teachers are this
+rank's.
 """
 
 from __future__ import annotations
