@@ -172,16 +172,17 @@ def test_adversarial_values_stay_finite(backend):
             assert_as_accurate_as_dense(result, x, y, scale, target)
 
 
-@pytest.mark.parametrize("value", (torch.nan, torch.inf))
-def test_nan_in_nan_out(value, backend):
-    """In an embedding or in a teacher's."""
+def test_nan_in_nan_out(backend):
+    """NaN or infinity in an embedding, or in a teacher's."""
     x, y = (unit_rows(65, 8, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    bad, scale = x.clone(), torch.tensor(5.0)
-    bad[5, 2] = value
-    assert not fused(bad, y, scale, None, backend).loss.isfinite()
-    for target in (Teacher(bad, y, 5.0), Mix(Hard(), Teacher(bad, y, 5.0), 0.5)):
-        assert not fused(x, y, scale, target, backend).loss.isfinite()
-    _, ranks = softclip_loss_with_ranks(bad * torch.nan, y, scale, backend=backend)
+    scale = torch.tensor(5.0)
+    for value in (torch.nan, torch.inf):
+        bad = x.clone()
+        bad[5, 2] = value
+        assert not fused(bad, y, scale, None, backend).loss.isfinite()
+        for target in (Teacher(bad, y, 5.0), Mix(Hard(), Teacher(bad, y, 5.0), 0.5)):
+            assert not fused(x, y, scale, target, backend).loss.isfinite()
+    _, ranks = softclip_loss_with_ranks(x * torch.nan, y, scale, backend=backend)
     assert ranks.recall(10) == (0.0, 0.0), "NaN is no good match"
 
 
