@@ -1,10 +1,11 @@
-"""The trainer, without processes of its own: configuration, schedules, batches, checkpoints, evaluation. See
-test_train_runs.py for whole jobs."""
+"""The trainer, without processes of its own: configuration, schedules, batches, evaluation, what `auto` means.
+See test_train_checkpoints.py for checkpoints, test_train_runs.py and test_train_failures.py for whole jobs."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import yaml
 from tokenizers import Tokenizer
 from train_data import CONCEPTS, make_data, tiny
 
-from train import checkpoint, evaluate, logs
+from softclip_kernels import backends
+from train import choices, evaluate, logs
 from train.config import Config, ConfigError, Loss, Optimizer, load
-from train.data import Pairs, load_pairs
+from train.data import DataError, Pairs, load_pairs
+from train.data.manifest import read_manifest, write_manifest
 from train.main import main
 from train.model import Clip
 from train.samples import Batch, Sampler, all_captions
@@ -76,6 +79,7 @@ def test_overrides_are_typed_as_the_option_is() -> None:
         ("optimizer.lr=nan", r"optimizer\.lr=nan; allowed: 0\.0 to 1\.0"),
         ("optimizer.betas=[0.9]", r"optimizer\.betas=\[0\.9\]: two numbers"),
         ("loss.target=siglip", r"loss\.target='siglip'; allowed: 'psd', 'hard'"),
+        ("loss.backend=foo", r"loss\.backend='foo'; allowed: 'auto', .*'chunked'"),
         ("loss.alpha_end=1.1", r"loss\.alpha_end=1\.1; allowed: 0\.0 to 1\.0"),
         ("job.zero_stage=0", r"job\.zero_stage=0; allowed: 1, 2, 3"),
         ("job.seed=true", r"job\.seed=True is bool; allowed: int"),
@@ -176,100 +180,6 @@ def test_padding_does_not_change_an_embedding(data: Path, tokenizer: Tokenizer) 
     torch.testing.assert_close(model(None, tokens)[1], model(None, tokens[:, :length])[1])
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def write_checkpoint(run: Path, data: Path, tokenizer: Tokenizer, step: int, at: Any = None) -> Path:
-    config = Config.from_dict(tiny(data))
-    torch.manual_seed(step)
-    weights = Clip(config.model, tokenizer.get_vocab_size()).state_dict()
-    scratch = checkpoint.begin(run, step)
-    (scratch / checkpoint.ENGINE).mkdir()
-    (scratch / checkpoint.ENGINE / "rank0.pt").write_bytes(b"optimizer" * step)
-    checkpoint.write_portable(scratch, weights, config, tokenizer, checkpoint.State(step, 0, 2, 1))
-    return checkpoint.commit(run, scratch, step, keep=2, at=at or (lambda point: None))
-
-
-POINTS = ("files flushed", "manifest written", "old removed", "renamed", "latest written")
-
-
-@pytest.mark.parametrize("point", POINTS)
-def test_a_crash_while_saving_leaves_a_whole_checkpoint(
-    tmp_path: Path, data: Path, tokenizer: Tokenizer, point: str
-) -> None:
-    write_checkpoint(tmp_path, data, tokenizer, 4)
-    reached = []
-
-    def crash(here: str) -> None:
-        reached.append(here)
-        if here == point:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_checkpoint(tmp_path, data, tokenizer, 8, crash)
-    assert tuple(reached) == POINTS[: len(reached)], "a point of this test's list is gone or new"
-    found = checkpoint.find(tmp_path)
-    assert checkpoint.why_broken(found) is None
-    assert found.name == ("step-000008" if point == "latest written" else "step-000004")
-    write_checkpoint(tmp_path, data, tokenizer, 8)  # the resumed run passes the same step again
-    assert checkpoint.find(tmp_path).name == "step-000008"
-    assert not list((tmp_path / checkpoint.FOLDER).glob(".*")), "what the crash left is cleared away"
-
-
-def test_only_the_newest_are_kept(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
-    for step in (4, 8, 12):
-        write_checkpoint(tmp_path, data, tokenizer, step)
-    assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).glob("step-*")) == ["step-000008", "step-000012"]
-
-
-def damage(folder: Path, how: str) -> None:
-    weights = folder / checkpoint.WEIGHTS
-    if how == "truncated":
-        weights.write_bytes(weights.read_bytes()[:-1])
-    elif how == "bit flipped":
-        content = bytearray(weights.read_bytes())
-        content[-1] ^= 1
-        weights.write_bytes(content)
-    elif how == "engine gone":
-        (folder / checkpoint.ENGINE / "rank0.pt").unlink()
-    elif how == "manifest empty":
-        (folder / checkpoint.MANIFEST).write_text("{}")
-    elif how == "manifest cut":
-        (folder / checkpoint.MANIFEST).write_text("{")
-    else:
-        entries = json.loads((folder / checkpoint.MANIFEST).read_text())
-        entries["../../outside"] = {"sha256": "", "bytes": 0}
-        (folder / checkpoint.MANIFEST).write_text(json.dumps(entries))
-
-
-DAMAGES = ("truncated", "bit flipped", "engine gone", "manifest empty", "manifest cut", "path outside")
-
-
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_checkpoint_falls_back(tmp_path: Path, data: Path, tokenizer: Tokenizer, how: str) -> None:
-    write_checkpoint(tmp_path, data, tokenizer, 4)
-    damage(write_checkpoint(tmp_path, data, tokenizer, 8), how)
-    warnings: list[str] = []
-    assert checkpoint.find(tmp_path, warnings.append).name == "step-000004"
-    assert "step-000008 is not whole" in warnings[0]
-    damage(tmp_path / checkpoint.FOLDER / "step-000004", how)
-    with pytest.raises(checkpoint.CheckpointError, match=r"no whole checkpoint.*step-000008, step-000004"):
-        checkpoint.find(tmp_path, warnings.append)
-
-
-def test_a_checkpoint_reloads_and_says_what_it_fits(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
-    folder = write_checkpoint(tmp_path, data, tokenizer, 4)
-    model, read, config = checkpoint.read_model(folder)
-    torch.manual_seed(4)
-    fresh = Clip(config.model, tokenizer.get_vocab_size()).state_dict()
-    assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
-    assert read.to_str() == tokenizer.to_str()
-    state = checkpoint.read_state(folder)
-    assert checkpoint.describe_mismatch(state, 2, 1) is None
-    assert "job.processes=2 and this job has 4" in str(checkpoint.describe_mismatch(state, 4, 1))
-    assert "job.zero_stage=1 and this job has 3" in str(checkpoint.describe_mismatch(state, 2, 3))
-
-
 # ----------------------------------------------------------------------------------------------------- logs, evaluation
 
 
@@ -291,6 +201,22 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> N
     assert rows[-1]["loss"] is None
     assert logs.read_rows(tmp_path / logs.NONFINITE) == []
     assert logs.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("terminal", (True, False))
+def test_the_progress_bar_fills_no_log_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    clock = iter(range(10_000))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))  # a second passes between two looks at it
+    values = dict.fromkeys(logs.BAR, 0.5)
+    log = logs.Log(tmp_path, 0, 400)
+    for step in range(400):
+        log.step(step, values)
+    shown = capsys.readouterr().err.count("\r")
+    log.close()
+    assert shown > 50 if terminal else shown < 20
 
 
 class Fixed(torch.nn.Module):
@@ -332,7 +258,8 @@ def test_retrieval_and_zero_shot_against_sorting(tokenizer: Tokenizer) -> None:
     model = Fixed(x, {f"thing {concept}": y[concept] for concept in range(25)}, tokenizer)
     groups = [[f"thing {concept}" for concept in range(group, 25, 3)] for group in range(3)]
     assert [sorted(one) for one in groups] == evaluate.describe_groups(pairs)
-    result = evaluate.evaluate_split(model, tokenizer, pairs, groups)  # type: ignore[arg-type]
+    prototypes = evaluate.prototypes(model, tokenizer, groups)  # type: ignore[arg-type]
+    result = evaluate.evaluate_split(model, tokenizer, pairs, prototypes)  # type: ignore[arg-type]
     order = (x @ y.T).argsort(1, descending=True)
     orders = (y @ x.T).argsort(1, descending=True)
     for depth in evaluate.DEPTHS:
@@ -356,8 +283,72 @@ def test_a_group_that_training_never_saw_is_described_by_its_name() -> None:
 
 def test_a_collapsed_model_scores_nothing(tokenizer: Tokenizer, pairs: Pairs) -> None:
     model = Fixed(torch.ones(len(pairs), 3), {texts[0]: torch.ones(3) for texts in pairs.captions}, tokenizer)
-    result = evaluate.evaluate_split(model, tokenizer, pairs, evaluate.describe_groups(pairs))  # type: ignore[arg-type]
-    assert set(result.image_to_text.recall.values()) == {0.0}, "ties must not count as hits"
+    ways = evaluate.retrieve(model, tokenizer, pairs, model.x)  # type: ignore[arg-type]
+    assert {recall for way in ways for recall in way.recall.values()} == {0.0}, "ties must not count as hits"
+
+
+def test_held_out_data_are_checked_before_training(data: Path, tmp_path: Path, pairs: Pairs) -> None:
+    config = Config.from_dict(tiny(data))
+    assert evaluate.data_folder(config) == data
+    found = evaluate.read_data(config, data, pairs)
+    assert {name: len(split) for name, split in found.splits.items()} == {"heldout": 40, "vendor": 40, "concepts": 10}
+    corrupted = load_pairs(data, "train", corrupt=0.5)
+    assert evaluate.describe_groups(corrupted) != found.groups
+    assert evaluate.read_data(config, data, corrupted).groups == evaluate.read_data(config, data).groups == found.groups
+
+    manifest = read_manifest(data)
+    for path in data.glob("*.tar"):
+        (tmp_path / path.name).symlink_to(path)
+    write_manifest(tmp_path, replace(manifest, shards={name: manifest.shards[name] for name in ("train", "heldout")}))
+    with pytest.raises(DataError, match="lacks the splits concepts, vendor, which the evaluation needs"):
+        evaluate.read_data(config, tmp_path, pairs)
+    write_manifest(tmp_path, manifest)
+    (tmp_path / "vendor-000000.tar").unlink()
+    (tmp_path / "vendor-000000.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="truncated_tar"):
+        evaluate.read_data(config, tmp_path, pairs)
+    generous = replace(config, data=replace(config.data, max_bad_fraction=1.0))
+    with pytest.raises(DataError, match=r"the split 'vendor' .* holds no sample"):
+        evaluate.read_data(generous, tmp_path, pairs)
+
+
+def test_pictures_of_another_size_than_configured_are_refused(data: Path) -> None:
+    config = Config.from_dict(tiny(data))
+    with pytest.raises(ConfigError, match=r"image_size=48, but .* have 16 pixels a side; set data\.image_size=16"):
+        evaluate.data_folder(replace(config, data=replace(config.data, image_size=48)))
+
+
+# --------------------------------------------------------------------------------------------- what `auto` stands for
+
+
+@pytest.mark.parametrize(
+    ("known", "width"),
+    (({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True, "avx512_bf16": False}, "bf16"), ({"avx2": True}, "fp32")),
+)
+def test_automatic_precision_follows_the_instructions(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, bool], width: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert choices.precision("auto", CPU) == width
+    assert choices.precision("bf16", CPU) == "bf16"
+
+
+def test_the_backend_is_chosen_once_and_said_with_what_was_passed_over(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.from_dict(tiny(data))
+    names = tuple(backends.registered())
+    for name in names[:-1]:
+        monkeypatch.setattr(backends.registered()[name], "why_not", lambda problem: "it has a day off", raising=True)
+    settled, words = choices.settle(config, 2, CPU)
+    assert settled.loss.backend == names[-1]
+    assert settled.job.precision in ("bf16", "fp32")
+    passed_over = "; ".join(f"{name}: it has a day off" for name in names[:-1])
+    assert words == f"{settled.job.precision} (auto), backend {names[-1]} ({passed_over})"
+    named = replace(config, loss=replace(config.loss, backend=names[-1]), job=replace(config.job, precision="fp32"))
+    assert choices.settle(named, 2, CPU) == (named, f"fp32, backend {names[-1]}")
+    with pytest.raises(ConfigError, match=rf"loss\.backend='{names[0]}' cannot compute this: it has a day off"):
+        choices.settle(replace(config, loss=replace(config.loss, backend=names[0])), 2, CPU)
 
 
 # --------------------------------------------------------------------------------------------------------- command line

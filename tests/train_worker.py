@@ -1,4 +1,4 @@
-"""One rank of the tests that look inside a training step; test_train.py starts two under torchrun.
+"""One rank of the tests that look inside a training step; test_train_failures.py starts two under torchrun.
 
 It writes what it saw to <folder>/rank-<rank>.json.
 """

@@ -13,9 +13,8 @@ resume only runs you trust. Evaluation and other users read safetensors and JSON
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,10 +27,12 @@ from safetensors.torch import save as save_safetensors
 from tokenizers import Tokenizer
 
 from train.config import Config
+from train.files import sha256_of, sync_file, sync_folder, write_atomically
 from train.model import Clip
 
 FOLDER, LATEST, MANIFEST, ENGINE = "checkpoints", "latest", "manifest.json", "engine"
 WEIGHTS, CONFIG, TOKENIZER, STATE = "model.safetensors", "config.json", "tokenizer.json", "state.json"
+NAME = re.compile(r"step-[0-9]{6,}")
 
 
 class CheckpointError(RuntimeError):
@@ -48,25 +49,18 @@ class State:
     zero_stage: int
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is whole or absent, whenever the power goes."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with scratch.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
-    _sync_folder(path.parent)
-
-
 def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
 def begin(run: Path, step: int) -> Path:
     """An empty scratch folder for the checkpoint of `step`, on the same file system; leftovers of a crash go."""
+    for left in (run / FOLDER).glob(".*.tmp"):  # one process writes here at a time
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
     scratch = run / FOLDER / f".{name_of(step)}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     return scratch
 
@@ -87,8 +81,8 @@ def commit(run: Path, scratch: Path, step: int, keep: int, at: Callable[[str], N
     (tests crash there)."""
     entries = {}
     for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
-        entries[path.relative_to(scratch).as_posix()] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-        _sync_file(path)
+        entries[path.relative_to(scratch).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+        sync_file(path)
     at("files flushed")
     write_atomically(scratch / MANIFEST, json.dumps(entries, indent=1).encode())
     at("manifest written")
@@ -97,7 +91,7 @@ def commit(run: Path, scratch: Path, step: int, keep: int, at: Callable[[str], N
         shutil.rmtree(final)
     at("old removed")
     scratch.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     at("renamed")
     write_atomically(run / FOLDER / LATEST, f"{final.name}\n".encode())
     at("latest written")
@@ -132,7 +126,7 @@ def why_broken(folder: Path) -> str | None:
                 return f"{name} lies outside it"
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-            if _sha256(path) != entry["sha256"]:
+            if sha256_of(path) != entry["sha256"]:
                 return f"{name} has another SHA-256"
         missing = {WEIGHTS, CONFIG, TOKENIZER, STATE} - set(entries)
         return f"the manifest lacks {', '.join(sorted(missing))}" if missing else None
@@ -176,23 +170,6 @@ def describe_mismatch(state: State, processes: int, zero_stage: int) -> str | No
 
 
 def _names(run: Path) -> list[str]:
-    """Finished checkpoints, newest first."""
-    return sorted((path.name for path in (run / FOLDER).glob("step-*") if path.is_dir()), reverse=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Finished checkpoints, newest first: by number, for a millionth step has a digit more than the others."""
+    names = [path.name for path in (run / FOLDER).glob("step-*") if path.is_dir() and NAME.fullmatch(path.name)]
+    return sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import yaml
 
-from softclip_kernels import schedules
+from softclip_kernels import backends, schedules
 
 DEFAULT_FILE = Path(__file__).parent / "configs" / "emoji.yaml"
 
@@ -90,6 +90,7 @@ class Loss:
         _one_of("loss.schedule", self.schedule, ("constant", "linear", "cosine"))
         _one_of("loss.swap", self.swap, ("none", "paired"))
         _one_of("loss.scope", self.scope, ("full", "block"))
+        _one_of("loss.backend", self.backend, ("auto", *backends.registered()))
         _at_least("loss.hard_steps", self.hard_steps, 0)
         _at_least("loss.rise_steps", self.rise_steps, 1)
         _within("loss.alpha_start", self.alpha_start, 0.0, 1.0)
@@ -152,15 +153,15 @@ class Job:
     """How a run is carried out.
 
     ``processes``: how many `python -m train` starts; 0 for one per GPU, or two on a CPU. ``on_nonfinite``: what all
-    ranks do together where a loss or gradient is not finite; the batch is skipped or the job stops, and it stops in any
-    case after ``max_skipped``. ``timeout_seconds``: how long a rank may stand still before the job ends. ``*_every``:
-    in steps; evaluate_every=0 evaluates at the end only.
+    ranks do together where a loss or gradient is not finite; the batch is skipped or the job stops. ``max_skipped``: so
+    many may be skipped, and one more stops the job. ``timeout_seconds``: how long a rank may stand still before the job
+    ends. ``*_every``: in steps; evaluate_every=0 evaluates at the end only.
     """
 
     processes: int = 0
     device: str = "auto"
     zero_stage: int = 1
-    precision: str = "bf16"
+    precision: str = "auto"
     seed: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
@@ -173,7 +174,7 @@ class Job:
         _at_least("job.processes", self.processes, 0)
         _one_of("job.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("job.zero_stage", self.zero_stage, (1, 2, 3))
-        _one_of("job.precision", self.precision, ("fp32", "bf16"))
+        _one_of("job.precision", self.precision, ("auto", "bf16", "fp32"))
         _at_least("job.seed", self.seed, 0)
         _at_least("job.checkpoint_every", self.checkpoint_every, 1)
         _at_least("job.keep_checkpoints", self.keep_checkpoints, 2)  # a damaged one falls back to the one before

@@ -21,6 +21,8 @@ from torch import Tensor
 from train import checkpoint
 from train.config import Config, ConfigError
 from train.data import DataError, Pairs, SetupError, composite, load_pairs, prepare_emoji
+from train.data.manifest import read_manifest
+from train.files import write_atomically
 from train.model import Clip
 from train.tokenizer import encode
 
@@ -51,6 +53,14 @@ class SplitResult:
     zero_shot_majority: float
 
 
+@dataclass(frozen=True)
+class Data:
+    """The held-out splits by name, and each group in words (see describe_groups)."""
+
+    splits: dict[str, Pairs]
+    groups: list[list[str]]
+
+
 @torch.no_grad()
 def embed_images(model: Clip, images: Tensor) -> Tensor:
     """(n, 4, H, W) uint8 RGBA → (n, E) unit rows."""
@@ -72,9 +82,15 @@ def describe_groups(train: Pairs) -> list[list[str]]:
     return [labels or [name.replace("-", " and ")] for labels, name in zip(words, train.group_names, strict=True)]
 
 
-def evaluate_split(model: Clip, tokenizer: Tokenizer, pairs: Pairs, groups: list[list[str]]) -> SplitResult:
-    """Retrieval between all images and the canonical captions of all concepts of a split, and zero-shot groups: an
-    image goes to the group whose texts in `groups` (see describe_groups) have the nearest mean embedding.
+def prototypes(model: Clip, tokenizer: Tokenizer, groups: list[list[str]]) -> Tensor:
+    """(groups, E): the unit mean embedding of each group's texts (see describe_groups)."""
+    means = torch.stack([embed_captions(model, tokenizer, texts).mean(0) for texts in groups])
+    return torch.nn.functional.normalize(means, dim=1)
+
+
+def retrieve(model: Clip, tokenizer: Tokenizer, pairs: Pairs, x: Tensor) -> tuple[Retrieval, Retrieval]:
+    """Image → text and text → image, between all images of a split, x (n, E), and the canonical captions of all its
+    concepts.
 
     Several drawings of one concept share its caption: an image has one right caption, a caption one or more right
     images, any of which counts.
@@ -82,17 +98,22 @@ def evaluate_split(model: Clip, tokenizer: Tokenizer, pairs: Pairs, groups: list
     concepts, concept_of = torch.unique(pairs.concepts, return_inverse=True)
     first = {int(concept): index for index, concept in reversed(list(enumerate(concept_of.tolist())))}
     captions = [pairs.captions[first[index]][0] for index in range(len(concepts))]
-    x, y = embed_images(model, pairs.images), embed_captions(model, tokenizer, captions)
-    similarity = x @ y.T  # (images, captions); a few million entries at most
+    similarity = x @ embed_captions(model, tokenizer, captions).T  # (images, captions); a few million entries at most
     positive = torch.nn.functional.one_hot(concept_of, len(concepts)).bool()
-    prototypes = torch.stack([embed_captions(model, tokenizer, texts).mean(0) for texts in groups])
-    predicted = (x @ torch.nn.functional.normalize(prototypes, dim=1).T).argmax(1)
+    return _retrieval(similarity, positive), _retrieval(similarity.T, positive.T)
+
+
+def evaluate_split(model: Clip, tokenizer: Tokenizer, pairs: Pairs, groups: Tensor) -> SplitResult:
+    """Retrieval, and zero-shot groups: an image goes to the nearest of `groups` (see prototypes)."""
+    x = embed_images(model, pairs.images)
+    image_to_text, text_to_image = retrieve(model, tokenizer, pairs, x)
+    predicted = (x @ groups.T).argmax(1)
     present = torch.bincount(pairs.groups, minlength=len(pairs.group_names))
     return SplitResult(
         images=len(pairs),
-        captions=len(concepts),
-        image_to_text=_retrieval(similarity, positive),
-        text_to_image=_retrieval(similarity.T, positive.T),
+        captions=len(pairs.concepts.unique()),
+        image_to_text=image_to_text,
+        text_to_image=text_to_image,
         zero_shot=float((predicted == pairs.groups).double().mean()),
         zero_shot_chance=1 / len(pairs.group_names),
         zero_shot_majority=float(present.max()) / len(pairs),
@@ -109,21 +130,42 @@ def _retrieval(similarity: Tensor, positive: Tensor) -> Retrieval:
 
 def data_folder(config: Config) -> Path:
     """The prepared data of a run: its own folder, or the emoji set, fetched and drawn if that was never done."""
-    if config.data.folder is not None:
-        return Path(config.data.folder)
-    return prepare_emoji(size=config.data.image_size, seed=config.data.seed)
+    if config.data.folder is None:
+        return prepare_emoji(size=config.data.image_size, seed=config.data.seed)
+    folder = Path(config.data.folder)
+    size = read_manifest(folder).size
+    if size != config.data.image_size:
+        raise ConfigError(
+            f"data.image_size={config.data.image_size}, but the pictures of {folder} have {size} pixels a side; "
+            f"set data.image_size={size}"
+        )
+    return folder
 
 
-def evaluate_checkpoint(folder: Path) -> dict[str, SplitResult]:
-    """The table of one checkpoint folder."""
-    model, tokenizer, config = checkpoint.read_model(folder)
-    data = data_folder(config)
+def read_data(config: Config, folder: Path, train: Pairs | None = None) -> Data:
+    """All that an evaluation needs of a prepared folder. `train`: the training split, if it is in memory already.
+
+    Raises:
+        DataError: a split is missing, empty or has too many bad samples.
+    """
+    missing = sorted(SPLITS.keys() - read_manifest(folder).shards.keys())
+    if missing:
+        raise DataError(
+            f"{folder} lacks the splits {', '.join(missing)}, which the evaluation needs; give data that hold "
+            f"{', '.join(SPLITS)} besides train"
+        )
     limit = config.data.max_bad_fraction
-    groups = describe_groups(load_pairs(data, "train", max_bad_fraction=limit))
-    return {
-        split: evaluate_split(model, tokenizer, load_pairs(data, split, max_bad_fraction=limit), groups)
-        for split in SPLITS
-    }
+    splits = {split: load_pairs(folder, split, max_bad_fraction=limit) for split in SPLITS}
+    if train is None or train.corrupted.any():  # corrupted captions do not describe the groups of their pictures
+        train = load_pairs(folder, "train", max_bad_fraction=limit)
+    return Data(splits, describe_groups(train))
+
+
+def evaluate_checkpoint(folder: Path, data: Data) -> dict[str, SplitResult]:
+    """The table of one checkpoint folder."""
+    model, tokenizer, _ = checkpoint.read_model(folder)
+    groups = prototypes(model, tokenizer, data.groups)
+    return {split: evaluate_split(model, tokenizer, pairs, groups) for split, pairs in data.splits.items()}
 
 
 def table(results: dict[str, SplitResult]) -> str:
@@ -149,9 +191,9 @@ def table(results: dict[str, SplitResult]) -> str:
 def write(run: Path, folder: Path, results: dict[str, SplitResult]) -> None:
     """evaluation.md and evaluation.json in the run."""
     text = f"# {run.name}, {folder.name}\n\nIn percent; held-out data only.\n\n{table(results)}\n"
-    checkpoint.write_atomically(run / TABLE, text.encode())
+    write_atomically(run / TABLE, text.encode())
     rows = {"checkpoint": folder.name, "splits": {split: asdict(one) for split, one in results.items()}}
-    checkpoint.write_atomically(run / FIGURES, json.dumps(rows, indent=1).encode())
+    write_atomically(run / FIGURES, json.dumps(rows, indent=1).encode())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,7 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         folder = checkpoint.find(options.run, warn=lambda text: print(text, file=sys.stderr))
-        results = evaluate_checkpoint(folder)
+        config = checkpoint.read_config(folder)
+        results = evaluate_checkpoint(folder, read_data(config, data_folder(config)))
     except (checkpoint.CheckpointError, ConfigError, DataError, SetupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

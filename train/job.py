@@ -7,6 +7,7 @@ import logging
 import time
 import warnings
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from train import checkpoint, evaluate, logs
-from train.config import Config, ConfigError
-from train.data import load_pairs
-from train.launch import World, on_first
+from train.choices import settle
+from train.config import Config, ConfigError, Optimizer
+from train.data import Pairs, load_pairs
+from train.launch import World, on_each, on_first
 from train.model import Clip
 from train.progress import Progress
 from train.samples import Sampler, all_captions
@@ -33,15 +35,18 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Job:
-    """Everything a process holds while it trains."""
+    """Everything a process holds while it trains. ``config``: with every `auto` of the training step settled.
+    ``choices``: how, in words. ``log`` and ``heldout``: rank 0's alone."""
 
     config: Config
+    choices: str
     run: Path
     world: World
     progress: Progress
     engine: Any
     sampler: Sampler
     tokenizer: Tokenizer
+    heldout: evaluate.Data | None
     log: logs.Log | None
     state: checkpoint.State
 
@@ -49,16 +54,7 @@ class Job:
 def train(config: Config, run: Path, world: World, progress: Progress, stop_after: int | None = None) -> None:
     """Train to the last step, then evaluate; or train to step `stop_after`."""
     began = time.perf_counter()
-    if config.optimizer.batch_size % world.size:
-        raise ConfigError(
-            f"optimizer.batch_size={config.optimizer.batch_size}; allowed: a multiple of the {world.size} processes"
-        )
-    share = config.optimizer.batch_size // world.size
-    if config.optimizer.micro_batches > share:
-        raise ConfigError(
-            f"optimizer.micro_batches={config.optimizer.micro_batches}; allowed: at most {share}, a process's share"
-        )
-    job = _set_up(config, run, world, progress)
+    job = _set_up(config, run, world, progress, stop_after)
     steps = config.optimizer.steps
     last = min(steps, stop_after or steps)
     if job.log is not None:
@@ -78,34 +74,58 @@ def train(config: Config, run: Path, world: World, progress: Progress, stop_afte
     gc.collect()
 
 
-def _set_up(config: Config, run: Path, world: World, progress: Progress) -> Job:
+def _set_up(config: Config, run: Path, world: World, progress: Progress, stop_after: int | None) -> Job:
     _quiet()
-    # Every rank asks for the data; a lock lets one prepare them, outside of any collective's time-out.
-    folder, data = evaluate.data_folder(config), config.data
-    pairs = load_pairs(folder, "train", corrupt=data.corrupt, seed=data.seed, max_bad_fraction=data.max_bad_fraction)
-    found = on_first(world, lambda: _checkpoint_to_resume(config, run, world))
+    pairs, heldout = on_each(world, lambda: _read_data(config, world))
+    config, choices = on_first(world, lambda: settle(config, world.size, world.device))
+    found = on_first(world, lambda: _checkpoint_to_resume(config, run, world, stop_after))
     if found is None:
         text = on_first(world, lambda: train_tokenizer(all_captions(pairs), config.model.vocab_size).to_str())
         tokenizer, state = Tokenizer.from_str(text), checkpoint.State(0, 0, world.size, config.job.zero_stage)
     else:
         tokenizer, state = checkpoint.read_tokenizer(found), checkpoint.read_state(found)
-    sampler = Sampler(pairs, tokenizer, config.model.context_length, config.optimizer.batch_size, config.job.seed)
+    length, size = config.model.context_length, config.optimizer.batch_size
+    sampler = on_each(world, lambda: Sampler(pairs, tokenizer, length, size, config.job.seed))
     torch.manual_seed(config.job.seed)
     engine = make_engine(Clip(config.model, tokenizer.get_vocab_size(), config.job.precision), config, world)
     if found is not None:
         engine.load_checkpoint(str(found), tag=checkpoint.ENGINE)
     log = logs.Log(run, state.step, config.optimizer.steps) if world.rank == 0 else None
-    return Job(config, run, world, progress, engine, sampler, tokenizer, log, state)
+    return Job(config, choices, run, world, progress, engine, sampler, tokenizer, heldout, log, state)
 
 
-def _checkpoint_to_resume(config: Config, run: Path, world: World) -> Path | None:
+def _read_data(config: Config, world: World) -> tuple[Pairs, evaluate.Data | None]:
+    """The training pairs, and on rank 0, which evaluates, the held-out ones too: what is wrong with them is said before
+    the first step, and they are read once. Every rank asks for the data; a lock lets one prepare them."""
+    _check_share(config.optimizer, world.size)
+    folder, data = evaluate.data_folder(config), config.data
+    pairs = load_pairs(folder, "train", corrupt=data.corrupt, seed=data.seed, max_bad_fraction=data.max_bad_fraction)
+    return pairs, evaluate.read_data(config, folder, pairs) if world.rank == 0 else None
+
+
+def _check_share(options: Optimizer, processes: int) -> None:
+    if options.batch_size % processes:
+        raise ConfigError(
+            f"optimizer.batch_size={options.batch_size}; allowed: a multiple of the {processes} processes"
+        )
+    share = options.batch_size // processes
+    if options.micro_batches > share:
+        raise ConfigError(
+            f"optimizer.micro_batches={options.micro_batches}; allowed: at most {share}, a process's share"
+        )
+
+
+def _checkpoint_to_resume(config: Config, run: Path, world: World, stop_after: int | None) -> Path | None:
     """The newest whole checkpoint, None where the run never wrote one; raises where it does not fit this job."""
     if not any((run / checkpoint.FOLDER).glob("step-*")):
         return None
     folder = checkpoint.find(run)
-    problem = checkpoint.describe_mismatch(checkpoint.read_state(folder), world.size, config.job.zero_stage)
+    state = checkpoint.read_state(folder)
+    problem = checkpoint.describe_mismatch(state, world.size, config.job.zero_stage)
     if problem is not None:
         raise checkpoint.CheckpointError(f"{folder}: {problem}")
+    if stop_after is not None and stop_after < state.step:
+        raise ConfigError(f"--stop-after {stop_after}, but {folder} has done {state.step} steps; allowed: that or more")
     return folder
 
 
@@ -146,7 +166,7 @@ def _loop(job: Job, last: int) -> None:
         if job.log is not None:
             _record(job.log, job, step, result, time.perf_counter() - began, batch.keys)
         if not result.applied:
-            _check_skipped(job, step)
+            on_each(job.world, partial(_check_skipped, job, step))
         if options.evaluate_every and (step + 1) % options.evaluate_every == 0:
             job.progress.enter(step, "evaluation")
             _evaluate_on_the_way(job, step)
@@ -156,7 +176,7 @@ def _loop(job: Job, last: int) -> None:
 
 
 def _check_skipped(job: Job, step: int) -> None:
-    """Every rank counts the same, so all of them stop together."""
+    """Every rank counts the same, so all of them stop together, and the first says why."""
     options = job.config.job
     allowed = options.max_skipped if options.on_nonfinite == "skip" else 0
     if job.state.skipped > allowed:
@@ -215,17 +235,17 @@ def _evaluate_on_the_way(job: Job, step: int) -> None:
     tensors = weights(job)
 
     def run() -> None:
-        assert job.log is not None
+        assert job.log is not None and job.heldout is not None
         model = Clip(job.config.model, job.tokenizer.get_vocab_size())
         model.load_state_dict(tensors)
-        heldout = load_pairs(evaluate.data_folder(job.config), "heldout")
-        groups = evaluate.describe_groups(job.sampler.pairs)
-        result = evaluate.evaluate_split(model.eval(), job.tokenizer, heldout, groups)
+        pairs = job.heldout.splits["heldout"]
+        x = evaluate.embed_images(model.eval(), pairs.images)
+        image_to_text, text_to_image = evaluate.retrieve(model, job.tokenizer, pairs, x)
         job.log.row(
             step,
             {
-                "heldout_r1_image_to_text": result.image_to_text.recall[1],
-                "heldout_r1_text_to_image": result.text_to_image.recall[1],
+                "heldout_r1_image_to_text": image_to_text.recall[1],
+                "heldout_r1_text_to_image": text_to_image.recall[1],
             },
         )
 
@@ -237,9 +257,9 @@ def _finish(job: Job) -> None:
     job.progress.enter(job.state.step, "evaluation")
 
     def run() -> None:
-        assert job.log is not None
+        assert job.log is not None and job.heldout is not None
         folder = checkpoint.find(job.run)
-        results = evaluate.evaluate_checkpoint(folder)
+        results = evaluate.evaluate_checkpoint(folder, job.heldout)
         evaluate.write(job.run, folder, results)
         job.log.say(f"\n{evaluate.table(results)}\n\n{job.run / evaluate.TABLE}, {logs.plot(job.run)}")
 
@@ -250,7 +270,7 @@ def _describe(job: Job) -> str:
     count = sum(parameter.numel() for parameter in Clip(job.config.model, job.tokenizer.get_vocab_size()).parameters())
     return (
         f"{count / 1e6:.2f} M parameters, {len(job.sampler.pairs)} pairs, {job.world.size} × {job.world.device.type}, "
-        f"ZeRO-{job.config.job.zero_stage}, {job.config.job.precision}"
+        f"ZeRO-{job.config.job.zero_stage}, {job.choices}"
     )
 
 

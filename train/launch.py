@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,12 @@ from train.config import ConfigError, Job
 
 CPU_PROCESSES = 2
 BAD_REQUEST = 2  # exit status where the configuration, the data or the checkpoint does not allow the job
+GRACE_SECONDS = 5  # in which a launcher ends the ranks that only follow another's failure
 T = TypeVar("T")
+
+
+class ElsewhereError(RuntimeError):
+    """Another rank failed first, and says itself what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def launch(count: int, run: Path, arguments: Sequence[str]) -> int:
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == BAD_REQUEST:
-            return BAD_REQUEST  # rank 0 has said what is wrong with it
+            return BAD_REQUEST  # the first rank to find what is wrong has said so
         how = f"killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "ended"
         places = [str(place) for place in progress.read(run)]
         print(
@@ -86,11 +92,10 @@ def world(job: Job) -> Iterator[World]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    else:
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-        torch.set_num_threads(max(_cpu_count() // local_size, 1))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=job.timeout_seconds))
     try:
+        if not on_gpu:
+            torch.set_num_threads(max(_cpu_count() // _ranks_on_this_machine(), 1))
         yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
@@ -107,17 +112,48 @@ def leave(status: int) -> NoReturn:
 
 
 def on_first(world: World, act: Callable[[], T]) -> T:
-    """Run `act` on rank 0 and give its result to all; where it raises there, every rank raises the same error."""
+    """Run `act` on rank 0 and give its result to all; where it raises, the others raise an ElsewhereError."""
     outcome: list[Any] = [None, None]
+    failure: Exception | None = None
     if world.rank == 0:
         try:
             outcome[0] = act()
         except Exception as error:
-            outcome[1] = error
+            failure, outcome[1] = error, f"rank 0: {error}"
     dist.broadcast_object_list(outcome, src=0, group=world.group, device=world.device)
+    if failure is not None:
+        raise failure
     if outcome[1] is not None:
-        raise outcome[1]
+        raise ElsewhereError(outcome[1])
     return outcome[0]
+
+
+def on_each(world: World, act: Callable[[], T]) -> T:
+    """Run `act` on every rank and go on once all have done it. The first rank where it raises raises that error, all
+    others an ElsewhereError, so that what all ranks find alike is said once, and what one finds is said at all."""
+    result, failure = None, None
+    try:
+        result = act()
+    except Exception as error:
+        failure = error
+    reports: list[str | None] = [None] * world.size
+    try:
+        dist.all_gather_object(reports, None if failure is None else str(failure), group=world.group)
+    except RuntimeError as error:
+        raise failure or error from None  # the others never came; what this rank knows is worth more than that
+    failed = next((rank for rank, report in enumerate(reports) if report is not None), None)
+    if failed is None:
+        return cast(T, result)
+    if failed == world.rank and failure is not None:
+        raise failure
+    raise ElsewhereError(f"rank {failed}: {reports[failed]}")
+
+
+def _ranks_on_this_machine() -> int:
+    """Not every launcher tells (LOCAL_WORLD_SIZE is torchrun's), so the ranks count their host names."""
+    hosts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return hosts.count(socket.gethostname())
 
 
 def _cpu_count() -> int:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from train.checkpoint import write_atomically
+from train.files import write_atomically
 
 METRICS, EVENTS, NONFINITE, PLOT = "metrics.jsonl", "tensorboard", "nonfinite.jsonl", "curves.png"
 BAR = ("loss", "alpha", "scale", "r1_image_to_text")
+BAR_SECONDS = {True: 1.0, False: 30.0}  # between updates on a terminal, and in a file, where each is a line more
 
 
 class Log:
@@ -29,7 +31,17 @@ class Log:
             _keep_before(run / name, start)
         self._file = (run / METRICS).open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run / EVENTS), purge_step=start)
-        self._bar = tqdm(total=steps, initial=start, desc="training", unit="step", dynamic_ncols=True, mininterval=1.0)
+        # tqdm's monitor redraws a bar that is older than maxinterval.
+        seconds = BAR_SECONDS[sys.stderr.isatty()]
+        self._bar = tqdm(
+            total=steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=seconds,
+            maxinterval=seconds,
+        )
 
     def row(self, step: int, values: dict[str, float]) -> None:
         """Numbers that belong to a step. JSON knows no NaN and no infinity: they are written as null."""

@@ -6,12 +6,14 @@ import argparse
 import itertools
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
 from train import checkpoint, config, launch
 from train.config import Config, ConfigError
 from train.data import DataError, SetupError
+from train.files import write_atomically
 from train.progress import Progress
 
 RUNS = Path("runs")
@@ -52,8 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         stop = [] if options.stop_after is None else ["--stop-after", str(options.stop_after)]
         return launch.launch(count, run, ["--resume", str(run), *stop])
     except USER_ERRORS as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        _say(error)
         return launch.BAD_REQUEST
 
 
@@ -83,7 +84,7 @@ def _create(run: Path, settings: Config) -> None:
         run.mkdir(parents=True)
     except FileExistsError as error:
         raise ConfigError(f"the run {run} exists; go on with --resume {run}, or choose another --folder") from error
-    checkpoint.write_atomically(run / CONFIG_FILE, settings.to_yaml().encode())
+    write_atomically(run / CONFIG_FILE, settings.to_yaml().encode())
 
 
 def _ranked(settings: Config, run: Path, options: argparse.Namespace) -> int:
@@ -93,17 +94,33 @@ def _ranked(settings: Config, run: Path, options: argparse.Namespace) -> int:
         os.environ.setdefault("DS_ACCELERATOR", world.device.type)
         from train.job import train
 
-        if options.resume is None:
-            launch.on_first(world, lambda: _create(run, settings))
-        progress = Progress(run, world.rank, settings.job.timeout_seconds)
+        progress: Progress | None = None
         try:
+            if options.resume is None:
+                launch.on_first(world, lambda: _create(run, settings))
+            progress = Progress(run, world.rank, settings.job.timeout_seconds)
             train(settings, run, world, progress, options.stop_after)
-        except USER_ERRORS:
-            raise  # seen by all ranks alike
-        except Exception as error:
-            traceback.print_exc()
-            progress.fail(f"{type(error).__name__}: {error}")
-            launch.leave(1)  # an orderly end would wait for ranks that may be gone
-        finally:
             progress.close()
+        except Exception as error:
+            launch.leave(_failed(error, progress))  # an orderly end would wait for ranks that may be gone
     return 0
+
+
+def _failed(error: Exception, progress: Progress | None) -> int:
+    """Say what ended this rank, unless another rank says it; returns the exit status."""
+    if isinstance(error, launch.ElsewhereError):
+        # The launcher ends this rank, and calls the other one the first to fail.
+        time.sleep(launch.GRACE_SECONDS)
+        return 1
+    if isinstance(error, USER_ERRORS):
+        _say(error)
+        return launch.BAD_REQUEST
+    traceback.print_exc()
+    if progress is not None:
+        progress.fail(f"{type(error).__name__}: {error}")
+    return 1
+
+
+def _say(error: Exception) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)

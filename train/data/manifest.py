@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from train.files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 # Raised whenever what a set-up writes changes, captions and splits included: older folders are then made anew.
@@ -43,25 +43,6 @@ class Manifest:
     dropped: dict[str, int]
     renderer: str
     format: int = MANIFEST_FORMAT
-
-
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write next to ``path``, flush to disk, rename: the file is whole or absent."""
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with scratch.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -53,7 +53,7 @@ def corruption_sources(concepts: Sequence[int], share: float, seed: int) -> np.n
     drawing of the same concept carries the same captions, so that a plain derangement could change nothing).
 
     Raises:
-        ValueError: no such exchange was found, for one concept holds too many of the chosen samples.
+        DataError: no such exchange was found, for one concept holds too many of the chosen samples.
     """
     ids = np.asarray(concepts, dtype=np.int64)
     source = np.arange(len(ids))
@@ -69,7 +69,7 @@ def corruption_sources(concepts: Sequence[int], share: float, seed: int) -> np.n
             return source
         for clash, other in zip(clashes, rng.integers(len(chosen), size=len(clashes)), strict=True):
             drawn[clash], drawn[other] = drawn[other], drawn[clash]
-    raise ValueError(
+    raise DataError(
         f"corrupt={share} chooses {len(chosen)} of {len(ids)} samples, and their captions cannot be exchanged between "
         "different concepts; choose a larger share, or 0"
     )
@@ -88,13 +88,14 @@ def load_pairs(
         max_bad_fraction: the load stops once more than this share of the split's samples is bad.
 
     Raises:
-        DataError: no finished set-up, a missing shard, or too many bad samples.
+        DataError: no finished set-up, a missing split or shard, too many bad samples, or captions that cannot be
+            exchanged.
         ValueError: an argument is out of range.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     if split not in manifest.shards:
-        raise ValueError(f"split is {split!r}; allowed are {', '.join(map(repr, sorted(manifest.shards)))}")
+        raise DataError(f"split is {split!r}; {folder} holds {', '.join(map(repr, sorted(manifest.shards)))}")
     if not 0.0 <= corrupt <= 1.0:
         raise ValueError(f"corrupt is {corrupt!r}; a share from 0 to 1 is allowed")
     if corrupt and split != "train":

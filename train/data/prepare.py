@@ -13,10 +13,11 @@ import resvg_py
 
 from train.data.concepts import read_concepts
 from train.data.drawings import Rendered, read_drawings, render
-from train.data.manifest import MANIFEST_NAME, DataError, Manifest, Shard, read_manifest, sha256_of, write_manifest
+from train.data.manifest import MANIFEST_NAME, DataError, Manifest, Shard, read_manifest, write_manifest
 from train.data.shards import MAX_PIXELS, write_shard
 from train.data.sources import SetupError, default_root, fetch_packages, pins
 from train.data.splits import SPLITS, split_pictures
+from train.files import sha256_of
 
 SHARD_SAMPLES = 1000
 

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from PIL import Image
 
-from train.data.manifest import DataError, Shard, sha256_of
+from train.data.manifest import DataError, Shard
+from train.files import sha256_of
 
 SUFFIXES = ("png", "txt", "json")
 MAX_MEMBER_BYTES = 4 << 20

@@ -1,0 +1,76 @@
+"""Starts whole jobs of the trainer as users do, and follows them from outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from train_data import tiny
+
+from train import logs, progress
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 120
+
+
+def environment(fault: str = "") -> dict[str, str]:
+    """`fault`: one of train_faults, for the job's ranks."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    path = [str(ROOT), str(ROOT / "tests")]
+    if fault:
+        path.insert(0, str(ROOT / "tests" / "train_faults"))
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), "TRAIN_FAULT": fault}
+
+
+def start(*arguments: str, fault: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "train", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(fault), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+
+
+def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit status and everything said; whatever is left of the job's processes is an error, and ended."""
+    try:
+        said = "".join(job.communicate(timeout=TIMEOUT))
+    finally:
+        try:
+            os.killpg(job.pid, signal.SIGKILL)
+            left = True
+        except ProcessLookupError:
+            left = False
+    assert not left, "processes outlived the job"
+    return job.returncode, said
+
+
+def configuration(folder: Path, data: Path, steps: int = 24, micro_batches: int = 1, **job: Any) -> Path:
+    sections = tiny(data, **job)
+    sections["optimizer"] |= {"steps": steps, "micro_batches": micro_batches}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return folder / "tiny.yaml"
+
+
+def wait_for(run: Path, rank: int, condition: Callable[[progress.Place], bool]) -> progress.Place:
+    """The place of a rank once `condition` holds for it."""
+    end = time.monotonic() + TIMEOUT
+    while time.monotonic() < end:
+        for place in progress.read(run):
+            if place.rank == rank and condition(place):
+                return place
+        time.sleep(0.005)
+    raise AssertionError(f"rank {rank} never came there; last seen: {progress.read(run)}")
+
+
+def training_rows(run: Path) -> list[dict[str, Any]]:
+    """The logged numbers that depend on the training alone, not on the clock."""
+    rows = logs.read_rows(run / logs.METRICS)
+    return [{name: value for name, value in row.items() if name != "samples_per_second"} for row in rows]
