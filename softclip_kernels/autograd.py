@@ -28,23 +28,37 @@ def loss_parts(problem: Problem, terms: Sequence[LinearTerm], layout: Layout, ba
     The problem holds this rank's rows and this rank's columns; positives are global column numbers."""
     if layout.exchange is not None:
         return sharded.loss_parts(problem, terms, layout, backend)
-    dots = [term.dots(problem.x, problem.y, problem.scale, 0, term.column_operands()) for term in terms]
-    return LossParts(statistics(problem, backend), tuple(row for row, _ in dots), tuple(column for _, column in dots))
+    if not terms:
+        return LossParts(statistics(problem, problem.x, problem.y, backend), (), ())
+    # The gradients of hard and soft terms cancel as training converges, so 16-bit ones must be added before they are
+    # rounded: all of them go to one wide copy of the embeddings, which the terms compute with.
+    dtype = problem.accumulation_dtype
+    x, y = problem.x.to(dtype), problem.y.to(dtype)
+    dots = [term.dots(x, y, problem.scale, 0, term.column_operands()) for term in terms]
+    found = statistics(problem, x, y, backend)
+    return LossParts(found, tuple(row for row, _ in dots), tuple(column for _, column in dots))
 
 
-def statistics(problem: Problem, backend: str = "auto") -> Statistics:
-    """The differentiable Statistics of one rank's problem."""
-    (x, y, scale, *optional, operands), sources = ops.pack(problem)
-    return Statistics(*_SoftClipStatistics.apply(x, y, scale, backend, tuple(sources), *optional, *operands))
+def statistics(problem: Problem, x: Tensor, y: Tensor, backend: str = "auto") -> Statistics:
+    """The Statistics of one rank's problem, differentiable with respect to x and y: the problem's own, or their copies
+    in the accumulation dtype, which then get unrounded gradients."""
+    (own_x, own_y, scale, *optional, operands), sources = ops.pack(problem)
+    return Statistics(
+        *_SoftClipStatistics.apply(
+            x, y, scale, own_x.detach(), own_y.detach(), backend, tuple(sources), *optional, *operands
+        )
+    )
 
 
 class _SoftClipStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        wide_x: Tensor,
+        wide_y: Tensor,
+        scale: Tensor,
         x: Tensor,
         y: Tensor,
-        scale: Tensor,
         backend: str,
         sources: tuple[int, ...],
         positive: Tensor | None,
@@ -68,16 +82,17 @@ class _SoftClipStatistics(torch.autograd.Function):
             backend,
         )
         rows, columns, positive_logit, row_ranks, column_ranks = result
-        ctx.backend, ctx.sources = backend, sources
+        ctx.backend, ctx.sources, ctx.rounded = backend, sources, wide_x.dtype == x.dtype
         ctx.save_for_backward(
-            x, y, scale, positive, row_segment, column_segment, rows, columns, positive_logit, *operands
+            wide_x, wide_y, x, y, scale, positive, row_segment, column_segment, rows, columns, positive_logit, *operands
         )
         ctx.mark_non_differentiable(row_ranks, column_ranks)
         return tuple(result)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, positive, row_segment, column_segment, rows, columns, positive_logit, *operands = ctx.saved_tensors
+        wide_x, wide_y, x, y, scale, positive, row_segment, column_segment, *saved = ctx.saved_tensors
+        rows, columns, positive_logit, *operands = saved
         grad_rows, grad_columns, grad_positive = gradients[:3]
         with torch.no_grad():
             found = ops.backward(
@@ -96,6 +111,7 @@ class _SoftClipStatistics(torch.autograd.Function):
                 grad_rows[0::2].contiguous(),  # the teachers' log-sum-exps, at odd positions, are constants
                 grad_columns[0::2].contiguous(),
                 grad_positive,
+                ctx.rounded,
             )
-        dx, dy, dscale = ops.without_graph(found, (x, y, scale))
-        return dx, dy, dscale, *(None for _ in range(7 + len(operands)))
+        dx, dy, dscale = ops.without_graph(found, (wide_x, wide_y, scale))
+        return dx, dy, dscale, *(None for _ in range(9 + len(operands)))

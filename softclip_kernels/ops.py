@@ -136,17 +136,18 @@ def backward(
     grad_rows: Tensor,
     grad_columns: Tensor,
     grad_positive: Tensor,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`rows` .. `positive_logit` are the forward's Statistics; `grad_rows` (1 + K, N), `grad_columns` (1 + K, M) and
     `grad_positive` (N,) or (0,) the gradients of the loss with respect to each log-sum-exp, each teacher's mean and the
-    positive's logit. dx and dy have the dtype of x and y, dscale the accumulation dtype."""
+    positive's logit. dscale, and dx and dy unless `rounded` to the dtype of x and y, have the accumulation dtype."""
     arguments = (x, y, scale, positive, row_segment, column_segment, None, None, operands)
     problem = unpack(arguments, sources)
     nothing = torch.empty(0, dtype=torch.int64, device=x.device)
     statistics = Statistics(rows, columns, positive_logit, nothing, nothing)
     gradients = list(block_backward(problem, statistics, grad_rows, grad_columns, grad_positive, backend))
     # Rounded one after the other, each sum released at once: they are larger than what they are rounded to.
-    for index, dtype in enumerate((x.dtype, y.dtype)):
+    for index, dtype in enumerate((x.dtype, y.dtype) if rounded else ()):
         gradients[index] = gradients[index].to(dtype)
     dx, dy, dscale = gradients
     return dx, dy, dscale
@@ -169,8 +170,11 @@ def _(
     grad_rows: Tensor,
     grad_columns: Tensor,
     grad_positive: Tensor,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), y.new_empty(y.shape), x.new_empty((), dtype=accumulation_dtype(x.dtype))
+    wide = accumulation_dtype(x.dtype)
+    dtype = x.dtype if rounded else wide
+    return x.new_empty(x.shape, dtype=dtype), y.new_empty(y.shape, dtype=dtype), x.new_empty((), dtype=wide)
 
 
 def without_graph(gradients: tuple[Tensor, ...], operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

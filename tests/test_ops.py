@@ -41,7 +41,7 @@ def test_opcheck(name, backend):
     gradients = (found[0][0::2].contiguous(), found[1][0::2].contiguous(), torch.ones_like(found[2]))
     torch.library.opcheck(
         ops.backward,
-        (x, y, scale, positive, row_segment, column_segment, operands, sources, backend, *found[:3], *gradients),
+        (x, y, scale, positive, row_segment, column_segment, operands, sources, backend, *found[:3], *gradients, True),
     )
 
 
