@@ -6,7 +6,9 @@ A benchmark makes `operands`, names its contenders (functions of x, y, scale tha
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -23,7 +25,7 @@ from torch import Tensor
 
 import softclip_kernels
 from softclip_kernels import Hard, Mix, SelfTeacher, Target, Teacher, partition
-from softclip_kernels.testing import Result, assert_as_accurate_as_dense, matching_rows, tolerances, unit_rows
+from softclip_kernels.testing import Result, assert_as_accurate_as_dense, tolerances
 
 RESULTS = Path(__file__).parent / "results"
 SOFT_SHARE = 0.5  # of the pairs, in the PSD cases
@@ -40,10 +42,20 @@ def operands(
     n: int, d: int, dtype: torch.dtype, device: str = "cpu", scale: float = 14.3
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (n, d) and y (n, d) of unit norm, paired row by row, and the fp32 scale; leaves that want gradients."""
-    x = unit_rows(n, d, dtype=torch.float32)
-    y = matching_rows(x)
-    leaves = (x.to(device, dtype), y.to(device, dtype), torch.tensor(scale, device=device))
-    return leaves[0].requires_grad_(), leaves[1].requires_grad_(), leaves[2].requires_grad_()
+    x, y = _pairs(n, d, dtype, device, seed=0)
+    return x.requires_grad_(), y.requires_grad_(), torch.tensor(scale, device=device).requires_grad_()
+
+
+def _pairs(n: int, d: int, dtype: torch.dtype, device: str, seed: int, noise: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Two (n, d) of unit norm, the second like the first. Drawn on the device: a million rows take a CPU a minute."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def unit_rows() -> Tensor:
+        return F.normalize(torch.randn(n, d, device=device, generator=generator), dim=1)
+
+    x = unit_rows()
+    y = F.normalize(x + noise * unit_rows(), dim=1)
+    return x.to(dtype), y.to(dtype)
 
 
 def target(loss: str, n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> Target:
@@ -61,8 +73,7 @@ def target(loss: str, n: int, d: int, dtype: torch.dtype, device: str = "cpu") -
 
 
 def teacher_embeddings(n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    a = unit_rows(n, d, seed=2, dtype=torch.float32)
-    return a.to(device, dtype), matching_rows(a, seed=3).to(device, dtype)
+    return _pairs(n, d, dtype, device, seed=2)
 
 
 def fused(loss_target: Target, backend: str = "auto") -> Loss:
@@ -182,28 +193,33 @@ def forward_backward(loss: Loss, x: Tensor, y: Tensor, scale: Tensor) -> Callabl
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What a figure depends on: the device, the versions, the commit and whether the tree differed from it."""
+    """What a figure depends on: the device, the versions, the commit and whether the tree differed from it. A copy
+    without .git (a machine lent for a run) takes the commit from SOFTCLIP_COMMIT and cannot tell the rest (None)."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "device": _device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {
             "softclip_kernels": softclip_kernels.__version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
-        "commit": _git("rev-parse", "--short=12", "HEAD") or "unknown",
-        "modified": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("SOFTCLIP_COMMIT", "unknown"),
+        "modified": None if status is None else bool(status),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def write(name: str, device: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """bench/results/<name>.json: {"environment": ..., "rows": [...]}; a Timing in a row becomes its fields."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, device: str, rows: Iterable[Mapping[str, Any]], folder: Path | None = None) -> Path:
+    """<folder>/<name>.json: {"environment": ..., "rows": [...]}; a Timing in a row becomes its fields. bench/results/
+    where no folder is given. Whole at every moment, so that a run that is ended leaves what it wrote last."""
+    folder = RESULTS if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     plain = [{key: asdict(value) if isinstance(value, Timing) else value for key, value in row.items()} for row in rows]
-    path.write_text(json.dumps({"environment": environment(device), "rows": plain}, indent=1) + "\n")
-    return path
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps({"environment": environment(device), "rows": plain}, indent=1) + "\n")
+    return partial.replace(path)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -214,7 +230,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def _cpu_name() -> str:
+@functools.cache  # so that a device that is lost later still has its name in the record
+def _device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)

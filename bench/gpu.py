@@ -4,256 +4,212 @@ python -m bench gpu                     everything; rows go to bench/results/gpu
 python -m bench gpu --n 32768 --d 512   some sizes
 python -m bench gpu --interpret         a rehearsal on the CPU with tiny sizes, where TRITON_INTERPRET=1
 
-Without a CUDA device it says so and exits with code 2. What does not fit in the device's memory or in the time is
-recorded as such.
+A run is a list of steps (`plan`), most important first. Each runs in another process (gpu_process) with a limit of its
+own; one that fails is recorded with its error, one for which no time is left as such, and the run goes on. The record
+is written after every step. Exit code 1: something failed; 2: no CUDA device or no triton.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from softclip_kernels.testing import Result
-
-from . import common
+from . import common, gpu_checks, gpu_speed, gpu_tests, rehearsal
+from .gpu_process import Failed, Worker
 
 Row = dict[str, Any]
 SIZES = (4096, 16384, 32768, 65536, 131072)
 WIDTHS = (512, 768, 1024)
-PRODUCTS = {"hard": 8, "psd": 8, "psd_teacher": 12}  # multiples of N² D floating-point operations, forward + backward
-GEMM = 8192
-NO_GPU = 2  # exit code
-# Bytes per entry of the N x N matrix that the dense losses hold at their peak; larger problems are not attempted.
-DENSE_BYTES = {"hard": 24, "psd": 44, "psd_teacher": 44}
-
-# What the project asks for on an H100, at N = 32768 and D = 512 where not said otherwise.
-GEMM_SHARE = {"hard": 0.80, "psd_teacher": 0.70}  # for N >= 16384
-PSD_OVER_HARD = 1.15
-OVER_EAGER = {"hard": 5.0, "psd": 8.0, "psd_teacher": 8.0}
-OVER_COMPILED = 2.5
-MEMORY = (64 * 2**20, 64)  # bytes, and bytes a row
+CANNOT_RUN = 2  # exit code
 
 
-class Clock:
-    """What is left of the run's time."""
+@dataclass(frozen=True)
+class Scale:
+    """How large the steps are: for a GPU, or for a rehearsal in the interpreter, which takes float32 only."""
 
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
+    device: str
+    dtypes: tuple[torch.dtype, ...]  # the first is the one that is timed
+    n: tuple[int, ...]
+    d: tuple[int, ...]
+    first: tuple[int, int]  # the size that is timed first
+    checked: tuple[int, int]
+    repeats: int
+    memory: tuple[int, int]
+    million: tuple[int, int]
+    first_call: tuple[int, int]
+    seconds: float  # of every timing, at least
+    patience: float  # how much longer than on an H100 a step may take
+    gemm: int  # edge of the matrix products
+
+
+GPU = Scale(
+    device="cuda",
+    dtypes=(torch.bfloat16, torch.float16, torch.float32),
+    n=SIZES,
+    d=WIDTHS,
+    first=gpu_speed.GOAL_SIZE,
+    checked=(1000, 96),
+    repeats=250,
+    memory=(16384, 512),
+    million=(1 << 20, 512),
+    first_call=(4096, 512),
+    seconds=1.0,
+    patience=1.0,
+    gemm=8192,
+)
+REHEARSAL = Scale(
+    device="cpu",
+    dtypes=(torch.float32,),
+    n=(64, 40),
+    d=(32,),
+    first=(64, 32),
+    checked=(65, 24),
+    repeats=2,
+    memory=(64, 32),
+    million=(40, 16),
+    first_call=(40, 16),
+    seconds=0.0,
+    patience=10.0,
+    gemm=32,
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """`labels` begin the row; `estimate` is of an H100, in seconds. `apart`: in the other process; else it starts
+    processes of its own and is told how many seconds they have."""
+
+    labels: Row
+    estimate: float
+    function: Callable[..., Row]
+    arguments: Row
+    apart: bool = True
+
+    def limit(self) -> float:
+        return 2 * self.estimate + 30
+
+    def title(self) -> str:
+        return " ".join(f"{key.upper()} = {value}" if key in "nd" else str(value) for key, value in self.labels.items())
+
+
+def plan(options: argparse.Namespace, scale: Scale) -> Iterator[Step]:
+    """Correctness, the size of the goals, memory, a million rows, the first call, the other sizes."""
+    timed = scale.dtypes[0]
+
+    def step(
+        kind: str, estimate: float, function: Callable[..., Row], n: int, d: int, *, apart: bool = True, **more: Any
+    ) -> Step:
+        labels: Row = {"kind": kind, "loss": more.get("loss", "hard"), "n": n, "d": d}
+        labels["dtype"] = gpu_checks.name(more.setdefault("dtype", timed))
+        return Step(labels, estimate, function, {"n": n, "d": d, "device": scale.device} | more, apart)
+
+    def speed(kind: str, n: int, d: int, loss: str, rivals: Sequence[str]) -> Step:
+        estimate = gpu_speed.estimate(loss, n, d, options.rounds, gpu_speed.COMPILED in rivals)
+        seconds = scale.seconds if (n, d) == scale.first else scale.seconds / 2
+        more = {"rounds": options.rounds, "seconds": seconds, "gemm": scale.gemm}
+        return step(kind, estimate, gpu_speed.speed, n, d, loss=loss, rivals=rivals, with_hard=True, **more)
+
+    for dtype in scale.dtypes:
+        for loss in common.LOSSES:
+            more: Row = {"loss": loss, "repeats": scale.repeats}
+            yield step("correctness", 5, gpu_checks.correctness, *scale.checked, dtype=dtype, **more)
+    if not options.no_tests:
+        yield Step({"kind": "tests"}, 80, gpu_tests.run, {"suite": options.suite}, apart=False)
+    sizes = [(n, d) for d in options.d for n in options.n]
+    if scale.first in sizes:
+        sizes.remove(scale.first)
+        for loss in common.LOSSES:
+            yield speed("speed", *scale.first, loss, gpu_speed.RIVALS[loss])
+        for loss in () if options.no_compile else common.LOSSES:
+            yield speed("compiled", *scale.first, loss, (gpu_speed.COMPILED,))
+    for loss in common.LOSSES:
+        for dtype in dict.fromkeys((timed, torch.float32)):
+            yield step("memory", 3, gpu_checks.memory, *scale.memory, loss=loss, dtype=dtype)
+    yield step("million", 15, gpu_checks.million, *scale.million)
+    yield step("first call", 20, gpu_checks.first_call, *scale.first_call, apart=False, loss="hard")
+    for n, d in sizes:
+        for loss in common.LOSSES:
+            yield speed("speed", n, d, loss, gpu_speed.RIVALS[loss])
+
+
+class Run:
+    """Performs steps within a time, and writes every row as it comes."""
+
+    def __init__(self, options: argparse.Namespace, scale: Scale) -> None:
+        self._end = time.monotonic() + 60 * options.minutes
+        self._worker = Worker(rehearsal.install if options.interpret else None)
+        self._options, self._scale = options, scale
+        self._wrong: set[tuple[int, int]] = set()  # sizes at which the hard loss is no measure for the others
+        self.rows: list[Row] = []
+        self.path = self.add(_device_row())
+
+    def add(self, row: Row) -> Path:
+        self.rows.append(row)
+        return common.write(self._options.name, self._scale.device, self.rows, self._options.results)
 
     def left(self) -> float:
-        return self.end - time.monotonic()
+        return self._end - time.monotonic()
 
-
-def correctness(device: str, dtypes: Sequence[torch.dtype], n: int, d: int) -> list[Row]:
-    """The library's standard for every loss and dtype on a ragged size; and ten repeats, bit by bit."""
-    rows = []
-    for loss in common.LOSSES:
-        for dtype in dtypes:
-            common.check(loss, d, dtype, device, "triton", n)
-            x, y, scale = (leaf.detach() for leaf in common.operands(n, d, dtype, device))
-            fused = common.fused(common.target(loss, n, d, dtype, device), "triton")
-            first = Result.of(fused, x, y, scale)
-            for _ in range(10):
-                again = Result.of(fused, x, y, scale)
-                if not (torch.equal(first.dx, again.dx) and torch.equal(first.dy, again.dy)):
-                    raise AssertionError(f"{loss} {dtype}: two runs differ")
-            rows.append({"kind": "correctness", "loss": loss, "dtype": _name(dtype), "n": n, "d": d, "passed": True})
-    return rows
-
-
-def test_suite(seconds: float) -> Row:
-    """tests/test_triton_gpu.py: every target, dtype and adversarial input, 250 repeats, memory."""
-    tests = Path(__file__).parent.parent / "tests" / "test_triton_gpu.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(tests)]
-    start = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=tests.parent.parent, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"kind": "tests", "outcome": f"not finished after {seconds:.0f} s", "passed": None}
-    last = done.stdout.strip().splitlines()[-1:] or [""]
-    if done.returncode:
-        print(done.stdout[-8000:], done.stderr[-2000:])
-    return {
-        "kind": "tests",
-        "outcome": last[0],
-        "passed": done.returncode == 0,
-        "seconds": time.monotonic() - start,
-    }
-
-
-def open_clip(loss: str, n: int, d: int, dtype: torch.dtype, device: str) -> common.Loss:
-    """open_clip's formula as its training loop evaluates it: both similarity matrices, and for distillation the
-    teacher's two, with the cross-entropy of the hard pairing added."""
-    labels = torch.arange(n, device=device)
-    embeddings = None if loss == "hard" else common.teacher_embeddings(n, d, dtype, device)
-
-    def cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
-        return -(teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
-
-    def evaluate(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        per_image, per_text = scale.to(x.dtype) * x @ y.T, scale.to(x.dtype) * y @ x.T
-        hard = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
-        if embeddings is None:
-            return hard
-        a, b = embeddings
-        teacher_per_image, teacher_per_text = common.TEACHER_SCALE * a @ b.T, common.TEACHER_SCALE * b @ a.T
-        return hard + (cross_entropy(teacher_per_image, per_image) + cross_entropy(teacher_per_text, per_text)) / 2
-
-    return evaluate
-
-
-def timed(contenders: Mapping[str, Callable[[], object]], rounds: int, device: str) -> dict[str, common.Timing]:
-    """common.interleaved on the device's own clock: CUDA events around every run, order alternating."""
-    if device != "cuda":
-        return common.interleaved(contenders, rounds)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(-2, rounds):
-        for name in contenders if index % 2 else reversed(list(contenders)):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            contenders[name]()
-            end.record()
-            end.synchronize()
-            if index >= 0:
-                seconds[name].append(start.elapsed_time(end) / 1e3)
-    return {name: common.Timing.of(values) for name, values in seconds.items()}
-
-
-def speed(n: int, d: int, device: str, rounds: int, clock: Clock, compiled: bool) -> list[Row]:
-    """Every loss at one size, forward and forward + backward, against the dense ways that fit and the GEMM rate of the
-    same rounds. Equal results first."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    contenders: dict[str, Callable[[], object]] = {}
-    rows: list[Row] = []
-    x, y, scale = common.operands(n, d, dtype, device)
-    for loss in common.LOSSES:
-        fused = common.fused(common.target(loss, n, d, dtype, device), "triton")
+    def perform(self, step: Step) -> None:
         start = time.monotonic()
-        result = Result.of(fused, x, y, scale)
-        _synchronise(device)
-        first = time.monotonic() - start
-        contenders[f"{loss} fused"] = common.forward_backward(fused, x, y, scale)
-        contenders[f"{loss} fused forward"] = common.forward_only(fused, x, y, scale)
-        row: Row = {"kind": "speed", "loss": loss, "n": n, "d": d, "dtype": _name(dtype), "first call s": first}
-        if not _fits(DENSE_BYTES[loss] * n * n, device):
-            rows.append(row | {"dense": "does not fit"})
-            continue
-        exact = common.dense(loss, n, d, torch.float32, device)
-        check_close(loss, result, Result.of(exact, x.float(), y.float(), scale))
-        dense = common.dense(loss, n, d, dtype, device)
-        others = {"dense": dense}
-        if compiled and clock.left() > 60:
-            others["compiled"] = torch.compile(dense)
-        if loss != "psd":
-            others["open_clip"] = open_clip(loss, n, d, dtype, device)
-        for name, other in others.items():
-            run = common.forward_backward(other, x, y, scale)
-            if _runs(run):
-                contenders[f"{loss} {name}"] = run
-            else:
-                row[name] = "does not fit"
-        rows.append(row)
-    side = GEMM if device == "cuda" else 64
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    contenders["gemm"] = lambda: a @ b
-    timings = timed(contenders, rounds, device)
-    rate = 2 * side**3 / timings["gemm"].median
-    for row in rows:
-        loss = row["loss"]
-        fused_time = timings[f"{loss} fused"]
-        row["fused"], row["fused forward"] = fused_time, timings[f"{loss} fused forward"]
-        row["TFLOP/s"] = PRODUCTS[loss] * n * n * d / fused_time.median / 1e12
-        row["gemm TFLOP/s"] = rate / 1e12
-        row["share of gemm"] = row["TFLOP/s"] / row["gemm TFLOP/s"]
-        row["over hard"] = fused_time.median / timings["hard fused"].median
-        for rival in ("dense", "compiled", "open_clip"):
-            if f"{loss} {rival}" in timings:
-                row[rival] = timings[f"{loss} {rival}"]
-                row[f"over {rival}"] = timings[f"{loss} {rival}"].median / fused_time.median
-        row["goals"] = goals(row)
-    return rows
+        try:
+            row = step.labels | self._outcome(step)
+        except Exception as error:
+            line = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+            row = step.labels | {"passed": False, "error": line, "details": getattr(error, "details", "")}
+            if step.labels.get("loss") == "hard" and step.labels["kind"] == "speed":
+                self._wrong.add((step.labels["n"], step.labels["d"]))
+        self.add(row | {"step s": time.monotonic() - start})
+        done = row.get("error") or row.get("outcome") or "done"
+        print(f"{step.title()}: {done}, {self.left():.0f} s left", flush=True)
+
+    def _outcome(self, step: Step) -> Row:
+        left = self.left()
+        if left < step.estimate:
+            skipped: Row = {"outcome": "no time left", "estimate s": step.estimate}
+            return skipped | ({"passed": False} if step.labels["kind"] in ("correctness", "tests") else {})
+        seconds = min(self._scale.patience * step.limit(), left)
+        if not step.apart:
+            return step.function(**step.arguments, seconds=seconds)
+        arguments = step.arguments
+        if (arguments["n"], arguments["d"]) in self._wrong and "with_hard" in arguments:
+            arguments = arguments | {"with_hard": False}
+        return self._worker.call(step.function, arguments, seconds)
+
+    def finish(self) -> int:
+        """The exit code, after the plot and a summary."""
+        self._worker.end()
+        measured = [row for row in self.rows if row["kind"] == "speed" and "share of gemm" in row]
+        if measured:
+            columns = ("loss", "n", "d", "fused", "TFLOP/s", "gemm TFLOP/s", "share of gemm")
+            print(common.table([{key: row[key] for key in columns} for row in measured]))
+            plot(measured, self.path.with_suffix(".png"))
+        failed = [_label(row) for row in self.rows if row.get("passed") is False]
+        skipped = [_label(row) for row in self.rows if row.get("outcome") == "no time left"]
+        missed = [
+            f"{_label(row)}: {goal}"
+            for row in self.rows
+            for goal, reached in row.get("goals", {}).items()
+            if not reached
+        ]
+        for what, which in (("goals missed", missed), ("no time left for", skipped), ("FAILED", failed)):
+            print(f"{what}: {'; '.join(which) or 'none'}")
+        print(self.path)
+        return 1 if failed else 0
 
 
-def check_close(loss: str, fused: Result, exact: Result, relative: float = 0.02) -> None:
-    """The timed result against dense float32 of the same operands, by norm: no timing of a wrong result. How accurate a
-    right one is, is checked before, on sizes that fit in float64."""
-    for field in ("loss", "dx", "dy", "dscale"):
-        got, expected = getattr(fused, field).float(), getattr(exact, field).float()
-        error = ((got - expected).norm() / expected.norm()).item()
-        if not error <= relative:
-            raise AssertionError(f"{loss}: {field} differs from dense float32 by {error:.1e}, not by {relative:.0e}")
-
-
-def _runs(run: Callable[[], object]) -> bool:
-    try:
-        run()
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return False
-    return True
-
-
-def goals(row: Row) -> dict[str, bool]:
-    """Which of the project's goals apply to a row, and whether it reaches them."""
-    reached = {}
-    if row["n"] >= 16384:
-        if row["loss"] in GEMM_SHARE:
-            reached[f"share of gemm >= {GEMM_SHARE[row['loss']]}"] = row["share of gemm"] >= GEMM_SHARE[row["loss"]]
-        if row["loss"] == "psd":
-            reached[f"over hard <= {PSD_OVER_HARD}"] = row["over hard"] <= PSD_OVER_HARD
-    if row["n"] == 32768 and row["d"] == 512:
-        for other, goal in (("dense", OVER_EAGER[row["loss"]]), ("compiled", OVER_COMPILED)):
-            if f"over {other}" in row:
-                reached[f"over {other} >= {goal}"] = row[f"over {other}"] >= goal
-    return reached
-
-
-def memory(n: int, d: int, device: str) -> list[Row]:
-    """The allocator's peak beyond inputs and gradients (in the inputs' dtype and, while they are summed, in fp32)."""
-    rows = []
-    dtype = torch.bfloat16
-    for loss in common.LOSSES:
-        x, y, scale = common.operands(n, d, dtype, device)
-        run = common.forward_backward(common.fused(common.target(loss, n, d, dtype, device), "triton"), x, y, scale)
-        run()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        beyond = torch.cuda.max_memory_allocated() - before - 2 * n * d * (x.element_size() + 4)
-        allowed = MEMORY[0] + MEMORY[1] * n
-        goal = {f"<= {allowed >> 20} MiB": beyond <= allowed}
-        rows.append({"kind": "memory", "loss": loss, "n": n, "d": d, "MiB beyond": beyond / 2**20, "goals": goal})
-    return rows
-
-
-def million(clock: Clock) -> Row:
-    """N = 2^20, D = 512, forward and backward, on one device."""
-    n, d = 1 << 20, 512
-    row: Row = {"kind": "million", "loss": "hard", "n": n, "d": d}
-    if clock.left() < 60:
-        return row | {"outcome": "no time left"}
-    generator = torch.Generator("cuda").manual_seed(0)
-    x = F.normalize(torch.randn(n, d, device="cuda", generator=generator), dim=1)
-    y = F.normalize(x + 0.5 * F.normalize(torch.randn(n, d, device="cuda", generator=generator), dim=1), dim=1)
-    leaves = (x.bfloat16().requires_grad_(), y.bfloat16().requires_grad_(), torch.tensor(14.3, device="cuda"))
-    start = time.monotonic()
-    loss = common.fused(common.target("hard", n, d, torch.bfloat16, "cuda"), "triton")(*leaves)
-    loss.backward()
-    torch.cuda.synchronize()
-    finite = bool(loss.isfinite() and leaves[0].grad.isfinite().all())  # type: ignore[union-attr]
-    return row | {"outcome": "completed" if finite else "not finite", "seconds": time.monotonic() - start}
+def _label(row: Row) -> str:
+    return " ".join(str(row[key]) for key in ("kind", "loss", "dtype", "n", "d") if key in row)
 
 
 def plot(rows: Sequence[Row], path: Path) -> Path | None:
@@ -267,7 +223,7 @@ def plot(rows: Sequence[Row], path: Path) -> Path | None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4))
     for loss, d in sorted({(row["loss"], row["d"]) for row in rows}):
-        line = [(row["n"], row["share of gemm"]) for row in rows if (row["loss"], row["d"]) == (loss, d)]
+        line = sorted((row["n"], row["share of gemm"]) for row in rows if (row["loss"], row["d"]) == (loss, d))
         axes.plot(*zip(*line, strict=True), marker="o", label=f"{loss}, D = {d}")
     axes.set(xscale="log", xlabel="N", ylabel="share of the matrix multiplication rate", ylim=(0, None))
     axes.legend(fontsize=7)
@@ -277,49 +233,28 @@ def plot(rows: Sequence[Row], path: Path) -> Path | None:
     return path
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _fits(size: int, device: str) -> bool:
-    if device != "cuda":
-        return True
-    torch.cuda.empty_cache()
-    return size < torch.cuda.mem_get_info()[0]
-
-
 def _device_row() -> Row:
-    """Driver and clocks, where nvidia-smi tells them."""
-    import triton
-
-    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
-    row: Row = {"kind": "device", "triton": triton.__version__, "cuda": torch.version.cuda}
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
-        )
-        row |= dict(zip(fields.split(","), (v.strip() for v in done.stdout.split("\n")[0].split(",")), strict=False))
-    except (OSError, subprocess.TimeoutExpired):
-        row["driver_version"] = "unknown"
-    return row
+    """Driver and limits; the clocks under load stand in the timed rows."""
+    fields = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+    versions = {"triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda}
+    return {"kind": "device"} | versions | gpu_speed.nvidia_smi(fields)
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--n", type=int, nargs="+", default=SIZES, help="batch sizes")
-    parser.add_argument("--d", type=int, nargs="+", default=WIDTHS, help="embedding widths")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=8.5, help="of the whole run")
-    parser.add_argument("--no-tests", action="store_true", help="leave tests/test_triton_gpu.py out")
+    parser.add_argument("--n", type=int, nargs="+", help=f"batch sizes (default: {SIZES})")
+    parser.add_argument("--d", type=int, nargs="+", help=f"embedding widths (default: {WIDTHS})")
+    parser.add_argument("--rounds", type=int, default=7, help="of a timing, at least (default: 7)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="of the whole run (default: 8.5)")
+    parser.add_argument("--suite", type=Path, default=gpu_tests.SUITE, help="the tests (default: test_triton_gpu.py)")
+    parser.add_argument("--no-tests", action="store_true", help="leave the tests out")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--interpret", action="store_true", help="rehearse on the CPU, where TRITON_INTERPRET=1")
-    parser.add_argument("--name", default="gpu", help="of the files in bench/results/")
+    parser.add_argument("--results", type=Path, default=common.RESULTS, help="the record's folder (bench/results/)")
+    parser.add_argument("--name", default="gpu", help="of the files in it")
     options = parser.parse_args(arguments)
+    scale = REHEARSAL if options.interpret else GPU
+    options.n, options.d = options.n or scale.n, options.d or scale.d
     if min(*options.n, *options.d, options.rounds) < 1:
         parser.error(f"--n {options.n}, --d {options.d} and --rounds {options.rounds} must be at least 1")
     return options
@@ -327,44 +262,18 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 
 def main(arguments: Sequence[str]) -> None:
     options = _options(arguments)
-    rehearsal = options.interpret
-    if rehearsal and os.environ.get("TRITON_INTERPRET") != "1":
+    if importlib.util.find_spec("triton") is None:
+        print("triton is not installed: this benchmark needs it (pip install triton)", file=sys.stderr)
+        raise SystemExit(CANNOT_RUN)
+    if options.interpret and os.environ.get("TRITON_INTERPRET") != "1":
         raise SystemExit("--interpret needs TRITON_INTERPRET=1 in the environment")
-    if not rehearsal and not torch.cuda.is_available():
+    if not options.interpret and not torch.cuda.is_available():
         print("no CUDA device: this benchmark needs a GPU (--interpret rehearses it on the CPU)", file=sys.stderr)
-        raise SystemExit(NO_GPU)
-    device = "cpu" if rehearsal else "cuda"
-    clock = Clock(60 * options.minutes)
-    rows = [_device_row()]
-    dtypes = (torch.float32,) if rehearsal else (torch.bfloat16, torch.float16, torch.float32)
-    rows += correctness(device, dtypes, *((65, 24) if rehearsal else (1000, 96)))
-    common.write(options.name, device, rows)
-    if not rehearsal and not options.no_tests:
-        rows.append(test_suite(0.45 * clock.left()))
-    for d in options.d:
-        for n in options.n:
-            if clock.left() < 20 or not _fits(16 * n * d, device):
-                reason = "no time left" if clock.left() < 20 else "does not fit"
-                rows.append({"kind": "speed", "n": n, "d": d, "outcome": reason})
-                continue
-            rows += speed(n, d, device, options.rounds, clock, not (options.no_compile or rehearsal or d != 512))
-            common.write(options.name, device, rows)
-            print(f"N = {n}, D = {d}: done, {clock.left():.0f} s left", flush=True)
-    if not rehearsal:
-        rows += memory(16384, 512, device)
-        rows.append(million(clock))
-    path = common.write(options.name, device, rows)
-    measured = [row for row in rows if "share of gemm" in row]
-    columns = ("loss", "n", "d", "fused", "TFLOP/s", "share of gemm", "over hard")
-    if measured:
-        print(common.table([{key: row[key] for key in columns} for row in measured]))
-        plot(measured, path.with_suffix(".png"))
-    missed = [
-        f"{row['loss']} N={row['n']} D={row['d']}: {goal}"
-        for row in rows
-        for goal, reached in row.get("goals", {}).items()
-        if not reached
-    ]
-    print(f"{path}; goals missed: {'; '.join(missed) or 'none'}")
-    if any(row.get("passed") is False for row in rows):
-        raise SystemExit(1)
+        raise SystemExit(CANNOT_RUN)
+    scale = REHEARSAL if options.interpret else GPU
+    run = Run(options, scale)
+    for step in plan(options, scale):
+        run.perform(step)
+    code = run.finish()
+    if code:
+        raise SystemExit(code)

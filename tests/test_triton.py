@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -60,38 +59,6 @@ def test_too_many_ranks_are_refused(monkeypatch):
     problem = Problem(x, x, torch.tensor(1.0), row_threshold=threshold, column_threshold=threshold)
     expected = "ranks" if triton._installed() else "not installed"
     assert expected in (triton.TritonBackend().why_not(problem) or "")
-
-
-def _bench(directory, *options, interpret):
-    """`python -m bench gpu` with its records going to the directory."""
-    code = (
-        f"import pathlib, bench.common, bench.gpu; bench.common.RESULTS = pathlib.Path({str(directory)!r}); "
-        f"bench.gpu.main({list(options)!r})"
-    )
-    environment = os.environ | {"TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=HERE.parent, env=environment, capture_output=True, text=True
-    )
-
-
-@needs_triton
-def test_the_gpu_benchmark_runs_as_far_as_a_processor_goes(tmp_path):
-    """Arguments, problems, correctness, interleaved timing, goals, the record and the plot, on tiny sizes."""
-    options = ("--interpret", "--n", "64", "--d", "32", "--rounds", "2", "--name", "rehearsal")
-    done = _bench(tmp_path, *options, interpret="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "rehearsal.json").read_text())["rows"]
-    assert sum(row["kind"] == "correctness" for row in rows) == 3
-    assert {row["loss"] for row in rows if row["kind"] == "speed"} == {"hard", "psd", "psd_teacher"}
-    assert all(row["fused"]["median"] > 0 and row["over dense"] > 0 for row in rows if row["kind"] == "speed")
-
-
-@needs_triton
-def test_the_gpu_benchmark_without_a_gpu_says_so(tmp_path):
-    done = _bench(tmp_path, interpret="0")
-    assert done.returncode == 2 and "no CUDA device" in done.stderr
-    bad = _bench(tmp_path, "--n", "0", interpret="0")
-    assert bad.returncode == 2 and "must be at least 1" in bad.stderr
 
 
 @needs_triton
