@@ -14,6 +14,8 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from softclip_kernels import Exchange, Target, agreement, distributed, softclip_loss
+from softclip_kernels import Exchange, Mix, Target, Teacher, agreement, distributed, softclip_loss
 from softclip_kernels.testing import Result, assert_as_accurate_as_dense, matching_rows, unit_rows
 
 from . import common
@@ -30,9 +32,14 @@ from . import common
 Row = dict[str, Any]
 MIB = 2**20
 CHECKED_PAIRS = 512
+ROUNDED_PAIRS = 2048
 NOISE = 4.0  # between the pairs whose rounding is measured: a batch in the middle of training, far from a loss of 0
 PLANS = ("gather", "ring")
-LOSSES = ("hard", "psd")
+# Loss and dtype of the exchange, for the memory; and the losses whose columns bring something else each.
+CASES = (("hard", None), ("hard", torch.bfloat16), ("psd", None))
+ROUNDED_LOSSES = ("hard", "psd", "psd_teacher")
+SCALES = (14.3, 100.0)
+FIELDS = ("loss", "dx", "dy", "dscale")
 
 
 def main(arguments: list[str]) -> None:
@@ -43,28 +50,41 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args(arguments)
     memory = [
-        measured(loss, plan, ranks, options.pairs, options.width, options.backend)
-        for loss in LOSSES
+        measured(loss, dtype, plan, ranks, options.pairs, options.width, options.backend)
+        for loss, dtype in CASES
         for ranks in options.ranks
         for plan in (PLANS if ranks > 1 else PLANS[:1])
+        if ranks > 1 or dtype is None
     ]
     print(common.table(memory), end="\n\n")
-    errors = [rounding_error(scale, options.width) for scale in (14.3, 100.0)]
+    errors = rounding_errors(options.width)
     print(common.table(errors))
     print(f"\n{common.write('distributed', 'cpu', memory + errors)}")
 
 
-def measured(loss: str, plan: str, ranks: int, pairs: int, width: int, backend: str) -> Row:
-    """One row: the most of any rank, in processes of their own."""
+def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
+    """What function(rank, ranks, *arguments) returns on each rank of a process group, in processes of their own."""
     # What is freed goes back to the system at once, so that resident memory is what is in use.
     os.environ.update(OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            _rank, (folder, loss, plan, ranks, pairs, width, backend), nprocs=ranks, start_method="spawn"
-        )
-        found = [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+        mp.start_processes(_rank, (folder, function, ranks, arguments), nprocs=ranks, start_method="spawn")
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+def _rank(rank: int, folder: str, function: Callable[..., Any], ranks: int, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
+    torch.save(function(rank, ranks, *arguments), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measured(loss: str, dtype: torch.dtype | None, plan: str, ranks: int, pairs: int, width: int, backend: str) -> Row:
+    """One row: the most of any rank."""
+    found = on_ranks(_memory_and_bytes, ranks, loss, dtype, plan, pairs, width, backend)
     return {
         "loss": loss,
+        "exchange": str(dtype or torch.float32).removeprefix("torch."),
         "ranks": ranks,
         "plan": plan if ranks > 1 else "-",
         "pairs": pairs,
@@ -76,11 +96,11 @@ def measured(loss: str, plan: str, ranks: int, pairs: int, width: int, backend: 
     }
 
 
-def _rank(rank: int, folder: str, loss: str, plan: str, ranks: int, pairs: int, width: int, backend: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    exchange = Exchange(dist.group.WORLD, plan)
-    _check(loss, exchange, rank, ranks, width, backend)
+def _memory_and_bytes(
+    rank: int, ranks: int, loss: str, dtype: torch.dtype | None, plan: str, pairs: int, width: int, backend: str
+) -> Row:
+    _check(loss, Exchange(dist.group.WORLD, plan), rank, ranks, width, backend)
+    exchange = Exchange(dist.group.WORLD, plan, dtype)
     x, y, scale, target = _share(loss, rank, ranks, pairs, width)
     sent = _Counter()
     dist.barrier()
@@ -88,9 +108,7 @@ def _rank(rank: int, folder: str, loss: str, plan: str, ranks: int, pairs: int, 
     start = time.perf_counter()
     _loss(target, exchange, backend)(x, y, scale).backward()
     seconds = time.perf_counter() - start
-    torch.save({"peak": _peak() - before, "sent": sent.total, "seconds": seconds}, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return {"peak": _peak() - before, "sent": sent.total, "seconds": seconds}
 
 
 def _loss(target: Target, exchange: Exchange | None, backend: str) -> common.Loss:
@@ -126,8 +144,8 @@ def _check(loss: str, exchange: Exchange, rank: int, ranks: int, width: int, bac
 
 
 class _Counter:
-    """Bytes that this rank sends: point to point as they are; for a collective, what its volume is by definition, every
-    rank's share of the result to every other rank."""
+    """Bytes that this rank sends: point to point and all-to-all as they are; for an all-gather its own share once to
+    every other rank, or as many bytes of others that it passes on."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -137,15 +155,11 @@ class _Counter:
             self.total += sum(_bytes(one.tensor) for one in operations if one.op is dist.isend)
             return point_to_point(operations)
 
-        gather, scatter, to_all = agreement.all_gather_into, distributed._reduce_scatter_into, dist.all_to_all_single
+        gather, to_all = agreement.all_gather_into, dist.all_to_all_single
 
         def gathering(output: Tensor, own: Tensor, **options: Any) -> Any:
             self.total += (world - 1) * _bytes(own)
             return gather(output, own, **options)
-
-        def scattering(output: Tensor, own: Tensor, **options: Any) -> Any:
-            self.total += (world - 1) * _bytes(output)
-            return scatter(output, own, **options)
 
         def exchanging(output: Tensor, own: Tensor, *arguments: Any, **options: Any) -> Any:
             self.total += _bytes(own) * (world - 1) // world
@@ -153,7 +167,7 @@ class _Counter:
 
         vars(dist).update(batch_isend_irecv=batch, all_to_all_single=exchanging)
         vars(agreement).update(all_gather_into=gathering)
-        vars(distributed).update(all_gather_into=gathering, _reduce_scatter_into=scattering)
+        vars(distributed).update(all_gather_into=gathering)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -172,17 +186,44 @@ def _peak() -> int:
     return int(found[1]) * 1024
 
 
-def rounding_error(scale: float, width: int, pairs: int = 2048) -> Row:
-    """What exchange dtype bfloat16 changes: the result is exactly that of rounded column embeddings, so one process
-    shows it. Gradients by norm, relative."""
-    x = unit_rows(pairs, width, dtype=torch.float32)
+def rounding_errors(width: int) -> list[Row]:
+    """What exchange dtype bfloat16 changes, by a real exchange of two ranks: gradients by norm, relative to those of an
+    exchange in float32."""
+    found = on_ranks(_results, 2, width)
+    rows: list[Row] = []
+    for index, (loss, scale) in enumerate((loss, scale) for loss in ROUNDED_LOSSES for scale in SCALES):
+        row: Row = {"rounded loss": loss, "pairs": ROUNDED_PAIRS, "width": width, "scale": scale}
+        for field in FIELDS:
+            exact, rounded = (torch.cat([of_rank[index][which][field] for of_rank in found]) for which in (0, 1))
+            if field in ("loss", "dscale"):
+                exact, rounded = exact.mean(), rounded.mean()
+            row[f"{field} relative error"] = ((rounded - exact).norm() / exact.norm()).item()
+            if field == "loss":
+                row["value"] = exact.item()
+        rows.append(row)
+    return rows
+
+
+def _results(rank: int, ranks: int, width: int) -> list[list[dict[str, Tensor]]]:
+    """Of every loss and scale, this rank's results of an exchange in float32 and in bfloat16, every one (-1, ...)."""
+    own = slice(ROUNDED_PAIRS * rank // ranks, ROUNDED_PAIRS * (rank + 1) // ranks)
+    x = unit_rows(ROUNDED_PAIRS, width, dtype=torch.float32)
     y = matching_rows(x, noise=NOISE)
-    target = common.target("psd", pairs, width, torch.float32)
-    exact, rounded = (
-        Result.of(_loss(target, None, "auto"), x, columns, torch.tensor(scale)) for columns in (y, y.bfloat16().float())
-    )
-    row: Row = {"exchange": "bfloat16", "pairs": pairs, "width": width, "scale": scale, "loss": exact.loss.item()}
-    for field in ("loss", "dx", "dy", "dscale"):
-        of, to = getattr(exact, field), getattr(rounded, field)
-        row[f"{field} relative error"] = ((to - of).norm() / of.norm()).item()
-    return row
+    results: list[list[dict[str, Tensor]]] = []
+    for loss in ROUNDED_LOSSES:
+        target = _own_part(common.target(loss, ROUNDED_PAIRS, width, torch.float32), own)
+        for scale in SCALES:
+            of_both: list[dict[str, Tensor]] = []
+            for dtype in (None, torch.bfloat16):
+                group = Exchange(dist.group.WORLD, "ring", dtype)
+                result = Result.of(_loss(target, group, "auto"), x[own], y[own], torch.tensor(scale))
+                of_both.append({field: torch.atleast_1d(getattr(result, field)) for field in FIELDS})
+            results.append(of_both)
+    return results
+
+
+def _own_part(target: Target, own: slice) -> Target:
+    """A teacher's embeddings are a rank's own; everything else may be given for all ranks."""
+    if not (isinstance(target, Mix) and isinstance(target.soft, Teacher)):
+        return target
+    return replace(target, soft=replace(target.soft, a=target.soft.a[own], b=target.soft.b[own]))

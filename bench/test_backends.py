@@ -1,4 +1,4 @@
-"""Every backend beside dense PyTorch, by pytest-benchmark: a quick comparison with pytest's ways of saving and comparing.
+"""Every backend beside dense PyTorch, by pytest-benchmark: a quick comparison that pytest can save and compare.
 
     pytest bench/test_backends.py --benchmark-group-by=param:loss --benchmark-columns=median,iqr,rounds
 

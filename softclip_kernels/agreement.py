@@ -2,7 +2,7 @@
 
 A rank that waits for another which raised, or was given other shapes, would wait for ever. So whatever may raise runs
 inside `agree`, which is followed by one all-gather of a fixed size; nothing else is exchanged until every rank has said
-that it is well and that its operands fit.
+that it is well and that its operands fit. What fails after that, in the middle of an exchange, is told in a roll call.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .layout import Exchange, Layout
-from .problem import accumulation_dtype
+from .problem import Problem, accumulation_dtype
 
 T = TypeVar("T")
 
@@ -31,9 +32,12 @@ T = TypeVar("T")
 GATHER_LIMIT = 256 * 2**20
 NO_STORE = "missing: whoever holds the group's store, which does not answer (rank 0, or the launcher)"
 ROLL_CALL = 2.0  # seconds that the other ranks have to say that they too are alive, once an exchange has failed
+TEXT = 4096  # bytes of a text that ranks exchange; what is longer is cut off
+HERE = "is here"
 
 logger = logging.getLogger("softclip_kernels")
 _announced: set[str] = set()
+_roll_calls: Counter[str] = Counter()  # by group: what was said in one must not answer the next
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # The newer name of the collective, where this PyTorch has it.
 all_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -73,7 +77,7 @@ def agree(
     mine = mine.to(_control_device(exchange))
     everyone = mine.new_empty(dist.get_world_size(exchange.group), 8)
     with in_phase(phase, exchange):
-        wait(all_gather_into(everyone.view(-1), mine, group=exchange.group, async_op=True), exchange)
+        wait(all_gather_into(everyone.view(-1), mine, group=exchange.group, async_op=True), exchange, mine.device, True)
     table = everyone.tolist()
     failed = [rank for rank, row in enumerate(table) if row[0]]
     if failed:
@@ -106,13 +110,14 @@ def agree_on_text(exchange: Exchange | None, phase: str, act: Callable[[], T], d
 
 
 def make_layout(x: Tensor, y: Tensor, exchange: Exchange | None, check: Callable[[], None] = lambda: None) -> Layout:
-    """The layout of this rank's x (n_local, D) and y (m_local, D). Raises on all ranks alike where `check` raises on
-    one, or where widths, dtypes or plans differ."""
+    """The layout of this rank's x (n_local, D) and y (m_local, D), its plan not yet decided. Raises on all ranks alike
+    where `check` raises on one, or where widths, dtypes or plans differ."""
     if exchange is None:
         check()
         return Layout(len(x), len(y), len(x), len(y), 0, 0, accumulation_dtype(x.dtype), x.device)
 
     def describe(_: None) -> list[int]:
+        _check_device(x.device, exchange)
         wishes = f"{exchange.plan} {exchange.dtype}"
         return [len(x), len(y), x.shape[1], _DTYPES.index(x.dtype), zlib.crc32(wishes.encode())]
 
@@ -133,51 +138,93 @@ def make_layout(x: Tensor, y: Tensor, exchange: Exchange | None, check: Callable
         column_start=sum(columns[:rank]),
         dtype=accumulation_dtype(x.dtype),
         device=x.device,
-        exchange=replace(exchange, plan=_decide(exchange, columns, x)),
+        exchange=exchange,
         row_counts=tuple(rows),
         column_counts=tuple(columns),
     )
 
 
-def gather_bytes(columns: int, width: int, dtype: torch.dtype) -> int:
-    """The gather plan's largest buffers: every column, and its gradient in the accumulation dtype."""
-    return columns * width * (dtype.itemsize + accumulation_dtype(dtype).itemsize)
+def gather_bytes(problem: Problem, layout: Layout) -> int:
+    """The gather plan's largest buffers: all columns' embeddings, the teachers' included, as they travel and, where
+    that is another dtype, as they are computed with; and the columns' gradient in the accumulation dtype."""
+    assert layout.exchange is not None
+    column = problem.y.shape[1] * layout.dtype.itemsize
+    for embedding in (problem.y, *(teacher.y for teacher in problem.teachers if teacher.y is not None)):
+        dtypes = {embedding.dtype, layout.exchange.dtype or embedding.dtype}
+        column += embedding.shape[1] * sum(dtype.itemsize for dtype in dtypes)
+    return layout.m * column
 
 
-def _decide(exchange: Exchange, columns: Sequence[int], x: Tensor) -> str:
-    if exchange.plan != "auto":
-        return exchange.plan
-    size = gather_bytes(sum(columns), x.shape[1], x.dtype)
-    plan = "gather" if len(columns) == 2 or size <= GATHER_LIMIT else "ring"
-    reason = (
-        "2 ranks: the other's block is all there is"
-        if len(columns) == 2
-        else (
-            f"gathered columns and gradients take {size / 2**20:.1f} MiB a rank; the ring begins above "
-            f"{GATHER_LIMIT / 2**20:.0f} MiB"
+def decide_plan(problem: Problem, layout: Layout) -> Layout:
+    """The layout with a plan: what the exchange takes is known once the target is. Alike on every rank."""
+    exchange = layout.exchange
+    if exchange is None:
+        return layout
+    plan = exchange.plan
+    if plan == "auto":
+        size = gather_bytes(problem, layout)
+        plan = "gather" if size <= GATHER_LIMIT else "ring"
+        _announce(
+            f"exchange plan {plan} chosen for {layout.m} columns on {layout.world_size} ranks (gathered columns and "
+            f"gradients take {size / 2**20:.1f} MiB a rank; the ring begins above {GATHER_LIMIT / 2**20:.0f} MiB)"
         )
-    )
-    if f"{plan}{reason}" not in _announced:
-        _announced.add(f"{plan}{reason}")
-        logger.info("exchange plan %s chosen for %d columns on %d ranks (%s)", plan, sum(columns), len(columns), reason)
-    return plan
+    if plan == "ring" and 0 in layout.column_counts and layout.device.type != _control_device(exchange).type:
+        # A device's connections are made in its first exchange, for which they need every rank; a ring leaves out those
+        # that have nothing to send, and all that was exchanged up to now went over the CPU.
+        first = torch.zeros(1, device=layout.device)
+        with in_phase("connecting", exchange):
+            wait(dist.all_reduce(first, group=exchange.group, async_op=True), exchange, layout.device)
+    return replace(layout, exchange=replace(exchange, plan=plan))
+
+
+def _announce(message: str) -> None:
+    if message not in _announced:
+        _announced.add(message)
+        logger.info(message)
 
 
 def _control_device(exchange: Exchange) -> torch.device:
-    """Where small integers are exchanged: on the CPU where the group can, so that no GPU is waited for."""
-    devices = exchange.group._device_types
-    return devices[-1] if torch.device("cpu") not in devices else torch.device("cpu")
+    """Where small integers are exchanged: on the CPU where the group can, so that no GPU is waited for; else on the
+    device that the group is bound to, or the current one."""
+    group = exchange.group
+    if torch.device("cpu") in group._device_types:
+        return torch.device("cpu")
+    kind = group._device_types[-1].type
+    return group.bound_device_id or torch.device(kind, torch.get_device_module(kind).current_device())
+
+
+def _check_device(device: torch.device, exchange: Exchange) -> None:
+    """A rank with its integers on one GPU and its embeddings on another would meet another rank on the first."""
+    kinds = sorted(one.type for one in exchange.group._device_types)
+    if device.type not in kinds:
+        raise ValueError(f"x is on {device}; allowed: a device that the group exchanges on, {' or '.join(kinds)}")
+    control = _control_device(exchange)
+    if control.type == device.type != "cpu" and control != device:
+        raise ValueError(
+            f"x is on {device}, but the group exchanges on {control}; call torch.{device.type}.set_device before the "
+            f"process group is made, with the device of this rank"
+        )
 
 
 def _exchange_texts(text: str, phase: str, exchange: Exchange) -> list[str]:
-    texts: list[Any] = [None] * dist.get_world_size(exchange.group)
+    """Every rank's text."""
+    mine = torch.frombuffer(bytearray(text.encode()[:TEXT].ljust(TEXT, b"\0")), dtype=torch.uint8)
+    mine = mine.to(_control_device(exchange))
+    everyone = mine.new_empty(dist.get_world_size(exchange.group), TEXT)
     with in_phase(phase, exchange):
-        dist.all_gather_object(texts, text, group=exchange.group)
-    return texts
+        wait(all_gather_into(everyone.view(-1), mine, group=exchange.group, async_op=True), exchange, mine.device, True)
+    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everyone.tolist()]
 
 
-def wait(work: Any, exchange: Exchange) -> None:
-    if exchange.patience is None:
+def over_gloo(exchange: Exchange, device: torch.device) -> bool:
+    return exchange.group._get_backend(device).name() == "gloo"
+
+
+def wait(work: Any, exchange: Exchange, device: torch.device, last: bool = False) -> None:
+    """Until the result of an exchange on `device` may be used. Gloo waits here in any case. Elsewhere work is queued,
+    and a wait with a time-out would poll until the queue is empty before anything else can be queued: there only the
+    `last` exchange of a lap is waited for with patience. Exchanges end in order, so that one tells of all before it."""
+    if exchange.patience is None or not (last or over_gloo(exchange, device)):
         work.wait()
     else:
         work.wait(exchange.patience)
@@ -198,33 +245,49 @@ def _where(phase: str, exchange: Exchange) -> str:
     return f"softclip_kernels, rank {rank} of {world}{step}, {phase}"
 
 
-def _missing(exchange: Exchange) -> str:
+@contextmanager
+def failure_told(exchange: Exchange) -> Iterator[None]:
+    """For what a rank computes in the middle of an exchange: where it raises, the others hear of it now and hear why,
+    instead of waiting for this rank until their time-out. The group is of no use afterwards."""
+    try:
+        yield
+    except Exception as error:
+        _missing(exchange, f"failed with {type(error).__name__}: {error}")
+        raise
+
+
+def _missing(exchange: Exchange, answer: str = HERE) -> str:
     """Which ranks do not take part in a roll call over the group's store: every rank whose exchange failed does, so the
     missing ones are dead, stopped or elsewhere. In a thread, because the store may be on the rank that is missing."""
     answers: list[str] = []
-    thread = threading.Thread(target=lambda: answers.append(_roll_call(exchange)), daemon=True)
+    _roll_calls[exchange.group.group_name] += 1
+    thread = threading.Thread(target=lambda: answers.append(_roll_call(exchange, answer)), daemon=True)
     thread.start()
     _wake_others(exchange)
     thread.join(2 * ROLL_CALL)
     return answers[0] if answers else NO_STORE
 
 
-def _roll_call(exchange: Exchange) -> str:
+def _roll_call(exchange: Exchange, answer: str) -> str:
     group = exchange.group
-    others = [rank for rank in range(dist.get_world_size(group)) if rank != dist.get_rank(group)]
+    missing = [rank for rank in range(dist.get_world_size(group)) if rank != dist.get_rank(group)]
+    failed: list[str] = []
     try:
         store = dist.distributed_c10d._get_default_store()
-        keys = {rank: f"softclip_kernels/failed/{group.group_name}/{rank}" for rank in range(len(others) + 1)}
-        store.set(keys[dist.get_rank(group)], "here")
+        call = f"softclip_kernels/failed/{group.group_name}/{_roll_calls[group.group_name]}"
+        store.set(f"{call}/{dist.get_rank(group)}", answer[:TEXT])
         deadline = time.monotonic() + ROLL_CALL
-        while others and time.monotonic() < deadline:
+        while missing and time.monotonic() < deadline:
             time.sleep(0.02)
-            others = [rank for rank in others if not store.check([keys[rank]])]
+            for rank in [rank for rank in missing if store.check([f"{call}/{rank}"])]:
+                missing.remove(rank)
+                said = store.get(f"{call}/{rank}").decode(errors="replace")
+                failed += [f"rank {rank} {said}"] * (said != HERE)
     except Exception:
         return NO_STORE
-    if not others:
-        return "every rank answers the roll call, so the transport failed or a rank was late"
-    return f"missing: {', '.join(f'rank {rank}' for rank in others)}"
+    if missing:
+        failed.append(f"missing: {', '.join(f'rank {rank}' for rank in missing)}")
+    return "; ".join(failed) or "every rank answers the roll call, so the transport failed or a rank was late"
 
 
 def _wake_others(exchange: Exchange) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .agreement import all_gather_into, in_phase, wait
+from .agreement import all_gather_into, failure_told, in_phase, over_gloo, wait
 from .layout import Layout
 from .rows import sum_rows
 
@@ -45,10 +45,15 @@ def lap(operands: Sequence[Tensor], visit: Visit, layout: Layout, merge: Merge |
     """
     if layout.exchange is None:
         return visit(0, list(operands))
-    operands = [operand.contiguous() for operand in operands]
-    if layout.exchange.plan == "gather":
-        return _gather_lap(operands, visit, layout, merge)
-    return _ring_lap(operands, visit, layout, merge or _sum)
+    exchange, operands = layout.exchange, [operand.contiguous() for operand in operands]
+
+    def told(start: int, block: list[Tensor]) -> list[Tensor]:
+        with failure_told(exchange):
+            return visit(start, block)
+
+    if exchange.plan == "gather":
+        return _gather_lap(operands, told, layout, merge)
+    return _ring_lap(operands, told, layout, merge or _sum)
 
 
 def _sum(ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
@@ -57,9 +62,11 @@ def _sum(ours: list[Tensor], theirs: list[Tensor]) -> list[Tensor]:
 
 def _gather_lap(operands: Sequence[Tensor], visit: Visit, layout: Layout, merge: Merge | None) -> list[Tensor]:
     results = visit(0, [_gather(operand, layout.column_counts, layout) for operand in operands])
+    last = max((k for k, result in enumerate(results) if _travels(result)), default=None)
     if merge is None:
-        return [_reduce_scatter(result, layout) for result in results]
-    parts = [_to_owners(result, layout).unflatten(0, (layout.world_size, layout.m_local)) for result in results]
+        return [_reduce_scatter(result, layout, k == last) for k, result in enumerate(results)]
+    phase = "returning column statistics"
+    parts = [_to_owners(result, layout, phase, k == last) for k, result in enumerate(results)]
     total = [part[0] for part in parts]
     for rank in range(1, layout.world_size):
         total = merge(total, [part[rank] for part in parts])
@@ -120,7 +127,7 @@ def _complete(requests: list[Any], layout: Layout, step: int) -> None:
     assert layout.exchange is not None
     with in_phase(_ring_phase(layout, step), layout.exchange):
         for request in requests:
-            wait(request, layout.exchange)
+            wait(request, layout.exchange, layout.device, last=step == layout.world_size)
 
 
 def _ring_phase(layout: Layout, step: int) -> str:
@@ -152,7 +159,7 @@ def sum_columns(values: Tensor, layout: Layout) -> Tensor:
         return values
     total = values.clone()
     with in_phase("sum over ranks of column values", layout.exchange):
-        wait(dist.all_reduce(total, group=layout.exchange.group, async_op=True), layout.exchange)
+        wait(dist.all_reduce(total, group=layout.exchange.group, async_op=True), layout.exchange, layout.device)
     return total[layout.own_columns]
 
 
@@ -162,7 +169,8 @@ def max_to_columns(values: Tensor, index: Tensor, layout: Layout) -> Tensor:
     best = values.new_full((layout.m,), -torch.inf).scatter_reduce(0, index, values.detach(), "amax")
     if layout.exchange is not None:
         with in_phase("maximum over ranks of column values", layout.exchange):
-            wait(dist.all_reduce(best, dist.ReduceOp.MAX, group=layout.exchange.group, async_op=True), layout.exchange)
+            work = dist.all_reduce(best, dist.ReduceOp.MAX, group=layout.exchange.group, async_op=True)
+            wait(work, layout.exchange, layout.device)
     return best[layout.own_columns]
 
 
@@ -188,43 +196,53 @@ def _gather(tensor: Tensor, counts: tuple[int, ...], layout: Layout) -> Tensor:
         wait(
             all_gather_into(buffer, _padded(tensor, longest), group=layout.exchange.group, async_op=True),
             layout.exchange,
+            layout.device,
         )
     if min(counts) == longest:
         return buffer
     return torch.cat([part[:count] for part, count in zip(buffer.split(longest), counts, strict=True)])
 
 
-def _reduce_scatter(tensor: Tensor, layout: Layout) -> Tensor:
+def _reduce_scatter(tensor: Tensor, layout: Layout, last: bool) -> Tensor:
     """The sum over ranks of a tensor (m, ...) of all columns, this rank's part of it: (m_local, ...)."""
     assert layout.exchange is not None
+    phase = "reducing column gradients"
+    if over_gloo(layout.exchange, layout.device):
+        # Gloo's own is an all-reduce of a copy: twice the bytes, and a wait for it knows the group's time-out only.
+        parts = _to_owners(tensor, layout, phase, last)
+        total = parts[0].clone()  # a view would keep the parts of all ranks
+        for part in parts[1:]:
+            total += part
+        return total
     counts, longest = layout.column_counts, max(layout.column_counts)
     if min(counts) < longest:
         tensor = torch.cat([_padded(part, longest) for part in tensor.split(counts)])
     result = tensor.new_empty(longest, *tensor.shape[1:])
-    with in_phase("reducing column gradients", layout.exchange):
-        wait(
-            _reduce_scatter_into(result, tensor.contiguous(), group=layout.exchange.group, async_op=True),
-            layout.exchange,
-        )
+    with in_phase(phase, layout.exchange):
+        work = _reduce_scatter_into(result, tensor.contiguous(), group=layout.exchange.group, async_op=True)
+        wait(work, layout.exchange, layout.device, last)
     return result[: layout.m_local]
 
 
-def _to_owners(tensor: Tensor, layout: Layout) -> Tensor:
+def _to_owners(tensor: Tensor, layout: Layout, phase: str, last: bool) -> Tensor:
     """From (m, ...), a contribution to all columns, to every rank's contributions to this rank's columns, in rank
-    order: (world_size * m_local, ...)."""
+    order: (world_size, m_local, ...)."""
     assert layout.exchange is not None
-    result = tensor.new_empty(layout.world_size * layout.m_local, *tensor.shape[1:])
-    if 0 in tensor.shape[1:]:
+    result = tensor.new_empty(layout.world_size, layout.m_local, *tensor.shape[1:])
+    if not _travels(tensor):
         return result
     received, sent = [layout.m_local] * layout.world_size, list(layout.column_counts)
-    with in_phase("returning column statistics", layout.exchange):
-        wait(
-            dist.all_to_all_single(
-                result, tensor.contiguous(), received, sent, group=layout.exchange.group, async_op=True
-            ),
-            layout.exchange,
+    with in_phase(phase, layout.exchange):
+        work = dist.all_to_all_single(
+            result.flatten(0, 1), tensor.contiguous(), received, sent, group=layout.exchange.group, async_op=True
         )
+        wait(work, layout.exchange, layout.device, last)
     return result
+
+
+def _travels(tensor: Tensor) -> bool:
+    """Whether there is anything in it, for whatever number of columns."""
+    return 0 not in tensor.shape[1:]
 
 
 def _padded(tensor: Tensor, length: int) -> Tensor:

@@ -3,6 +3,7 @@ autograd.loss_parts (ops, backends.select, a kernel; over ranks, block by block)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -70,6 +71,12 @@ def softclip_loss(
     come back as a non-finite loss. Raises TypeError or ValueError on operands that do not fit, RuntimeError for a
     backend.
     """
+    return _outside_graphs(_loss, group)(x, y, logit_scale, target, reduction, group, backend)
+
+
+def _loss(
+    x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None, reduction: str, group: Any, backend: str
+) -> Tensor | Losses:
     with _full_precision(x):
         problem, lowered, layout = _prepare(x, y, logit_scale, target, reduction, group, backend, ranked=False)
         parts = autograd.loss_parts(problem, lowered.linear, layout, backend)
@@ -88,6 +95,12 @@ def softclip_loss_with_ranks(
 ) -> tuple[Tensor | Losses, RetrievalRanks]:
     """softclip_loss and, from the same pass over the similarities, the ranks of the positives. The target's hard part
     must be Hard() or Hard(labels): something with one positive a row."""
+    return _outside_graphs(_loss_with_ranks, group)(x, y, logit_scale, target, reduction, group, backend)
+
+
+def _loss_with_ranks(
+    x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None, reduction: str, group: Any, backend: str
+) -> tuple[Tensor | Losses, RetrievalRanks]:
     with _full_precision(x):
         problem, lowered, layout = _prepare(x, y, logit_scale, target, reduction, group, backend, ranked=True)
         if lowered.indexed is None or any(isinstance(term, IndexTerm) for term in lowered.linear):
@@ -96,6 +109,13 @@ def softclip_loss_with_ranks(
         parts = autograd.loss_parts(problem, lowered.linear, layout, backend)
         loss = _reduce(lowered.losses(parts, layout), reduction, layout)
         return loss, _ranks(problem, parts.statistics, layout)
+
+
+def _outside_graphs(function: Callable[..., Any], group: Any) -> Callable[..., Any]:
+    """The function as torch.compile shall see it: an exchange between ranks is not for a graph, so it breaks there."""
+    if torch.compiler.is_compiling() and agreement.as_exchange(group) is not None:
+        return torch.compiler.disable(function)
+    return function
 
 
 def _full_precision(x: Any) -> AbstractContextManager[Any]:
@@ -138,7 +158,9 @@ def _prepare(
         given = ["ranks"] * ranked + ["gradients"] * learning
         return f"{lowered.structure()}, {' and '.join(given) or 'nothing'} wanted, reduction={reduction!r}"
 
-    lowered = agreement.agree_on_text(exchange, "agreement on targets", lower, describe).complete(context)
+    lowered = agreement.agree_on_text(exchange, "agreement on targets", lower, describe)
+    layout = agreement.decide_plan(lowered.problem(x, y, scale), layout)
+    lowered = lowered.complete(replace(context, layout=layout))
     return lowered.problem(x, y, scale), lowered, layout
 
 

@@ -21,9 +21,10 @@ class Exchange:
     plan     "gather": every rank holds all columns at once; "ring": two visiting blocks of columns at a time;
              "auto": gather while its buffers are small, otherwise ring; the choice is logged with its reason
     dtype    the dtype in which embeddings travel (torch.bfloat16, torch.float16), None: their own. The result is then
-             that of column embeddings rounded to it; gradients and statistics always travel unrounded
+             that of the columns' embeddings rounded to it, and of their teacher's: under a paired swap those are x.
+             Rows are not rounded, gradients and statistics always travel unrounded
     timeout  seconds after which a rank that does not answer is an error; None: the process group's own time-out
-    step     the training step, for error messages
+    step     the training step, for error messages; a loss that is kept over steps would go on naming this one
     """
 
     group: Any = None
@@ -49,7 +50,8 @@ class Layout:
     """n_local rows and m_local columns of this rank begin at row_start and column_start of a global (n, m) problem.
     Without an exchange, as on one rank, local and global are the same.
 
-    dtype is the accumulation dtype of statistics and coefficients. The exchange's plan is decided: never "auto".
+    dtype is the accumulation dtype of statistics and coefficients. The exchange's plan is "auto" until the target is
+    known (agreement.decide_plan), and never in a lap.
     """
 
     n: int

@@ -193,6 +193,6 @@ def _dots_gradient(
     accumulation dtype, so that nothing is rounded before the blocks are added."""
     dtype = block.accumulation_dtype
     x, y, scale = (operand.detach().to(dtype).requires_grad_() for operand in (block.x, block.y, block.scale))
-    with torch.enable_grad():
+    with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
         dots = term.dots(x, y, scale, start, operands)
-    return torch.autograd.grad(dots, (x, y, scale), (grad_rows, grad_columns))
+        return torch.autograd.grad(dots, (x, y, scale), (grad_rows, grad_columns))

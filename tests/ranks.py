@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -115,6 +117,31 @@ def _redirected(function: Callable[..., Any], rank: int, size: int, folder: Path
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
         function(rank, size, folder, *arguments)
+
+
+def run_interpreters(code: str, size: int, **environment: str) -> list[str]:
+    """What each of `size` Python interpreters printed that ran `code` as the ranks of a process group, from beginning
+    to end: not forks, and with the exit status of the interpreter itself, which must be 0."""
+    rendezvous = f"file://{tempfile.mkdtemp()}/rendezvous"
+    root = Path(__file__).parent.parent
+    paths = {"PYTHONPATH": os.pathsep.join((str(root), str(root / "tests"))), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(size):
+        start = f"dist.init_process_group('gloo', init_method='{rendezvous}', rank={rank}, world_size={size})"
+        command = [sys.executable, "-c", f"import torch.distributed as dist\n{start}\n{code}"]
+        processes.append(
+            subprocess.Popen(
+                command, env={**os.environ, **paths, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+        )
+    outputs = []
+    for rank, process in enumerate(processes):
+        try:
+            outputs.append(process.communicate(timeout=2 * PATIENCE)[0].decode())
+        finally:
+            process.kill()
+        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{outputs[-1]}"
+    return outputs
 
 
 def shares(counts: Sequence[int]) -> list[slice]:

@@ -25,6 +25,7 @@ from softclip_kernels import (
     softclip_loss_with_ranks,
 )
 from softclip_kernels.backends import chunked
+from softclip_kernels.targets import ForBatch
 from softclip_kernels.testing import (
     Result,
     assert_as_accurate_as_dense,
@@ -50,7 +51,7 @@ def pool():
 def local_target(target, rows, columns):
     """This rank's share of a target that is given for the whole batch: what has to be local becomes so, what may be
     global stays as it is, so that both ways of giving a vector are seen."""
-    if isinstance(target, (Mix, Average, Weighted, Blocks)):
+    if isinstance(target, (Mix, Average, Weighted, Blocks, ForBatch)):
         parts = {"hard": "hard", "soft": "soft", "target": "target"}
         changes = {name: local_target(getattr(target, name), rows, columns) for name in parts if hasattr(target, name)}
         if isinstance(target, Average):
@@ -72,12 +73,12 @@ def operands(n, m, dtype, scale=14.3):
     return x, y, torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def over_ranks(x, y, scale, target, group, plan, exchange_dtype=None):
+def over_ranks(x, y, scale, target, group, plan, exchange_dtype=None, backend="auto"):
     exchange = Exchange(group, plan, exchange_dtype)
-    return Result.of(lambda *leaves: softclip_loss(*leaves, target, group=exchange), x, y, scale)
+    return Result.of(lambda *leaves: softclip_loss(*leaves, target, group=exchange, backend=backend), x, y, scale)
 
 
-def compute(group, names, counts, plan, dtype):
+def compute(group, names, counts, plan, dtype, backend="auto"):
     """On a rank: each named target's loss and gradients of this rank's share, in float64 for the way home."""
     chunked.BLOCK["cpu"] = 48  # small blocks, as in conftest
     rank = dist.get_rank(group)
@@ -86,7 +87,7 @@ def compute(group, names, counts, plan, dtype):
     for name in names:
         x, y, scale = operands(*map(sum, counts), dtype)
         own = local_target(ALL_TARGETS[name](len(x), len(y)), rows, columns)
-        result = over_ranks(x[rows], y[columns], scale, own, group, plan)
+        result = over_ranks(x[rows], y[columns], scale, own, group, plan, backend=backend)
         found[name] = {field: getattr(result, field).double().numpy() for field in FIELDS}
     return found
 
@@ -104,8 +105,8 @@ def assembled(found, name, dtype):
     )
 
 
-def check(pool, names, row_counts, column_counts, plan, dtype):
-    found = pool.run(compute, names, (row_counts, column_counts), plan, dtype, ranks=len(row_counts))
+def check(pool, names, row_counts, column_counts, plan, dtype, backend="auto"):
+    found = pool.run(compute, names, (row_counts, column_counts), plan, dtype, backend, ranks=len(row_counts))
     n, m = sum(row_counts), sum(column_counts)
     for name in names:
         x, y, scale = operands(n, m, dtype)
@@ -151,6 +152,16 @@ def test_square_targets(pool, counts, plan):
 @pytest.mark.parametrize("counts", RECTANGULAR_SHARDS, ids=str)
 def test_rectangular_targets(pool, counts, plan):
     check(pool, tuple(RECTANGULAR_TARGETS), *counts, plan, torch.float64)
+
+
+FLOAT32_SHARDS = ((65,), (33, 32), (0, 50), (20, 25, 20), (20, 1, 40, 30))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("counts", FLOAT32_SHARDS, ids=str)
+def test_float32(pool, counts, plan):
+    """The precision that most will train with, on every number of ranks."""
+    check(pool, ("hard", "psd", "psd_block", "psd_external", "labels"), counts, counts, plan, torch.float32)
 
 
 # Sums over ranks are where a low precision would be lost: uneven shards on the most ranks, each kind of exchange.
@@ -252,7 +263,7 @@ def test_any_members_of_the_world(pool, plan):
 
 
 def soft_pairs(group, seed, step, n):
-    return ProgressiveSelfDistillation(schedules.Constant(0.4), seed).at(step, n).alpha.tolist()
+    return ProgressiveSelfDistillation(schedules.Constant(0.4), seed).at(step, n).target.alpha.tolist()
 
 
 def test_every_rank_draws_one_partition(pool):

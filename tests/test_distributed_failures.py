@@ -1,4 +1,5 @@
-"""A rank that dies or stops ends the job on every other rank: within the time-out, with a message that names it."""
+"""A rank that dies, stops or raises ends the job on every other rank: within the time-out, with a message that names
+it."""
 
 from __future__ import annotations
 
@@ -20,14 +21,18 @@ WORLD, VICTIM, TIMEOUT, STEP = 4, 2, 2.0, 3
 
 
 def job(rank, world, folder, plan, how, where, victim=VICTIM, store=None):
-    """Steps 0 to 2 go well. In step 3 the victim gets the signal before the loss, or in the middle of its lap."""
+    """Steps 0 to 2 go well. In step 3 the victim gets the signal, or raises and lives on, before the loss, or in the
+    middle of one of its two laps."""
     torch.set_num_threads(1)
     store = store or f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    compute, calls = ops.block_forward, 0
+    operator = "block_backward" if where == "in its backward lap" else "block_forward"
+    compute, calls = getattr(ops, operator), 0
 
     def fail():
         (folder / "failed").write_text(str(time.monotonic()))
+        if how == "raised":
+            raise MemoryError("no room for a tile")
         os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
 
     def failing(*arguments):
@@ -42,13 +47,17 @@ def job(rank, world, folder, plan, how, where, victim=VICTIM, store=None):
         if step == STEP and rank == victim:
             if where == "before the loss":
                 fail()
-            mock.patch.object(ops, "block_forward", failing).start()
+            mock.patch.object(ops, operator, failing).start()
         scale = torch.tensor(10.0, dtype=torch.float64)
-        softclip_loss(x, y, scale, group=Exchange(dist.group.WORLD, plan, timeout=TIMEOUT, step=step)).backward()
+        try:
+            softclip_loss(x, y, scale, group=Exchange(dist.group.WORLD, plan, timeout=TIMEOUT, step=step)).backward()
+        except MemoryError as error:
+            print(f"caught {error}")
+            time.sleep(60)
     print("finished")
 
 
-@pytest.mark.parametrize("where", ("before the loss", "in its lap"))
+@pytest.mark.parametrize("where", ("before the loss", "in its lap", "in its backward lap"))
 @pytest.mark.parametrize("how", ("killed", "stopped"))
 @pytest.mark.parametrize("plan", ("gather", "ring"))
 def test_a_missing_rank_ends_the_job(plan, how, where):
@@ -66,6 +75,25 @@ def test_a_missing_rank_ends_the_job(plan, how, where):
     # A closed connection is seen at once, a silent one after the time-out; then the roll call, and a busy machine.
     allowed = (TIMEOUT if how == "stopped" else 0.0) + 4.0 + 8.0
     assert ended - float((folder / "failed").read_text()) < allowed
+
+
+@pytest.mark.parametrize("where", ("in its lap", "in its backward lap"))
+@pytest.mark.parametrize("plan", ("gather", "ring"))
+def test_a_rank_that_raises_in_the_middle_of_an_exchange_tells_the_others(plan, where):
+    """At once, although it lives on, as one does that catches the error: what failed, and where."""
+    processes, folder = start_ranks(job, WORLD, plan, "raised", where)
+    survivors = [rank for rank in range(WORLD) if rank != VICTIM]
+    for rank in survivors:
+        processes[rank].join(60)
+    ended = time.monotonic()
+    processes[VICTIM].kill()
+    assert "caught no room for a tile" in (folder / f"{VICTIM}.txt").read_text()
+    for rank in survivors:
+        output = (folder / f"{rank}.txt").read_text()
+        assert processes[rank].exitcode == 1, f"rank {rank} ended with {processes[rank].exitcode}:\n{output}"
+        assert f"rank {rank} of {WORLD}, step {STEP}, " in output, output
+        assert f": rank {VICTIM} failed with MemoryError: no room for a tile: " in output, output
+    assert ended - float((folder / "failed").read_text()) < 4.0 + 8.0
 
 
 @pytest.mark.parametrize("how", ("killed", "stopped"))

@@ -17,7 +17,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from softclip_kernels import Hard, ProgressiveSelfDistillation, Target, TwoPass, softclip_loss_with_ranks
+from softclip_kernels import Exchange, Hard, ProgressiveSelfDistillation, Target, TwoPass, softclip_loss_with_ranks
 from train.config import Config, Loss
 from train.model import MAX_LOG_SCALE
 from train.samples import Batch
@@ -42,7 +42,8 @@ def train_step(engine: Any, batch: Batch, step: int, config: Config, group: Any)
         settings["lr"] = config.optimizer.lr_at(step)
     (x, y, scale), backward = encode(engine, batch, config.optimizer.micro_batches)
     target = target_at(step, config.optimizer.batch_size, config.loss, config.job.seed)
-    loss, ranks = softclip_loss_with_ranks(x, y, scale, target, group=group, backend=config.loss.backend)
+    exchange = Exchange(group, step=step)  # errors name the step
+    loss, ranks = softclip_loss_with_ranks(x, y, scale, target, group=exchange, backend=config.loss.backend)
     assert isinstance(loss, torch.Tensor)  # reduction="mean"
 
     # One exchange before the backward pass: what is logged, and whether every rank's loss is finite.
