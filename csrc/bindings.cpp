@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine.h"
+#include "levels.h"
 #include "team.h"
 
 namespace py = pybind11;
@@ -22,27 +23,6 @@ using Address = uintptr_t;
 template <class T>
 T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
-}
-
-struct Level {
-  const char* name;
-  const Kernels* kernels;
-};
-
-// What this machine can run, best first.
-std::vector<Level> supported_levels() {
-  std::vector<Level> levels;
-#if SOFTCLIP_X86
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) levels.push_back({"avx512bf16", &avx512bf16::kernels});
-  if (avx512) levels.push_back({"avx512", &avx512::kernels});
-  if (avx2) levels.push_back({"avx2", &avx2::kernels});
-#endif
-  levels.push_back({"portable", &portable::kernels});
-  return levels;
 }
 
 const Kernels& kernels_of(const std::string& name) {
@@ -70,7 +50,8 @@ void interruptible(const Operation& operation) {
 
 PYBIND11_MODULE(_native, module) {
   py::class_<Matrix>(module, "Matrix")
-      .def(py::init([](Address data, int64_t rows, int64_t width, int64_t row_step, int64_t column_step, bool bfloat16) {
+      .def(py::init([](Address data, int64_t rows, int64_t width, int64_t row_step, int64_t column_step,
+                       bool bfloat16) {
              return Matrix{pointer<const void>(data), rows, width, row_step, column_step,
                            bfloat16 ? Dtype::bfloat16 : Dtype::float32};
            }),
@@ -78,7 +59,8 @@ PYBIND11_MODULE(_native, module) {
            py::arg("bfloat16"));
 
   py::class_<Teacher>(module, "Teacher")
-      .def(py::init([](int source, double scale, const Matrix* x, const Matrix* y, Address row_bias, Address column_bias) {
+      .def(py::init([](int source, double scale, const Matrix* x, const Matrix* y, Address row_bias,
+                       Address column_bias) {
              return Teacher{static_cast<Source>(source), scale, x ? *x : Matrix{}, y ? *y : Matrix{},
                             pointer<const float>(row_bias), pointer<const float>(column_bias)};
            }),
@@ -103,15 +85,18 @@ PYBIND11_MODULE(_native, module) {
         const Kernels& kernels = kernels_of(level);
         const Statistics out{pointer<float>(rows), pointer<float>(columns), pointer<float>(positive),
                              pointer<int64_t>(row_ranks), pointer<int64_t>(column_ranks)};
-        interruptible([&](const auto& poll) { return forward(kernels, problem, out, threads, poll); });
+        int64_t redone = 0;
+        interruptible([&](const auto& poll) { return forward(kernels, problem, out, threads, poll, &redone); });
+        return redone;
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
-      py::arg("positive"), py::arg("row_ranks"), py::arg("column_ranks"));
+      py::arg("positive"), py::arg("row_ranks"), py::arg("column_ranks"),
+      "How many blocks were summed twice, because a term had outgrown the reference of its row or column.");
 
   module.def(
       "backward",
-      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns, Address grad_rows,
-         Address grad_columns, Address gx, Address gy) {
+      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
+         Address grad_rows, Address grad_columns, Address gx, Address gy) {
         const Kernels& kernels = kernels_of(level);
         const Gradients in{pointer<const float>(rows), pointer<const float>(columns), pointer<const float>(grad_rows),
                            pointer<const float>(grad_columns), pointer<float>(gx), pointer<float>(gy)};

@@ -1,14 +1,17 @@
 """Builds softclip_kernels._native with the system's C++ compiler: every instruction-set level in its own file, with
-its own flags, chosen at run time. A machine without a compiler gets the package without the extension and one line."""
+its own flags, chosen at run time. A level that the compiler does not know is left out, and a machine without a compiler
+gets the package without the extension. Either is said in one line; what the compiler said goes to build/native.log."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent
-COMMON = ("bindings", "forward", "backward", "plan", "schedule", "team")
+LOG = CSRC.parent / "build" / "native.log"
+COMMON = ("bindings", "forward", "backward", "plan", "schedule", "team", "level_portable")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 LEVELS = {"avx512bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512, "avx2": AVX2}
@@ -27,6 +31,18 @@ LEVEL_FLAGS = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 EXTENSION = Extension("softclip_kernels._native", sources=[])
 
 
+class CannotBuildError(Exception):
+    """The message is one line; `output` is everything the compiler said."""
+
+    def __init__(self, message: str, output: str = "") -> None:
+        super().__init__(message)
+        self.output = output
+
+
+class RefusedError(CannotBuildError):
+    """The compiler ran and failed."""
+
+
 class BuildNative(build_ext):
     """`SOFTCLIP_NATIVE_FLAGS` adds flags to every compilation and to the link (sanitizers)."""
 
@@ -34,12 +50,8 @@ class BuildNative(build_ext):
         target = Path(self.get_ext_fullpath(extension.name))
         try:
             _build(target, Path(self.build_temp).resolve() / "native")
-        except FileNotFoundError as error:
-            _report(f"no C++ compiler ({error.filename!r} was not found)")
-        except ImportError as error:
-            _report(f"{error}; pip install pybind11")
-        except subprocess.CalledProcessError as error:
-            _report(f"the C++ compiler failed:\n{error.stderr.strip()}")
+        except (CannotBuildError, ImportError) as error:
+            _report(f"the native CPU kernels were not built: {error}{_logged(getattr(error, 'output', ''))}")
 
     def copy_extensions_to_source(self) -> None:
         """An editable install looks for the library in the source tree; it may be missing."""
@@ -50,34 +62,67 @@ class BuildNative(build_ext):
                 self.copy_file(str(built), str(CSRC.parent / target))
 
 
-def _report(reason: str) -> None:
-    print(f"softclip_kernels: the native CPU kernels were not built: {reason}", flush=True)
+def _report(line: str) -> None:
+    print(f"softclip_kernels: {line}", flush=True)
+
+
+def _logged(output: str) -> str:
+    """Where `output` was written to, for the end of a message; nothing where there is none or it could not be."""
+    if not output:
+        return ""
+    try:
+        LOG.parent.mkdir(exist_ok=True)
+        with LOG.open("a") as log:
+            log.write(output)
+    except OSError:
+        return ""
+    return f"; all it said is in {LOG}"
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "c++"))
 
 
 def _build(target: Path, objects: Path) -> None:
     import pybind11
 
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
     extra = shlex.split(os.environ.get("SOFTCLIP_NATIVE_FLAGS", ""))
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    include = ["-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include()]
-    units = {name: [*include, f"-DSOFTCLIP_X86={int(x86)}"] for name in COMMON}
-    units["level_portable"] = list(LEVEL_FLAGS)
-    if x86:
-        units |= {f"level_{name}": [*flags, *LEVEL_FLAGS] for name, flags in LEVELS.items()}
+    levels = LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {}
+    units: dict[str, Sequence[str]] = dict.fromkeys(COMMON, ())
+    units["bindings"] = ("-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include())
+    units["level_portable"] = LEVEL_FLAGS
+    units |= {f"level_{name}": (*flags, *LEVEL_FLAGS) for name, flags in levels.items()}
     objects.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
+        LOG.unlink()
 
-    def compile_unit(name: str) -> str:
+    def compile_unit(name: str, flags: Sequence[str]) -> str:
         output = str(objects / f"{name}.o")
-        _run([*compiler, *FLAGS, *extra, *units[name], "-c", str(CSRC / f"{name}.cpp"), "-o", output])
+        _run(f"{name}.cpp", [*_compiler(), *FLAGS, *extra, *flags, "-c", str(CSRC / f"{name}.cpp"), "-o", output])
         return output
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        outputs = list(pool.map(compile_unit, units))
+        results = {name: pool.submit(compile_unit, name, flags) for name, flags in units.items()}
+    outputs = [results[name].result() for name in COMMON]
+    built = []
+    for name in levels:
+        try:
+            outputs.append(results[f"level_{name}"].result())
+            built.append(name)
+        except RefusedError as error:
+            _report(f"the native CPU kernels lack the level {name}: {error}{_logged(error.output)}")
+    outputs.append(compile_unit("levels", [f"-DSOFTCLIP_HAS_{name.upper()}" for name in built]))
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    _run([*compiler, *shared, "-pthread", *extra, *outputs, "-o", str(target)])
+    _run("linking", [*_compiler(), *shared, "-pthread", *extra, *outputs, "-o", str(target)])
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+def _run(task: str, command: list[str]) -> None:
+    try:
+        result = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    except OSError as error:  # not found, not executable, not a program
+        raise CannotBuildError(f"there is no C++ compiler ({command[0]!r}: {error.strerror})") from error
+    if result.returncode:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        raise RefusedError(f"the C++ compiler failed ({task}: {reason})", f"== {task}\n{result.stderr}\n")

@@ -38,12 +38,14 @@ struct Statistics {
 struct Gradients {
   const float *rows, *columns;            // Statistics of the forward
   const float *grad_rows, *grad_columns;  // (1 + K, N), (1 + K, M)
-  float *gx, *gy;                         // (N, D), (M, D) contiguous, zero on entry
+  float *gx, *gy;                         // (N, D), (M, D) contiguous, zero on entry; null: not wanted
 };
 
 // At most `threads` threads. `poll` is called on the calling thread during long calls; false cancels, and so does the
-// return value.
-bool forward(const Kernels&, const Problem&, const Statistics&, int threads, const std::function<bool()>& poll);
+// return value. `redone`: how many blocks and distributions were summed twice, because a term had outgrown its
+// reference.
+bool forward(const Kernels&, const Problem&, const Statistics&, int threads, const std::function<bool()>& poll,
+             int64_t* redone);
 bool backward(const Kernels&, const Problem&, const Gradients&, int threads, const std::function<bool()>& poll);
 
 }  // namespace softclip

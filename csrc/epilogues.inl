@@ -7,10 +7,13 @@ struct Power {
 };
 
 // 2^(factor * dot). The fraction of the exponent comes out of one fused multiply-subtract, so a large exponent costs no
-// digits. A polynomial of degree 6, relative error 2e-9 before rounding, exact at 0.
+// digits. A polynomial of degree 6, relative error 2e-9 before rounding, exact at 0. Exponents above 2^24 have no
+// fraction but the rounding of the product, which above 2^47 would leave the polynomial's range: it is cut off, NaN is
+// not.
 SOFTCLIP_INLINE Power power_of_two(Vector dot, Vector factor, Vector factor_low) {
   const Vector n = nearest(dot * factor);
-  const Vector f = multiply_add(dot, factor_low, multiply_subtract(dot, factor, n));
+  const Vector exact = multiply_add(dot, factor_low, multiply_subtract(dot, factor, n));
+  const Vector f = minimum(broadcast(1), maximum(broadcast(-1), exact));
   Vector p = multiply_add(broadcast(1.5353362e-4f), f, broadcast(1.33988745e-3f));
   p = multiply_add(p, f, broadcast(9.61843736e-3f));
   p = multiply_add(p, f, broadcast(5.55033247e-2f));
@@ -92,11 +95,38 @@ void gradient_of(const Weights& w, const Coefficients& c, float* g) {
   }
 }
 
+// One exponential for each of the two dots serves four probabilities, and those the G of both sides.
+void paired_gradient(const PairedGradient& first, const PairedGradient& second, float factor_high, float factor_rest,
+                     int rows, int columns) {
+  const Vector factor = broadcast(factor_high), factor_low = broadcast(factor_rest);
+  for (int i = 0; i < rows; ++i) {
+    const int64_t at = int64_t{i} * kBlock;
+    const Vector row_reference = broadcast(first.own.row_reference[i]), row = broadcast(first.own.row[i]);
+    const Vector teacher_row = broadcast(first.teacher.row[i]);
+    const Vector row_reference2 = broadcast(second.own.row_reference[i]), row2 = broadcast(second.own.row[i]);
+    const Vector teacher_row2 = broadcast(second.teacher.row[i]);
+    for (int j = 0; j < columns; j += kLanes) {
+      const Power power = power_of_two(load(first.dots + at + j), factor, factor_low);
+      const Power power2 = power_of_two(load(second.dots + at + j), factor, factor_low);
+      const Vector p = scale_by_power(power.fraction, power.exponent - row_reference);
+      const Vector q = scale_by_power(power.fraction, power.exponent - load(first.own.column_reference + j));
+      const Vector p2 = scale_by_power(power2.fraction, power2.exponent - row_reference2);
+      const Vector q2 = scale_by_power(power2.fraction, power2.exponent - load(second.own.column_reference + j));
+      Vector g = q * load(first.own.column + j), g2 = q2 * load(second.own.column + j);
+      g = multiply_add(q2, load(first.teacher.column + j), multiply_add(p, row, g));
+      g2 = multiply_add(q, load(second.teacher.column + j), multiply_add(p2, row2, g2));
+      store(first.g + at + j, multiply_add(p2, teacher_row, g));
+      store(second.g + at + j, multiply_add(p, teacher_row2, g2));
+    }
+  }
+}
+
 void maxima(const Weights& w, float* row_maximum, float* column_maximum) {
   const bool bias = w.column_factor != nullptr, mask = w.row_segment != nullptr;
   if (bias) return mask ? maxima_of<true, true>(w, row_maximum, column_maximum)
                         : maxima_of<true, false>(w, row_maximum, column_maximum);
-  mask ? maxima_of<false, true>(w, row_maximum, column_maximum) : maxima_of<false, false>(w, row_maximum, column_maximum);
+  mask ? maxima_of<false, true>(w, row_maximum, column_maximum)
+       : maxima_of<false, false>(w, row_maximum, column_maximum);
 }
 
 template <bool kBias, bool kMask>

@@ -22,11 +22,20 @@ struct FromBfloat16 {
 #endif
 
 typedef uint32_t Quad __attribute__((vector_size(16), aligned(2), may_alias));
+typedef uint16_t Half __attribute__((vector_size(8), aligned(2), may_alias));
+
+// Four elements as they lie in memory, or four bf16 widened to floats.
+template <bool kWiden>
+SOFTCLIP_INLINE Quad load_quad(const char* from) {
+  if (!kWiden) return *reinterpret_cast<const Quad*>(from);
+  return __builtin_convertvector(*reinterpret_cast<const Half*>(from), Quad) << 16;
+}
 
 // Elements [k, k + 4) of four rows, across: out[(k + c) * width + r].
+template <bool kWiden>
 SOFTCLIP_INLINE void transpose_quad(const char* row, int64_t row_bytes, int width, uint32_t* out) {
   Quad in[4];
-  for (int q = 0; q < 4; ++q) in[q] = *reinterpret_cast<const Quad*>(row + q * row_bytes);
+  for (int q = 0; q < 4; ++q) in[q] = load_quad<kWiden>(row + q * row_bytes);
   const Quad low01 = SOFTCLIP_SHUFFLE(in[0], in[1], 0, 4, 1, 5);
   const Quad high01 = SOFTCLIP_SHUFFLE(in[0], in[1], 2, 6, 3, 7);
   const Quad low23 = SOFTCLIP_SHUFFLE(in[2], in[3], 0, 4, 1, 5);
@@ -37,17 +46,18 @@ SOFTCLIP_INLINE void transpose_quad(const char* row, int64_t row_bytes, int widt
   *reinterpret_cast<Quad*>(out + 3 * width) = SOFTCLIP_SHUFFLE(high01, high23, 2, 3, 6, 7);
 }
 
-// out[k * width + r] = rows[r][k] for width rows and 4-byte elements, count a multiple of 4. Where 4 does not divide the
-// width, the last group of rows overlaps the one before. A cache line of every row at a time, so that a line is read once
-// and what is written stays in the first cache until its lines are full.
+// out[k * width + r] = rows[r][k] for width rows and elements of 4 bytes (kWiden: 2), count a multiple of 4. Where 4
+// does not divide the width, the last group of rows overlaps the one before. A cache line of every row at a time, so
+// that a line is read once and what is written stays in the first cache until its lines are full.
+template <bool kWiden>
 SOFTCLIP_INLINE void interleave_rows(const char* rows, int64_t row_bytes, int width, int64_t count, uint32_t* out) {
-  constexpr int64_t kLine = 16;
+  constexpr int64_t kBytes = kWiden ? 2 : 4, kLine = 64 / kBytes;
   for (int64_t begin = 0; begin < count; begin += kLine) {
     const int64_t end = begin + kLine < count ? begin + kLine : count;
     for (int first = 0; first < width; first += 4) {
       const int r = first + 4 <= width ? first : width - 4;
       for (int64_t k = begin; k < end; k += 4) {
-        transpose_quad(rows + r * row_bytes + k * 4, row_bytes, width, out + k * width + r);
+        transpose_quad<kWiden>(rows + r * row_bytes + k * kBytes, row_bytes, width, out + k * width + r);
       }
     }
   }
@@ -58,14 +68,16 @@ template <class From, bool kPair>
 void pack_rows(const Matrix& m, int64_t begin, int count, int width, uint32_t* out) {
   using Stored = typename From::Stored;
   const int64_t summed = kPair ? (m.width + 1) / 2 : m.width, step = m.column_step;
-  // Rows that lie in memory as the elements are wanted: all but the last few elements of full panels go fast.
-  const bool direct = step == 1 && (kPair || sizeof(Stored) == 4);
+  // Rows of adjacent elements: all but the last few elements of full panels go fast.
+  constexpr bool kWiden = !kPair && sizeof(Stored) == 2;
+  const bool adjacent = step == 1;
   const int64_t whole = (kPair ? m.width / 2 : m.width) / 4 * 4;
   for (int first = 0; first < count; first += width, out += summed * width) {
     const auto* rows = static_cast<const Stored*>(m.data) + (begin + first) * m.row_step;
     int64_t done = 0;
-    if (direct && first + width <= count) {
-      interleave_rows(reinterpret_cast<const char*>(rows), m.row_step * int64_t{sizeof(Stored)}, width, whole, out);
+    if (adjacent && first + width <= count) {
+      const int64_t row_bytes = m.row_step * int64_t{sizeof(Stored)};
+      interleave_rows<kWiden>(reinterpret_cast<const char*>(rows), row_bytes, width, whole, out);
       done = whole;
     }
     for (int r = 0; r < width; ++r) {

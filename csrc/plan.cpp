@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <memory>
-#include <utility>
 
 #include "team.h"
 
@@ -12,7 +10,10 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLongCall = 1e9;       // multiply-adds: about 20 ms of one core
-constexpr int64_t kGroupBytes = 10 << 20;  // of packed row blocks in a thread: a share of the last-level cache
+// Of packed row blocks in a thread and in all: a share of the last-level cache, and the process does not grow with
+// threads.
+constexpr int64_t kGroupBytes = 10 << 20, kAllGroupsBytes = 20 << 20;
+constexpr size_t kKeptBytes = 16 << 20;    // of workspaces, from one call to the next
 constexpr int64_t kAlignment = 16;        // floats: a cache line
 
 bool any_transposed(const Problem& problem) {
@@ -50,9 +51,9 @@ Bias bias_of(const float* bias, int64_t length, int block) {
 
 }  // namespace
 
-Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in)
+Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in, Wanted wanted_in)
     : kernels(kernels_in), problem(problem_in), rows(problem.x.rows), columns(problem.y.rows), width(problem.x.width),
-      paired(any_transposed(problem)), threads(useful_threads(problem, threads_in, paired)),
+      wanted(wanted_in), paired(any_transposed(problem)), threads(useful_threads(problem, threads_in, paired)),
       schedule(rows, columns, threads, paired), long_call(multiply_adds(problem) > kLongCall) {
   const auto distribution = [](int product, bool swapped, double scale) {
     const double factor = scale * kLog2E;
@@ -67,7 +68,11 @@ Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in)
     distributions.push_back(distribution(own ? static_cast<int>(products.size()) - 1 : 0,
                                          teacher.source == Source::logits_transposed,
                                          own ? teacher.scale : teacher.scale * problem.scale));
-    if (teacher.row_bias == nullptr && teacher.column_bias == nullptr) continue;
+    if (teacher.row_bias == nullptr && teacher.column_bias == nullptr) {
+      const bool same = distributions.back().swapped && teacher.scale == 1 && problem.row_segment == nullptr;
+      if (same && tied == 0) tied = distributions.size() - 1;
+      continue;
+    }
     distributions.back().biased = true;
     distributions.back().row_bias = bias_of(teacher.row_bias, rows, kernels.block);
     distributions.back().column_bias = bias_of(teacher.column_bias, columns, kernels.block);
@@ -80,20 +85,22 @@ int64_t Workspace::reserve(int64_t floats) {
   return offset;
 }
 
-Workspace::Workspace(const Plan& plan, bool backward) {
+Workspace::Workspace(const Plan& plan) {
   const int block = plan.kernels.block, columns = plan.kernels.tile_columns, sides = plan.sides();
+  const Wanted wanted = plan.wanted;
   area_ = int64_t{block} * block;
   line_ = block;
   const bool pairs = plan.products[0].pairs;
   rows_step_ = (plan.width + columns - 1) / columns * columns * (pairs ? block / 2 : block);
-  int64_t member = backward ? rows_step_ : 0;  // floats of one row block, all products
+  int64_t member = 0;  // floats of one row block, all products
   for (const auto& product : plan.products) {
     step_.push_back(product.summed * block);
-    member += step_.back();
+    member += step_.back() * sides;
   }
-  member *= sides;
-  const int64_t blocks = (plan.rows + block - 1) / block;
-  group_ = static_cast<int>(std::clamp<int64_t>(kGroupBytes / 4 / std::max<int64_t>(member, 1), 1, blocks));
+  for (int side = 0; side < sides; ++side) member += wanted.right(side) ? rows_step_ : 0;
+  const int64_t blocks = std::max<int64_t>(1, (plan.rows + block - 1) / block);
+  const int64_t budget = std::min(kGroupBytes, kAllGroupsBytes / plan.threads) / static_cast<int64_t>(sizeof(float));
+  group_ = static_cast<int>(std::clamp<int64_t>(budget / std::max<int64_t>(member, 1), 1, blocks));
   const auto each_side = [&](int64_t floats) {
     Offsets offsets{};
     for (int side = 0; side < sides; ++side) offsets.side[side] = reserve(floats);
@@ -105,12 +112,19 @@ Workspace::Workspace(const Plan& plan, bool backward) {
     dots_.push_back(each_side(area_));
   }
   lines_ = reserve(kLines * line_);
-  if (!backward) return;
-  left_rows_ = each_side(rows_step_ * group_);
-  right_rows_ = each_side(rows_step_);
-  // The only reader of the dots may turn them into G in place.
-  g_ = plan.distributions.size() == 1 ? dots_[0] : each_side(area_);
+  if (!wanted.any()) return;
+  for (int side = 0; side < sides; ++side) {
+    left_rows_.side[side] = reserve(wanted.right(side) ? rows_step_ * group_ : 0);
+    right_rows_.side[side] = reserve(wanted.left(side) ? rows_step_ : 0);
+    tiles_.side[side] = reserve(wanted.right(side) ? (plan.width + columns - 1) / columns * columns * block : 0);
+  }
+  g_ = plan.gradient_in_place() ? dots_[0] : each_side(area_);
   if (pairs) pairs_ = reserve(area_);
+}
+
+void Workspace::attach(char* memory) {
+  memory_ = reinterpret_cast<float*>(memory);
+  for (int side = 0; side < kSides; ++side) right_tiles_[side].data = memory_ + tiles_[side];
 }
 
 Weights weights(const Plan& plan, const Workspace& workspace, const Distribution& distribution, const Block& block,
@@ -131,8 +145,10 @@ Weights weights(const Plan& plan, const Workspace& workspace, const Distribution
   }
   result.column_exponent = exponent;
   if (distribution.biased) {
-    std::copy_n(column_bias.factor.data() + block.column, block.columns, workspace.line(1));
-    result.column_factor = workspace.line(1);
+    float* factor = workspace.line(1);
+    std::copy_n(column_bias.factor.data() + block.column, block.columns, factor);
+    std::fill(factor + block.columns, factor + length, 1.0f);  // multiplied by 0: it must be finite
+    result.column_factor = factor;
     result.row_exponent = row_bias.exponent.data() + block.row;
     result.row_factor = row_bias.factor.data() + block.row;
   }
@@ -162,8 +178,8 @@ void transpose(const float* from, float* to, int length) {
 
 class Runner {
  public:
-  Runner(const Plan& plan, const Workspace& workspace, bool backward, const Visit& visit, const Team& team)
-      : plan_(plan), workspace_(workspace), backward_(backward), visit_(visit), team_(team) {}
+  Runner(const Plan& plan, Workspace& workspace, Visitor& visitor, const Team& team)
+      : plan_(plan), workspace_(workspace), visitor_(visitor), team_(team) {}
 
   void job(const Job& job) const {
     const int64_t block = plan_.kernels.block, group = block * workspace_.group();
@@ -178,12 +194,15 @@ class Runner {
           const bool diagonal = job.triangle && row == column;
           visit(member(row, first), {row, column, size(row, last), columns, plan_.paired && !diagonal});
         }
+        visitor_.columns_done(workspace_, column, columns);
       }
     }
   }
 
  private:
-  int size(int64_t begin, int64_t end) const { return static_cast<int>(std::min<int64_t>(plan_.kernels.block, end - begin)); }
+  int size(int64_t begin, int64_t end) const {
+    return static_cast<int>(std::min<int64_t>(plan_.kernels.block, end - begin));
+  }
   int member(int64_t row, int64_t first) const { return static_cast<int>((row - first) / plan_.kernels.block); }
 
   void pack_rows(int64_t row, int rows, int member) const {
@@ -193,7 +212,7 @@ class Runner {
         const Product& product = plan_.products[p];
         kernels.pack(product.left[side], row, rows, kernels.tile_rows, product.pairs, workspace_.left(p, side, member));
       }
-      if (!backward_) continue;
+      if (!plan_.wanted.right(side)) continue;
       const Product& student = plan_.products[0];
       kernels.pack_transposed(student.left[side], row, rows, student.pairs, workspace_.left_rows(side, member));
     }
@@ -204,9 +223,10 @@ class Runner {
     for (int side = 0; side < plan_.sides(); ++side) {
       for (size_t p = 0; p < plan_.products.size(); ++p) {
         const Product& product = plan_.products[p];
-        kernels.pack(product.right[side], column, columns, kernels.tile_columns, product.pairs, workspace_.right(p, side));
+        kernels.pack(product.right[side], column, columns, kernels.tile_columns, product.pairs,
+                     workspace_.right(p, side));
       }
-      if (!backward_) continue;
+      if (!plan_.wanted.left(side)) continue;
       const Product& student = plan_.products[0];
       kernels.pack_transposed(student.right[side], column, columns, student.pairs, workspace_.right_rows(side));
     }
@@ -224,30 +244,32 @@ class Runner {
                                block.columns, product.pairs, workspace_.dots(p, side));
       }
     }
-    visit_(workspace_, member, block);
+    visitor_.block(workspace_, member, block);
   }
 
   const Plan& plan_;
-  const Workspace& workspace_;
-  const bool backward_;
-  const Visit& visit_;
+  Workspace& workspace_;
+  Visitor& visitor_;
   const Team& team_;
 };
 
 }  // namespace
 
-bool run(const Plan& plan, bool backward, const std::function<bool()>& poll, const Visit& visit) {
-  std::vector<Workspace> workspaces(plan.threads, Workspace(plan, backward));
-  std::vector<std::unique_ptr<Pages>> pages;
-  for (auto& workspace : workspaces) {
-    pages.push_back(std::make_unique<Pages>(workspace.bytes()));
-    workspace.attach(pages.back()->data());
+bool run(const Plan& plan, const std::function<bool()>& poll, Visitor& visitor) {
+  std::vector<Workspace> workspaces(plan.threads, Workspace(plan));
+  constexpr size_t kApart = 4096;  // no two threads' memory in one page
+  const size_t each = (workspaces[0].bytes() + kApart - 1) / kApart * kApart;
+  const Scratch scratch(each * workspaces.size(), kKeptBytes);
+  char* memory = scratch.data();
+  for (Workspace& workspace : workspaces) {
+    workspace.attach(memory);
+    memory += each;
   }
   Team team(plan.threads, poll);
   team.run(
       [&](int thread) {
         const FlushDenormals flush;
-        const Runner runner(plan, workspaces[thread], backward, visit, team);
+        const Runner runner(plan, workspaces[thread], visitor, team);
         for (int round = 0; round < plan.schedule.rounds(); ++round) {
           for (const Job& job : plan.schedule.jobs(round, thread)) runner.job(job);
           team.wait();

@@ -1,5 +1,5 @@
-// Matrix products of kernels.h for one instruction set. Included inside the set's own namespace after its simd_*.h.
-// No std:: functions here: an inline one could be emitted with these flags and then be linked into code for any machine.
+// Matrix products of kernels.h for one instruction set. Included inside the set's own namespace after its simd_*.h. No
+// std:: functions here: an inline one could be emitted with these flags and then be linked into code for any machine.
 
 constexpr int kTileColumns = kVectors * kLanes;
 static_assert(kBlock % kTileRows == 0 && kBlock % kTileColumns == 0, "blocks hold whole tiles");
@@ -13,7 +13,8 @@ struct Single {
   SOFTCLIP_MEMBER Vector add_product(Vector a, Vector b, Vector sum) { return multiply_add(a, b, sum); }
 };
 
-// A register tile: sum over k of left[k * step_k + r * step_row] times right[k * kTileColumns + c], stored or added to out.
+// A register tile: sum over k of left[k * step_k + r * step_row] times right[k * kTileColumns + c], stored or added to
+// out.
 template <class Element, int kStepK, int kStepRow, bool kAdd>
 SOFTCLIP_INLINE void tile(const float* left, const float* right, int64_t summed, float* out, int64_t out_step) {
   Vector total[kTileRows][kVectors];
@@ -21,7 +22,11 @@ SOFTCLIP_INLINE void tile(const float* left, const float* right, int64_t summed,
   for (int r = 0; r < kTileRows; ++r) {
     SOFTCLIP_UNROLL
     for (int v = 0; v < kVectors; ++v) total[r][v] = broadcast(0);
-    if (kAdd) __builtin_prefetch(out + r * out_step, 1), __builtin_prefetch(out + r * out_step + kTileColumns - 1, 1);
+    // To the second-level cache: where rows are a multiple of 4 KiB apart, these lines would push each other out of the
+    // first.
+    if (!kAdd) continue;
+    __builtin_prefetch(out + r * out_step, 0, 2);
+    __builtin_prefetch(out + r * out_step + kTileColumns - 1, 0, 2);
   }
   for (int64_t k = 0; k < summed; ++k) {
     typename Element::Operand b[kVectors];
@@ -57,19 +62,19 @@ void multiply_panels(const float* left, const float* right, int64_t summed, int 
   }
 }
 
-// out (rows, width) += g . right, where g's element (i, k) lies at g[i * kStepRow + k * kStepK].
-template <class Element, int kStepK, int kStepRow>
+// out (rows, width) += g . right, where a row of g is kRow elements.
+template <class Element, int kRow>
 void add_panels(const float* g, const float* right, int64_t summed, int rows, int64_t width, float* out) {
   for (int64_t d = 0; d < width; d += kTileColumns) {
     for (int i = 0; i < rows; i += kTileRows) {
-      const float* left = g + i * kStepRow;
+      const float* left = g + i * kRow;
       const float* panel = right + d * summed;
       if (i + kTileRows <= rows && d + kTileColumns <= width) {
-        tile<Element, kStepK, kStepRow, true>(left, panel, summed, out + i * width + d, width);
+        tile<Element, 1, kRow, true>(left, panel, summed, out + i * width + d, width);
         continue;
       }
       float edge[kTileRows * kTileColumns];
-      tile<Element, kStepK, kStepRow, false>(left, panel, summed, edge, kTileColumns);
+      tile<Element, 1, kRow, false>(left, panel, summed, edge, kTileColumns);
       const int some_rows = rows - i < kTileRows ? rows - i : kTileRows;
       const int some_columns = width - d < kTileColumns ? static_cast<int>(width - d) : kTileColumns;
       for (int r = 0; r < some_rows; ++r) {
@@ -77,6 +82,24 @@ void add_panels(const float* g, const float* right, int64_t summed, int rows, in
       }
     }
   }
+}
+
+// Tiles of kernels.h = or += g^T . right. Rows past the end come from whatever lies there; add_tiles leaves them out.
+template <class Element, bool kAdd>
+void transposed_into_tiles(const float* g, const float* right, int64_t summed, int rows, int64_t width, float* tiles) {
+  for (int64_t d = 0; d < width; d += kTileColumns) {
+    for (int i = 0; i < rows; i += kTileRows) {
+      tile<Element, kBlock, 1, kAdd>(g + i, right + d * summed, summed, tiles + d * kBlock + i * kTileColumns,
+                                     kTileColumns);
+    }
+  }
+}
+
+template <class Element>
+void add_transposed(const void* g, const void* right, int64_t summed, int rows, int64_t width, bool add, float* tiles) {
+  const auto *left = static_cast<const float*>(g), *panels = static_cast<const float*>(right);
+  add ? transposed_into_tiles<Element, true>(left, panels, summed, rows, width, tiles)
+      : transposed_into_tiles<Element, false>(left, panels, summed, rows, width, tiles);
 }
 
 template <class Element>
@@ -105,15 +128,28 @@ double multiply_registers_of(int64_t repeats) {
 // ---- The table's product functions ----
 
 void multiply_single(const void* left, const void* right, int64_t summed, int rows, int columns, float* dots) {
-  multiply_panels<Single>(static_cast<const float*>(left), static_cast<const float*>(right), summed, rows, columns, dots);
+  multiply_panels<Single>(static_cast<const float*>(left), static_cast<const float*>(right), summed, rows, columns,
+                          dots);
 }
 
 void add_product(const float* g, const void* right, int rows, int columns, int64_t width, float* out) {
-  add_panels<Single, 1, kBlock>(g, static_cast<const float*>(right), columns, rows, width, out);
+  add_panels<Single, kBlock>(g, static_cast<const float*>(right), columns, rows, width, out);
 }
 
-void add_transposed_product(const float* g, const void* right, int rows, int columns, int64_t width, float* out) {
-  add_panels<Single, kBlock, 1>(g, static_cast<const float*>(right), rows, columns, width, out);
+void add_transposed_product(const float* g, const void* right, int rows, int columns, int64_t width, bool add,
+                            float* tiles) {
+  add_transposed<Single>(g, right, rows, columns, width, add, tiles);
+}
+
+void add_tiles(const float* tiles, int rows, int64_t width, float* out) {
+  for (int64_t d = 0; d < width; d += kTileColumns, tiles += kBlock * kTileColumns) {
+    const int valid = width - d < kTileColumns ? static_cast<int>(width - d) : kTileColumns;
+    for (int i = 0; i < rows; ++i) {
+      const float* from = tiles + i * kTileColumns;
+      float* to = out + i * width + d;
+      for (int c = 0; c < valid; ++c) to[c] += from[c];
+    }
+  }
 }
 
 #if SOFTCLIP_PAIRS
@@ -132,14 +168,13 @@ void multiply_pairs(const void* left, const void* right, int64_t summed, int row
 }
 
 void add_product_pairs(const void* column_pairs, const void* right, int rows, int columns, int64_t width, float* out) {
-  add_panels<Pair, 1, kBlock / 2>(static_cast<const float*>(column_pairs), static_cast<const float*>(right),
-                                  (columns + 1) / 2, rows, width, out);
+  add_panels<Pair, kBlock / 2>(static_cast<const float*>(column_pairs), static_cast<const float*>(right),
+                               (columns + 1) / 2, rows, width, out);
 }
 
 void add_transposed_product_pairs(const void* row_pairs, const void* right, int rows, int columns, int64_t width,
-                                  float* out) {
-  add_panels<Pair, kBlock, 1>(static_cast<const float*>(row_pairs), static_cast<const float*>(right), (rows + 1) / 2,
-                              columns, width, out);
+                                  bool add, float* tiles) {
+  add_transposed<Pair>(row_pairs, right, (rows + 1) / 2, columns, width, add, tiles);
 }
 
 SOFTCLIP_INLINE __m256i to_bfloat16(Vector v) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)); }

@@ -26,6 +26,7 @@ check() {
 }
 
 check "AddressSanitizer and UndefinedBehaviorSanitizer" libasan.so \
-  "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined" tests/test_native.py
+  "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined" \
+  tests/test_native.py tests/test_native_process.py -k "not cannot_be_had"  # the sanitizer needs the address space
 check "ThreadSanitizer" libtsan.so "-fsanitize=thread" tests/test_native.py \
   -k "threads_change or more_threads or float32_against"

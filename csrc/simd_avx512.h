@@ -13,7 +13,9 @@ SOFTCLIP_INLINE void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
 SOFTCLIP_INLINE Vector broadcast(float v) { return _mm512_set1_ps(v); }
 SOFTCLIP_INLINE Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 SOFTCLIP_INLINE Vector multiply_subtract(Vector a, Vector b, Vector c) { return _mm512_fmsub_ps(a, b, c); }
+// Where one of the two is NaN: b.
 SOFTCLIP_INLINE Vector maximum(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+SOFTCLIP_INLINE Vector minimum(Vector a, Vector b) { return _mm512_min_ps(a, b); }
 SOFTCLIP_INLINE Vector nearest(Vector v) { return _mm512_roundscale_ps(v, 8); }
 // value * 2^exponent, exponent a whole number; 0 below the range
 SOFTCLIP_INLINE Vector scale_by_power(Vector value, Vector exponent) { return _mm512_scalef_ps(value, exponent); }

@@ -1,5 +1,5 @@
-// Four lanes in the compilers' own vector type: SSE2 or NEON or scalar code, whatever the target has. Included inside the
-// portable level's own namespace.
+// Four lanes in the compilers' own vector type: SSE2 or NEON or scalar code, whatever the target has. Included inside
+// the portable level's own namespace.
 
 constexpr int kLanes = 4;
 #if defined(__aarch64__)
@@ -29,7 +29,9 @@ SOFTCLIP_INLINE Vector multiply_subtract(Vector a, Vector b, Vector c) {
   }
   return result;
 }
+// Where one of the two is NaN: b.
 SOFTCLIP_INLINE Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
+SOFTCLIP_INLINE Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
 SOFTCLIP_INLINE Vector nearest(Vector v) {
   const Vector shift = broadcast(12582912.0f), large = broadcast(4194304.0f);  // 1.5 * 2^23, 2^22
   const Vector rounded = (v + shift) - shift;  // adding it rounds to a whole number

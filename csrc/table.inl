@@ -1,13 +1,29 @@
 // The level's table of kernels.h. Included after the level's functions.
 
 const Kernels kernels = {
-    kBlock,      kTileRows,   kTileColumns,           SOFTCLIP_PAIRS != 0, pack, pack_transposed, multiply,
-    add_product, add_transposed_product,
+    kBlock,
+    kTileRows,
+    kTileColumns,
+    SOFTCLIP_PAIRS != 0,
+    pack,
+    pack_transposed,
+    multiply,
+    add_product,
+    add_transposed_product,
 #if SOFTCLIP_PAIRS
-    narrow,      add_product_pairs, add_transposed_product_pairs,
+    narrow,
+    add_product_pairs,
+    add_transposed_product_pairs,
 #else
-    nullptr,     nullptr,     nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
 #endif
-    maxima,      accumulate,  gradient,               count_above,
+    add_tiles,
+    maxima,
+    accumulate,
+    gradient,
+    paired_gradient,
+    count_above,
     multiply_registers,
 };

@@ -1,11 +1,13 @@
 #include "team.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <chrono>
+#include <cstdint>
 #include <new>
-#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__SSE2__)
@@ -18,22 +20,35 @@ int Team::size() const { return threads_; }
 
 bool Team::cancelled() const { return cancelled_.load(std::memory_order_relaxed); }
 
+void Team::release() {
+  waiting_ = 0;
+  ++generation_;
+  arrived_.notify_all();
+}
+
 void Team::wait() {
   if (threads_ == 1) return;
   std::unique_lock<std::mutex> lock(mutex_);
   const unsigned generation = generation_;
-  if (++waiting_ == threads_) {
-    waiting_ = 0;
-    ++generation_;
-    arrived_.notify_all();
-  } else {
-    arrived_.wait(lock, [&] { return generation_ != generation; });
+  if (++waiting_ == running_) return release();
+  arrived_.wait(lock, [&] { return generation_ != generation; });
+}
+
+void Team::leave(std::exception_ptr error) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (error != nullptr) {
+    cancelled_.store(true, std::memory_order_relaxed);
+    if (error_ == nullptr) error_ = std::move(error);
   }
+  --running_;
+  if (waiting_ > 0 && waiting_ == running_) release();  // those that wait for one that does not come
+  finished_.notify_all();
 }
 
 void Team::run(const std::function<void(int)>& work, bool long_call) {
   if (threads_ == 1 && !long_call) return work(0);
   std::vector<std::thread> workers;
+  workers.reserve(threads_);
   running_ = threads_;
   // The threads wait for `start`, so that if the system refuses one the others can still be sent home.
   int start = 0;  // 1: work, -1: do not
@@ -43,10 +58,13 @@ void Team::run(const std::function<void(int)>& work, bool long_call) {
       finished_.wait(lock, [&] { return start != 0; });
       if (start < 0) return;
     }
-    work(thread);
-    std::lock_guard<std::mutex> lock(mutex_);
-    --running_;
-    finished_.notify_all();
+    std::exception_ptr error;
+    try {
+      work(thread);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    leave(std::move(error));
   };
   const auto signal_start = [&](int value) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -55,7 +73,7 @@ void Team::run(const std::function<void(int)>& work, bool long_call) {
   };
   try {
     for (int thread = 0; thread < threads_; ++thread) workers.emplace_back(body, thread);
-  } catch (const std::system_error&) {
+  } catch (...) {
     signal_start(-1);
     for (auto& worker : workers) worker.join();
     throw;
@@ -69,6 +87,7 @@ void Team::run(const std::function<void(int)>& work, bool long_call) {
   }
   lock.unlock();
   for (auto& worker : workers) worker.join();
+  if (error_ != nullptr) std::rethrow_exception(error_);
 }
 
 #if defined(__SSE2__)
@@ -81,18 +100,53 @@ FlushDenormals::FlushDenormals() = default;
 FlushDenormals::~FlushDenormals() = default;
 #endif
 
-Pages::Pages(size_t bytes) : bytes_(bytes) {
+namespace {
+
+constexpr size_t kHuge = 2 << 20;
+
+size_t whole_pages(size_t bytes) {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return (bytes + page - 1) / page * page;
+}
+
+}  // namespace
+
+Pages::Pages(size_t bytes) : bytes_(whole_pages(bytes)) {
   if (bytes_ == 0) return;
-  void* pages = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  // Whole huge pages from their own boundary on: map more, give the ends back.
+  const size_t slack = bytes_ >= kHuge ? kHuge : 0;
+  void* pages = mmap(nullptr, bytes_ + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (pages == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<char*>(pages);
+  if (slack > 0) {
+    const size_t before = (kHuge - reinterpret_cast<uintptr_t>(data_) % kHuge) % kHuge, after = slack - before;
+    if (before > 0) munmap(data_, before);
+    data_ += before;
+    if (after > 0) munmap(data_ + bytes_, after);
+  }
 #if defined(MADV_HUGEPAGE)
-  madvise(pages, bytes_, MADV_HUGEPAGE);  // fewer address translations; only a hint
+  madvise(data_, bytes_, MADV_HUGEPAGE);  // fewer address translations; only a hint
 #endif
 }
 
 Pages::~Pages() {
   if (data_ != nullptr) munmap(data_, bytes_);
+}
+
+namespace {
+std::atomic<Pages*> kept_pages{nullptr};  // without a destructor: the process's end takes them
+}
+
+Scratch::Scratch(size_t bytes, size_t most_kept)
+    : pages_(kept_pages.exchange(nullptr)), most_kept_(most_kept) {
+  if (pages_ != nullptr && pages_->bytes() >= bytes) return;
+  pages_.reset();  // before the larger ones are mapped
+  pages_ = std::make_unique<Pages>(bytes);
+}
+
+Scratch::~Scratch() {
+  if (pages_->bytes() > most_kept_) return;
+  pages_.reset(kept_pages.exchange(pages_.release()));
 }
 
 }  // namespace softclip

@@ -72,6 +72,10 @@ class NativeBackend:
         return None
 
     def forward(self, problem: Problem) -> Statistics:
+        return self.counted_forward(problem)[0]
+
+    def counted_forward(self, problem: Problem) -> tuple[Statistics, int]:
+        """The forward, and how many blocks were summed twice, because a term had outgrown the references in force."""
         call = _Call(problem)
         statistics, n, m = 1 + 2 * len(problem.teachers), problem.rows, problem.columns
         ranked = problem.row_threshold is not None
@@ -82,7 +86,7 @@ class NativeBackend:
             torch.zeros(n if ranked else 0, dtype=torch.int64),
             torch.zeros(m if ranked else 0, dtype=torch.int64),
         )
-        _native.forward(
+        redone = _native.forward(
             call.problem,
             level(),
             _threads(problem),
@@ -92,13 +96,33 @@ class NativeBackend:
             row_ranks=result.row_ranks.data_ptr(),
             column_ranks=result.column_ranks.data_ptr(),
         )
-        return result
+        return result, redone
 
     def backward(
         self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
     ) -> tuple[Tensor, Tensor]:
-        call = _Call(problem)
         gx, gy = (torch.zeros(tensor.shape) for tensor in (problem.x, problem.y))
+        self.add_gradients(problem, statistics, grad_rows, grad_columns, gx, gy)
+        return gx, gy
+
+    def add_gradients(
+        self,
+        problem: Problem,
+        statistics: Statistics,
+        grad_rows: Tensor,
+        grad_columns: Tensor,
+        gx: Tensor | None,
+        gy: Tensor | None,
+    ) -> None:
+        """Adds G @ y to gx (N, D) and Gᵀ @ x to gy (M, D), both float32 and contiguous. One that is None is left out,
+        and with it a third of the work."""
+        call = _Call(problem)
+        n, m, k = problem.rows, problem.columns, len(problem.teachers)
+        assert statistics.rows.shape == (1 + 2 * k, n) and grad_rows.shape == (1 + k, n)
+        assert statistics.columns.shape == (1 + 2 * k, m) and grad_columns.shape == (1 + k, m)
+        for gradient, operand in ((gx, problem.x), (gy, problem.y)):
+            assert gradient is None or (gradient.shape == operand.shape and gradient.is_contiguous())
+            assert gradient is None or gradient.dtype == torch.float32
         _native.backward(
             call.problem,
             level(),
@@ -107,10 +131,9 @@ class NativeBackend:
             columns=call.vector(statistics.columns),
             grad_rows=call.vector(grad_rows),
             grad_columns=call.vector(grad_columns),
-            gx=gx.data_ptr(),
-            gy=gy.data_ptr(),
+            gx=0 if gx is None else gx.data_ptr(),
+            gy=0 if gy is None else gy.data_ptr(),
         )
-        return gx, gy
 
 
 def _threads(problem: Problem) -> int:
@@ -124,6 +147,14 @@ class _Call:
     """A Problem as addresses, and what must stay alive while they are used."""
 
     def __init__(self, problem: Problem) -> None:
+        n, m = problem.rows, problem.columns
+        assert problem.x.shape[1] == problem.y.shape[1]
+        _assert_lengths(n, problem.positive, problem.row_segment, problem.row_threshold)
+        _assert_lengths(m, problem.column_segment, problem.column_threshold)
+        for teacher in problem.teachers:
+            assert teacher.source != Source.LOGITS_TRANSPOSED or n == m, f"a swapped pair in {n} rows, {m} columns"
+            _assert_lengths(n, teacher.x, teacher.row_bias)
+            _assert_lengths(m, teacher.y, teacher.column_bias)
         self._kept: list[Tensor] = []
         row_segment, column_segment = _compact_segments(problem)
         self.problem = _native.Problem(
@@ -142,11 +173,11 @@ class _Call:
         """The address of a contiguous copy, or of the tensor itself where it is that already; 0 for None."""
         if tensor is None:
             return 0
-        self._kept.append(tensor.detach().to(dtype).contiguous())
+        self._kept.append(tensor.detach().to(dtype).resolve_neg().contiguous())
         return self._kept[-1].data_ptr()
 
     def _matrix(self, tensor: Tensor) -> Any:
-        tensor = tensor.detach()
+        tensor = tensor.detach().resolve_neg()  # a negated view has the signs of another tensor in its memory
         if tensor.dtype not in DTYPES:  # a teacher in float16 or float64 multiplies in float32, as in every backend
             tensor = tensor.float()
         self._kept.append(tensor)
@@ -156,7 +187,7 @@ class _Call:
 
     def _teacher(self, teacher: TeacherOperand) -> Any:
         own = teacher.source == Source.EMBEDDINGS
-        assert not own or (teacher.x is not None and teacher.y is not None)
+        assert own == (teacher.x is not None) == (teacher.y is not None)
         return _native.Teacher(
             int(teacher.source),
             1.0 if teacher.scale is None else teacher.scale.item(),
@@ -165,6 +196,12 @@ class _Call:
             self.vector(teacher.row_bias),
             self.vector(teacher.column_bias),
         )
+
+
+def _assert_lengths(length: int, *tensors: Tensor | None) -> None:
+    """Native code reads as many elements as it is told, whatever lies there."""
+    for tensor in tensors:
+        assert tensor is None or len(tensor) == length, f"{tuple(tensor.shape)}, not {length}"
 
 
 def _compact_segments(problem: Problem) -> tuple[Tensor | None, Tensor | None]:

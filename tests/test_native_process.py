@@ -1,0 +1,162 @@
+"""The native CPU backend in the process around it: interruption, the interpreter lock, threads that cannot be had,
+forked children and the data loader's workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from softclip_kernels import softclip_loss
+from softclip_kernels.backends import native, registered
+from softclip_kernels.problem import Problem
+from softclip_kernels.testing import unit_rows
+
+pytestmark = pytest.mark.skipif(not native.levels(), reason=str(native.why_missing()))
+
+ROOT = Path(__file__).resolve().parent.parent
+NATIVE = registered()["native"]
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Two threads for problems of any size, without touching PyTorch's own."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(native, "MULTIPLY_ADDS_PER_THREAD", 1)
+
+
+def run_python(code):
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+INTERRUPTED = """
+import os, signal, threading, time, torch
+from softclip_kernels.backends import registered
+from softclip_kernels.problem import Problem, Statistics
+torch.set_num_threads(2)
+native = registered()["native"]
+x = torch.randn(60000, 512)
+problem, zeros = Problem(x, x, torch.ones(())), torch.zeros(1, 60000)
+threading.Timer(1.0, lambda: (print(time.time(), flush=True), os.kill(os.getpid(), signal.SIGINT))).start()
+try:
+    {call}
+except KeyboardInterrupt:
+    print(time.time())
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    (
+        "native.forward(problem)",
+        "native.backward(problem, Statistics(zeros, zeros, zeros[0], zeros[0], zeros[0]), zeros, zeros)",
+    ),
+)
+def test_interrupt_within_a_second(call):
+    """Ctrl-C during a call that would take minutes ends it, in a process of its own."""
+    sent, ended = map(float, run_python(INTERRUPTED.format(call=call)))
+    assert ended - sent < 1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux counts it")
+def test_threads_that_cannot_be_had():
+    """Where the system refuses memory or the 40th thread the call is an error, and the next one works."""
+    code = """
+import resource, torch
+from pathlib import Path
+from softclip_kernels import softclip_loss
+from softclip_kernels.backends import native
+native.MULTIPLY_ADDS_PER_THREAD = 1
+x = torch.nn.functional.normalize(torch.randn(500, 64))
+loss = lambda: softclip_loss(x, x, torch.tensor(9.0), backend="native").item()
+expected = loss()
+size = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line)
+count = torch.get_num_threads()
+torch.get_num_threads = lambda: 64
+for extra in (4, 150, 300):
+    resource.setrlimit(resource.RLIMIT_AS, ((size << 10) + (extra << 20), resource.RLIM_INFINITY))
+    try:
+        print("done" if abs(loss() - expected) < 1e-4 else "wrong")
+    except (MemoryError, RuntimeError):
+        print("refused")
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("done" if abs(loss() - expected) < 1e-4 else "wrong")
+"""
+    *limited, free = run_python(code)
+    assert free == "done" and "wrong" not in limited and "refused" in limited
+
+
+def test_other_python_threads_run_meanwhile(threads):
+    """The interpreter lock is released: a Python thread advances while a call runs."""
+    x = unit_rows(4000, 64, dtype=torch.float32)
+    ticks = []
+    stop = threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    start = time.perf_counter()
+    NATIVE.forward(Problem(x, x, torch.ones(())))
+    end = time.perf_counter()
+    stop.set()
+    ticker.join()
+    assert sum(start < one < end for one in ticks) >= 3, f"{end - start:.3f} s"
+
+
+def _loss_in_child(queue):
+    x = unit_rows(300, 16, dtype=torch.float32)
+    queue.put(softclip_loss(x, x, torch.tensor(10.0), backend="native").item())
+
+
+def test_forked_children(threads):
+    """A forked child computes after its parent has, as data-loader workers do."""
+    x = unit_rows(300, 16, dtype=torch.float32)
+    expected = softclip_loss(x, x, torch.tensor(10.0), backend="native").item()
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_loss_in_child, args=(queue,))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == pytest.approx(expected, rel=1e-6)
+    finally:
+        child.join(timeout=10)
+        assert child.exitcode == 0
+
+
+class _Losses(torch.utils.data.Dataset):
+    """Item i: a loss and a gradient's sum, computed where the item is asked for."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        x = unit_rows(300, 16, seed=index, dtype=torch.float32)
+        problem = Problem(x, x, torch.tensor(9.0), torch.arange(300))
+        statistics = NATIVE.forward(problem)
+        gx, _ = NATIVE.backward(problem, statistics, torch.ones(1, 300), torch.ones(1, 300))
+        return torch.stack([statistics.rows.sum(), gx.abs().sum()])
+
+
+def test_data_loader_workers(threads):
+    """Forked while another thread is within a call."""
+    expected = torch.stack([_Losses()[index] for index in range(6)])
+    x = unit_rows(3000, 128, dtype=torch.float32)
+    busy = threading.Thread(target=lambda: NATIVE.forward(Problem(x, x, torch.tensor(9.0))))
+    busy.start()
+    loader = torch.utils.data.DataLoader(
+        _Losses(), batch_size=3, num_workers=2, multiprocessing_context="fork", timeout=60
+    )
+    got = torch.cat(list(loader))
+    busy.join()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
