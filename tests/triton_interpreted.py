@@ -124,15 +124,22 @@ def test_the_exact_kernel_is_what_saves_extreme_rows(monkeypatch):
     assert (softclip_loss(x, y, scale, backend="triton") - expected).abs() > 10
 
 
-def test_the_exact_tiles_are_what_saves_extreme_gradients(monkeypatch):
-    """The same for the second launch of the gradient kernel."""
+def test_the_exact_branch_is_what_saves_extreme_gradients(monkeypatch):
+    """The same for the gradient kernel, whose tiles are told that everything is fine."""
     x = unit_rows(40, 16, dtype=torch.float32)
     y, scale = -x, torch.tensor(400.0)
     x[0] *= 3
     expected = test_loss.fused(x, y, scale, None, "reference")
     torch.testing.assert_close(test_loss.fused(x, y, scale, None, "triton").dx, expected.dx, rtol=1e-3, atol=1e-3)
-    usual = launch._gradient_calls
-    monkeypatch.setattr(launch, "_gradient_calls", lambda *arguments: usual(*arguments)[:1])
+    usual = launch._gradient_arguments
+
+    def all_fine(*arguments):
+        found = usual(*arguments)
+        for side in ("row", "column"):
+            found[f"{side}_fine"].fill_(1)
+        return found
+
+    monkeypatch.setattr(launch, "_gradient_arguments", all_fine)
     assert not torch.allclose(test_loss.fused(x, y, scale, None, "triton").dx, expected.dx, rtol=0.1, atol=0.1)
 
 

@@ -17,6 +17,7 @@ from ..problem import Problem, Statistics
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_RANKED = 2**24  # ranks are counted in fp32
+MOST_ROWS = 2**31 - 256  # positions, of whole tiles, are int32
 
 
 class TritonBackend:
@@ -35,6 +36,8 @@ class TritonBackend:
                 return f"the {name} are {tensor.dtype}; the kernels take float32, bfloat16 and float16"
             if _interpreted() and tensor.dtype != torch.float32:
                 return f"the {name} are {tensor.dtype}; Triton's interpreter multiplies float32 only correctly"
+        if max(problem.rows, problem.columns) > MOST_ROWS:
+            return f"a batch of {max(problem.rows, problem.columns)}; the kernels count up to {MOST_ROWS}"
         if problem.row_threshold is not None and max(problem.rows, problem.columns) >= MOST_RANKED:
             return f"ranks of a batch of {max(problem.rows, problem.columns)}; they are counted up to {MOST_RANKED}"
         return None

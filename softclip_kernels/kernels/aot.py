@@ -23,14 +23,25 @@ from triton.compiler import ASTSource
 
 from .configs import GROUP, Config, candidates
 from .exact import exact_rows_kernel
-from .gradient import gradient_kernel
+from .gradient import VECTOR_BLOCK, coefficients_kernel, gradient_kernel
 from .statistics import statistics_kernel
 from .tiles import EMBEDDINGS, LOGITS, NONE, PAIRED
 
-KERNELS = {"statistics": statistics_kernel, "gradient": gradient_kernel, "exact": exact_rows_kernel}
+KERNELS = {
+    "statistics": statistics_kernel,
+    "gradient": gradient_kernel,
+    "coefficients": coefficients_kernel,
+    "exact": exact_rows_kernel,
+}
 MODES = {"none": NONE.value, "logits": LOGITS.value, "paired": PAIRED.value, "embeddings": EMBEDDINGS.value}
 POINTERS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
 ARCHITECTURES = tuple(SHARED_LIMIT)
 _INTEGER_POINTERS = ("positive", "row_segment", "column_segment")
 _OPTIONAL = {
@@ -49,39 +60,40 @@ _OPTIONAL = {
 
 @dataclass(frozen=True)
 class Variant:
-    """kernel: statistics, gradient or exact; mode: a key of MODES; features: of positive, segments, ranks, biases and
+    """kernel: a key of KERNELS; mode: a key of MODES; features: of positive, segments, ranks, biases and
     previous; even: the width is a multiple of the step."""
 
     kernel: str
     mode: str
     config: Config
     dtype: str = "bf16"
+    teacher_dtype: str = ""  # where it is another than the student's
+    g_dtype: str = ""
+    aligned: bool = True  # strides divisible by 16
     tied: bool = False
     student: bool = True
     even: bool = True
-    ragged: bool = False
-    exact: bool = False
     features: frozenset[str] = frozenset({"positive"})
     precision: str = "ieee"
 
     @property
     def name(self) -> str:
         parts = [
-            self.kernel + (" exact" if self.exact else ""),
+            self.kernel,
             self.mode + ("-tied" if self.tied else "") + ("" if self.student else "-teacher-only"),
         ]
         c = self.config
         parts += [self.dtype if self.dtype != "fp32" else self.precision, *sorted(self.features)]
         parts += [
-            "even" if self.even else "odd",
-            "ragged" if self.ragged else "whole",
+            *(f"{what}-{dtype}" for what, dtype in (("teacher", self.teacher_dtype), ("g", self.g_dtype)) if dtype),
+            "even" if self.even else "odd" if self.aligned else "unaligned",
             f"{c.block_m}x{c.block_n}x{c.block_d}w{c.warps}s{c.stages}",
         ]
         return " ".join(parts)
 
     @property
-    def kind(self) -> str:
-        return "exact gradient" if self.exact else self.kernel
+    def plain(self) -> bool:
+        return self.even and not self.features & {"segments", "ranks"}
 
 
 _EVERYTHING = frozenset({"positive", "segments", "biases", "ranks"})
@@ -102,16 +114,29 @@ def _cases() -> list[Variant]:
         ("paired", False),
     ):
         plain = Variant("statistics", mode, any_shape, tied=tied)
-        full = replace(plain, features=_EVERYTHING, ragged=True, even=False)
+        full = replace(plain, features=_EVERYTHING, even=False)
         gradient = replace(plain, kernel="gradient")
-        gradient_full = replace(gradient, features=_WITHOUT_RANKS, ragged=True, even=False)
-        cases += [plain, full, gradient, gradient_full, replace(gradient_full, exact=True)]
+        gradient_full = replace(gradient, features=_WITHOUT_RANKS, even=False)
+        cases += [plain, full, gradient, gradient_full]
         if mode != "paired":
             cases.append(replace(plain, kernel="exact", features=_WITHOUT_RANKS - {"positive"}, even=False))
         if mode in ("logits", "embeddings"):  # a second teacher
-            later = replace(plain, student=False, even=False, ragged=True, features=frozenset({"segments", "biases"}))
+            later = replace(plain, student=False, even=False, features=frozenset({"segments", "biases"}))
             cases.append(later)
             cases.append(replace(later, kernel="gradient", features=_WITHOUT_RANKS | {"previous"}))
+    return cases
+
+
+def _odd_cases() -> list[Variant]:
+    """One more of each kernel with a teacher: wider than the student, and of width 100, whose strides are not divisible
+    by 16. The sums of earlier teachers are fp32 (g). coefficients has no tiles."""
+    any_shape = Config(64, 64, 64, 8, 2)
+    cases = [Variant("coefficients", mode, any_shape, features=frozenset()) for mode in ("none", "embeddings")]
+    for kernel in ("statistics", "gradient", "exact"):
+        features = frozenset() if kernel == "exact" else frozenset({"positive"})
+        case = Variant(kernel, "embeddings", any_shape, features=features)
+        cases.append(replace(case, teacher_dtype="fp32"))
+        cases.append(replace(case, even=False, aligned=False, g_dtype="fp32" if kernel == "gradient" else ""))
     return cases
 
 
@@ -120,37 +145,43 @@ def variants(architecture: str) -> list[Variant]:
     instructions' suffix, and in fp32, the plain and the full ones."""
     found = []
     wide = "ieee" if architecture.startswith("gfx") else "tf32x3"
-    for case in _cases():
+    for case in (*_cases(), *_odd_cases()):
         typed = [case]
-        if case.mode in ("none", "embeddings") and "ranks" not in case.features:
+        usual = case in _cases()
+        if usual and case.mode in ("none", "embeddings") and "ranks" not in case.features:
             typed.append(replace(case, dtype="fp16"))
-        if not case.tied:
+        if usual and not case.tied:
             typed.append(replace(case, dtype="fp32", precision=wide))
-        if case.mode == "none":
+        if usual and case.mode == "none":
             typed.append(replace(case, dtype="fp32", precision="tf32"))
+        if case.teacher_dtype:
+            typed = [replace(case, precision=wide)]
         for variant in typed:
-            plain = not variant.ragged and not variant.features & {"segments", "ranks"}
-            itemsize = 4 if variant.dtype == "fp32" else 2
+            if variant.kernel == "coefficients":
+                found.append(variant)
+                continue
+            itemsize = 4 if "fp32" in (variant.dtype, variant.teacher_dtype) else 2
             taught, paired = variant.mode != "none", variant.mode == "paired"
-            shapes = candidates(variant.kind, taught, paired, plain, itemsize, architecture)
+            shapes = candidates(variant.kernel, taught, paired, variant.plain, itemsize, architecture)
             found += [replace(variant, config=shape) for shape in shapes]
     return found
 
 
 def compile_variant(variant: Variant, architecture: str) -> Any:
     kernel = KERNELS[variant.kernel]
+    teacher_dtype = variant.teacher_dtype or variant.dtype
     constants = {
+        "TOP": 6,
+        "BLOCK": VECTOR_BLOCK,
         "STATISTICS": int(variant.student) + 2 * (variant.mode != "none") + ("ranks" in variant.features),
         "STUDENT": variant.student,
         "TEACHER": MODES[variant.mode],
         "TIED": variant.tied,
         "GROUP": GROUP,
-        "RAGGED": variant.ragged,
-        "EXACT": variant.exact,
         "EVEN": variant.even,
         "TEACHER_EVEN": variant.even,
-        "PRECISION": variant.precision,
-        "TEACHER_PRECISION": variant.precision,
+        "PRECISION": variant.precision if variant.dtype == "fp32" else "ieee",
+        "TEACHER_PRECISION": variant.precision if teacher_dtype == "fp32" else "ieee",
         **variant.config.constants(),
     }
     signature, constexprs, attributes = {}, {}, {}
@@ -158,7 +189,12 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
         kind = _kind(name, variant)
         if kind == "constexpr":
             constexprs[(index,)] = constants.get(name, 1 if name.endswith("_step") else None)
-        elif kind.startswith("*") or name.endswith("_stride") or name == "edge" or ("width" in name and variant.even):
+        elif (
+            kind.startswith("*")
+            or (name.endswith("_stride") and variant.aligned)
+            or name == "edge"
+            or ("width" in name and variant.even)
+        ):
             attributes[(index,)] = [["tt.divisibility", 16]]
         signature[name] = kind
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
@@ -172,11 +208,12 @@ def _kind(name: str, variant: Variant) -> str:
         return "constexpr"
     if name in _INTEGER_POINTERS:
         return "*i64"
-    if name == "suspect" or name.endswith("_fine"):
+    if name in ("suspect", "fine") or name.endswith("_fine"):
         return "*i8"
     if name in ("x", "y", "teacher_x", "teacher_y", "g", "mirror_g"):
-        return POINTERS[variant.dtype]
-    if name.endswith(("_stride", "_start", "_end", "width")) or name in ("edge", "rows", "columns"):
+        own = {"t": variant.teacher_dtype, "g": variant.g_dtype, "m": variant.g_dtype}.get(name[0])
+        return POINTERS[own or variant.dtype]
+    if name.endswith(("_stride", "_start", "_end", "width")) or name in ("edge", "rows", "columns", "length"):
         return "i32"
     return "*fp32"
 
@@ -189,17 +226,20 @@ def _target(architecture: str) -> GPUTarget:
 
 def inspect(variant: Variant, architecture: str) -> dict[str, Any]:
     """What one variant compiles to. registers and spilled (bytes, stack included) are a thread's, shared bytes a
-    program's; exponentials_issued counts machine instructions a thread, over its `entries`. From the intermediate code:
-    matmuls and exponentials of whole tiles, and narrow_offsets, the addresses that rest on a product in 32 bits."""
+    program's; exponentials_issued counts machine instructions a thread, over its `entries`; serialised, on sm_90,
+    tensor instructions that wait for one another. From the intermediate code: matmuls; exponentials of whole tiles, the
+    fewest that a program takes, the most, and all in the code; and narrow_offsets, the addresses that rest on a product
+    in 32 bits."""
     compiled = compile_variant(variant, architecture)
     nvidia = architecture.startswith("sm_")
     c = variant.config
     intermediate = compiled.asm["ttir"]
     return {
         "variant": variant.name,
-        "kernel": variant.kind,
+        "kernel": variant.kernel,
         "mode": variant.mode,
         "tied": variant.tied,
+        "plain": variant.plain and "fp32" not in (variant.dtype, variant.teacher_dtype),
         "dtype": variant.dtype,
         "architecture": architecture,
         "triton": triton.__version__,
@@ -208,9 +248,38 @@ def inspect(variant: Variant, architecture: str) -> dict[str, Any]:
         "entries": c.block_m * c.block_n // ((32 if nvidia else 64) * c.warps),
         **(_nvidia(compiled.asm["cubin"]) if nvidia else _amd(compiled.asm["amdgcn"])),
         "matmuls": len(re.findall(r"= tt\.dot ", intermediate)),
-        "exponentials": len(re.findall(rf"= math\.exp2 .*tensor<{c.block_m}x{c.block_n}xf32", intermediate)),
+        "exponentials": exponentials(intermediate, f"tensor<{c.block_m}x{c.block_n}xf32"),
         "narrow_offsets": narrow_offsets(intermediate),
     }
+
+
+def exponentials(intermediate: str, tile: str) -> list[int]:
+    """How many exponentials of whole tiles a program takes: the fewest and the most, over the branches that it may go,
+    and all that stand in the code."""
+    fewest, most, opened = [0], [0], []
+    for line in intermediate.splitlines():
+        if "= math.exp2 " in line and tile in line:
+            fewest[-1] += 1
+            most[-1] += 1
+        if re.search(r"\bscf\.if\b", line):
+            opened.append("if")
+            fewest += [0]
+            most += [0]
+        elif line.strip().startswith("} else {"):
+            opened[-1] = "else"
+            fewest += [0]
+            most += [0]
+        elif line.rstrip().endswith("{"):
+            opened.append("other")
+        if re.match(r"\s*\}(?! else)", line) and opened:
+            kind = opened.pop()
+            if kind == "if":
+                fewest.pop()
+                most[-2:] = [most[-2] + most[-1]]
+            elif kind == "else":
+                fewest[-3:] = [fewest[-3] + min(fewest[-2:])]
+                most[-3:] = [most[-3] + max(most[-2:])]
+    return [fewest[0], most[0], len(re.findall(rf"= math\.exp2 .*{tile}", intermediate))]
 
 
 def narrow_offsets(intermediate: str) -> list[str]:
@@ -254,9 +323,27 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
         "registers": registers,
         "spilled": stack + local,
         "tensor": _mnemonics(code, r"\b((?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)(?:\.\w+)*)"),
+        "serialised": serialised(code),
         "exponentials_issued": len(re.findall(r"MUFU\.EX2", code)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
     }
+
+
+def serialised(code: str) -> int:
+    """How many wgmma (HGMMA) are waited for before the next one of the same step is issued: the assembler's way out
+    where it cannot prove that nobody touches the sums meanwhile. A step along the width issues several; its last one
+    alone closes the group, by `gsb0`. Two groups with nothing but waits between them were one step."""
+    found = re.findall(r"\b(HGMMA\.[^;\n]*|WARPGROUP\.\w+[^;\n]*|LDGDEPBAR|BAR\.SYNC|BRA|\.L_x_\d+:)", code)
+    count, closed, waited = 0, False, False
+    for instruction in found:
+        if instruction.startswith("HGMMA"):
+            count += closed and waited
+            closed, waited = "gsb0" in instruction, False
+        elif "DEPBAR.LE gsb0, 0x0" in instruction:
+            waited = True
+        elif not instruction.startswith("WARPGROUP"):
+            closed = False
+    return count
 
 
 def _amd(code: str) -> dict[str, Any]:

@@ -13,16 +13,18 @@ import triton
 from torch import Tensor
 
 from ..problem import Problem, Statistics
+from ..version import __version__
+from . import tuning
+from .calls import Call
 from .configs import GROUP, Config, candidates
 from .exact import exact_rows_kernel
-from .gradient import coefficients_kernel, gradient_kernel
+from .gradient import FINE, VECTOR_BLOCK, coefficients_kernel, gradient_kernel
 from .operands import Pass, passes
 from .statistics import HEADROOM, statistics_kernel
 
 logger = logging.getLogger("softclip_kernels")
 
 SCRATCH = 32 * 2**20  # bytes of partial sums in the forward pass, of G in the backward pass
-VECTOR_BLOCK = 1024
 LN2 = math.log(2)
 
 
@@ -44,57 +46,71 @@ def forward(problem: Problem) -> Statistics:
 def _centred_sums(one: Pass, positive: Tensor) -> tuple[Tensor, Tensor]:
     """(statistics, N) and (statistics, M) fp32: the student's sum where this pass holds it, the teacher's two, and the
     ranks where the first pass is asked for them. `positive` (N,) is filled by the first pass."""
-    problem = one.problem
-    n, m = problem.rows, problem.columns
-    ranked = one.student and problem.row_threshold is not None
-    count = int(one.student) + 2 * int(one.taught) + int(ranked)
-    config = _config("statistics", one)
-    edge = _forward_edge(config, count, one.paired, max(n, m))
-    x = problem.x
-    row_sums = torch.zeros(count, n, dtype=torch.float32, device=x.device)
-    column_sums = torch.zeros(count, m, dtype=torch.float32, device=x.device)
-    slots_m, slots_n = triton.cdiv(edge, config.block_m), triton.cdiv(edge, config.block_n)
-    shapes = ((slots_n, count, edge), (slots_m, count, edge))
-    direct = [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes]
-    mirror = (
-        [torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes[::-1]] if one.paired else direct
-    )
-    arguments = one.tensors() | _constants(one, config) | config.options()
-    arguments |= {
-        "row_weight": one.row_weight,
-        "column_weight": one.column_weight,
-        "positive": problem.positive if one.student else None,
-        "row_threshold": problem.row_threshold if ranked else None,
-        "column_threshold": problem.column_threshold if ranked else None,
-        "positive_logit": positive,
-        "edge": edge,
-        "STATISTICS": count,
-        "TIED": one.tied,
-        "GROUP": GROUP,
-        "RAGGED": n % config.block_m != 0 or m % config.block_n != 0,
-    }
-    for i, j in _super_blocks(n, m, edge, one.paired):
-        if one.paired and i == j:
-            for buffer in (*direct, *mirror):
-                buffer.zero_()
-        tiles_m, tiles_n = _tiles(i, config.block_m), _tiles(j, config.block_n)
-        statistics_kernel[(tiles_m * tiles_n,)](
-            row_sums=direct[0],
-            column_sums=direct[1],
-            mirror_row_sums=mirror[0],
-            mirror_column_sums=mirror[1],
-            row_start=i.start,
-            row_end=i.stop,
-            column_start=j.start,
-            column_end=j.stop,
-            **arguments,
-        )
-        _add_partial(row_sums, direct[0], i, tiles_n)
-        _add_partial(column_sums, direct[1], j, tiles_m)
+    n, m = one.problem.rows, one.problem.columns
+
+    def trial(config: Config) -> tuple[tuning.Launch, int]:
+        launch = _StatisticsLaunch(one, positive, config)
+        i, j = next(_super_blocks(n, m, launch.edge, one.paired))
+        return functools.partial(launch, i, j), (i.stop - i.start) * (j.stop - j.start)
+
+    config = _config("statistics", one, trial)
+    launch = _StatisticsLaunch(one, positive, config)
+    row_sums = positive.new_zeros(launch.count, n)
+    column_sums = positive.new_zeros(launch.count, m)
+    for i, j in _super_blocks(n, m, launch.edge, one.paired):
+        tiles_m, tiles_n = launch(i, j)
+        _add_partial(row_sums, launch.direct[0], i, tiles_n)
+        _add_partial(column_sums, launch.direct[1], j, tiles_m)
         if one.paired:
-            _add_partial(row_sums, mirror[0], j, tiles_m)
-            _add_partial(column_sums, mirror[1], i, tiles_n)
+            _add_partial(row_sums, launch.mirror[0], j, tiles_m)
+            _add_partial(column_sums, launch.mirror[1], i, tiles_n)
     return row_sums, column_sums
+
+
+class _StatisticsLaunch:
+    """Fills the partial sums of a super-block: direct, of its rows and of its columns, and the mirror's when paired."""
+
+    def __init__(self, one: Pass, positive: Tensor, config: Config) -> None:
+        problem = one.problem
+        ranked = one.student and problem.row_threshold is not None
+        count = int(one.student) + 2 * int(one.taught) + int(ranked)
+        edge = _forward_edge(config, count, one.paired, max(problem.rows, problem.columns))
+        slots_m, slots_n = edge // config.block_m, edge // config.block_n
+        shapes = ((slots_n, count, edge), (slots_m, count, edge))
+        self.direct = [positive.new_empty(shape) for shape in shapes]
+        self.mirror = [positive.new_empty(shape) for shape in shapes[::-1]] if one.paired else self.direct
+        self.count, self.edge, self.paired, self.config = count, edge, one.paired, config
+        arguments = one.tensors() | _constants(one, config)
+        arguments |= {
+            "row_weight": one.row_weight,
+            "column_weight": one.column_weight,
+            "positive": problem.positive if one.student else None,
+            "row_threshold": problem.row_threshold if ranked else None,
+            "column_threshold": problem.column_threshold if ranked else None,
+            "positive_logit": positive,
+            "row_sums": self.direct[0],
+            "column_sums": self.direct[1],
+            "mirror_row_sums": self.mirror[0],
+            "mirror_column_sums": self.mirror[1],
+            "edge": edge,
+            "STATISTICS": count,
+            "TIED": one.tied,
+            "GROUP": GROUP,
+        }
+        self.call = Call(statistics_kernel, arguments, config.options())
+
+    def __call__(self, i: slice, j: slice) -> tuple[int, int]:
+        """How many tiles there are from top to bottom and from left to right."""
+        if self.paired and i == j:  # on the diagonal some slots are left alone
+            for buffer in (*self.direct, *self.mirror):
+                buffer.zero_()
+        tiles_m, tiles_n = _tiles(i, self.config.block_m), _tiles(j, self.config.block_n)
+        self.call(tiles_m * tiles_n, **_bounds(i, j))
+        return tiles_m, tiles_n
+
+
+def _bounds(i: slice, j: slice) -> dict[str, int]:
+    return {"row_start": i.start, "row_end": i.stop, "column_start": j.start, "column_end": j.stop}
 
 
 def _add_partial(sums: Tensor, partial: Tensor, part: slice, slots: int) -> None:
@@ -119,7 +135,7 @@ def _finish(one: Pass, sums: Tensor, statistics: Tensor, k: int, others: int) ->
         mean.copy_(weighted / total * one.scalars[0])
         fine &= (total >= smallest) & (total < torch.inf) & weighted.isfinite()
     one = one.unpaired()
-    config = _config("exact", one)
+    config = _candidates("exact", one)[0]
     arguments = one.tensors() | _constants(one, config) | config.options()
     exact_rows_kernel[(triton.cdiv(one.problem.rows, config.block_m),)](
         column_bias=one.column_bias,
@@ -141,70 +157,90 @@ def backward(
         grad_rows, grad_columns = grad_rows / unit, grad_columns / unit
     launches = passes(problem)
     paired = launches[0].paired
-    calls = [_gradient_calls(one, k, statistics, grad_rows, grad_columns) for k, one in enumerate(launches)]
-    edge = _backward_edge(problem, paired, calls)
+    edge = _backward_edge(problem, launches)
     device, dtype = problem.x.device, problem.x.dtype
     gx = torch.zeros(problem.x.shape, dtype=torch.float32, device=device)
     gy = torch.zeros(problem.y.shape, dtype=torch.float32, device=device)
     g, *mirror = (torch.empty(edge, edge, dtype=dtype, device=device) for _ in range(1 + paired))
     # Several teachers add up in fp32, from one buffer to the next, and are rounded once.
-    wide = [torch.empty_like(g, dtype=torch.float32) for _ in calls[:-1][:2]]
-    for i, j in _super_blocks(problem.rows, problem.columns, edge, paired):
-        mirrored = paired and i != j
-        for k, pair in enumerate(calls):
-            for config, arguments in pair:
-                gradient_kernel[(_tiles(i, config.block_m) * _tiles(j, config.block_n),)](
-                    previous=wide[(k - 1) % 2] if k > 0 else None,
-                    g=g if k == len(calls) - 1 else wide[k % 2],
-                    mirror_g=mirror[0] if mirrored else g,
-                    edge=edge,
-                    row_start=i.start,
-                    row_end=i.stop,
-                    column_start=j.start,
-                    column_end=j.stop,
-                    **arguments,
-                )
+    wide = [torch.empty_like(g, dtype=torch.float32) for _ in launches[:-1][:2]]
+    blocks = list(_super_blocks(problem.rows, problem.columns, edge, paired))
+    calls = []
+    for k, one in enumerate(launches):
+        arguments = _gradient_arguments(one, k, statistics, grad_rows, grad_columns)
+        arguments |= {
+            "previous": wide[(k - 1) % 2] if k > 0 else None,
+            "g": g if k == len(launches) - 1 else wide[k % 2],
+            "edge": edge,
+        }
+        calls.append(_gradient_launch(one, arguments, mirror, blocks[0]))
+    for i, j in blocks:
+        for call in calls:
+            call(i, j)
         _add_products(g, problem, i, j, gx, gy)
-        if mirrored:
+        if paired and i != j:
             _add_products(mirror[0], problem, j, i, gx, gy)
     return (gx, gy) if unit is None else (gx.mul_(unit), gy.mul_(unit))
 
 
-def _gradient_calls(
+class _GradientLaunch:
+    """Fills a super-block of G, and the mirror's beside it."""
+
+    def __init__(self, one: Pass, arguments: dict[str, Any], mirror: list[Tensor], config: Config) -> None:
+        self.g, self.mirror, self.config = arguments["g"], mirror, config
+        self.call = Call(gradient_kernel, arguments | _constants(one, config), config.options())
+
+    def __call__(self, i: slice, j: slice) -> None:
+        self.call(
+            _tiles(i, self.config.block_m) * _tiles(j, self.config.block_n),
+            mirror_g=self.mirror[0] if self.mirror and i != j else self.g,
+            **_bounds(i, j),
+        )
+
+
+def _gradient_launch(
+    one: Pass, arguments: dict[str, Any], mirror: list[Tensor], block: tuple[slice, slice]
+) -> _GradientLaunch:
+    def trial(config: Config) -> tuple[tuning.Launch, int]:
+        i, j = block
+        launch = _GradientLaunch(one, arguments, mirror, config)
+        return functools.partial(launch, i, j), (i.stop - i.start) * (j.stop - j.start)
+
+    return _GradientLaunch(one, arguments, mirror, _config("gradient", one, trial))
+
+
+def _gradient_arguments(
     one: Pass, k: int, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
-) -> list[tuple[Config, dict[str, Any]]]:
-    """The two launches of a super-block: the shared exponential, and the tiles that it has to leave out."""
+) -> dict[str, Any]:
+    """What all super-blocks share: embeddings, biases, and the vectors that coefficients_kernel prepares."""
     teacher = k if one.taught else -1  # without a teacher its arguments are read nowhere
-    vectors: dict[str, Tensor] = {}
+    arguments = one.tensors()
     for side, statistic, gradient, top in (
         ("row", statistics.rows, grad_rows, 6),
         ("column", statistics.columns, grad_columns, 5),
     ):
         length = statistic.shape[1]
-        vectors[f"{side}_lse"] = statistic[0].contiguous()
-        vectors[f"{side}_grad"] = gradient[0]
-        vectors[f"teacher_{side}_lse"] = statistic[1 + 2 * teacher].contiguous()
-        vectors[f"teacher_{side}_grad"] = gradient[1 + teacher]
-        for name in (f"{side}_own", f"{side}_taught"):
-            vectors[name] = statistic.new_empty(length, dtype=torch.float32)
-        vectors[f"{side}_fine"] = torch.empty(length, dtype=torch.int8, device=statistic.device)
+        prepared = {
+            f"{side}_{name}": statistic.new_empty(length, dtype=torch.float32)
+            for name in ("own", "taught", "own_exact", "taught_exact")
+        }
+        flags = triton.cdiv(length, FINE.value)
+        prepared[f"{side}_fine"] = torch.empty(flags, dtype=torch.int8, device=statistic.device)
         coefficients_kernel[(triton.cdiv(length, VECTOR_BLOCK),)](
-            vectors[f"{side}_lse"],
-            vectors[f"{side}_grad"],
-            vectors[f"teacher_{side}_lse"],
-            vectors[f"teacher_{side}_grad"],
+            statistic[0].contiguous(),
+            gradient[0],
+            statistic[1 + 2 * teacher].contiguous(),
+            gradient[1 + teacher],
             one.scalars,
-            vectors[f"{side}_own"],
-            vectors[f"{side}_taught"],
-            vectors[f"{side}_fine"],
+            *prepared.values(),
             length,
             TOP=top,
             STUDENT=one.student,
             TEACHER=one.mode,
             BLOCK=VECTOR_BLOCK,
         )
-    arguments = one.tensors() | vectors
-    arguments |= {
+        arguments |= prepared
+    return arguments | {
         "row_bias": one.row_bias,
         "column_bias": one.column_bias,
         "row_weight": one.row_weight,
@@ -213,11 +249,6 @@ def _gradient_calls(
         "TIED": one.tied,
         "GROUP": GROUP,
     }
-    calls = []
-    for exact in (False, True):
-        config = _config("exact gradient" if exact else "gradient", one)
-        calls.append((config, arguments | {"EXACT": exact} | _constants(one, config) | config.options()))
-    return calls
 
 
 def _unit(dtype: torch.dtype, grad_rows: Tensor, grad_columns: Tensor) -> Tensor | None:
@@ -275,23 +306,53 @@ def _constants(one: Pass, config: Config) -> dict[str, Any]:
 
 
 def _precision(operand: Tensor) -> str:
-    """How fp32 operands are multiplied: in three tf32 products, or one where torch.set_float32_matmul_precision allows
-    it, as torch's own products in the backward pass do. Other operands have one way."""
+    """How fp32 operands are multiplied: in three tf32 products, or one where torch's settings allow it, as torch's own
+    products in the backward pass do. Other operands have one way."""
     if operand.dtype == torch.float32 and operand.is_cuda:
-        if torch.get_float32_matmul_precision() != "highest":
+        if _tf32_allowed():
             return "tf32"
         return "ieee" if torch.version.hip else "tf32x3"
     return "ieee"
 
 
-def _config(kind: str, one: Pass) -> Config:
+def _tf32_allowed() -> bool:
+    """torch 2.9 has a setting for CUDA's products and one above it for everything ("none": not set), beside the older
+    one, which it refuses to tell where the new ones disagree with it."""
+    for settings in (torch.backends.cuda.matmul, torch.backends):
+        chosen = getattr(settings, "fp32_precision", "none")
+        if chosen != "none":
+            return chosen == "tf32"
+    return torch.get_float32_matmul_precision() != "highest"
+
+
+def _candidates(kind: str, one: Pass) -> tuple[Config, ...]:
     problem = one.problem
-    plain = (
-        problem.row_segment is None
-        and problem.row_threshold is None
-        and problem.rows % 256 == problem.columns % 256 == 0
+    operands = (problem.x, problem.y, one.teacher_x, one.teacher_y)
+    smooth = all(_smooth(operand) for operand in operands if operand is not None)
+    plain = smooth and problem.row_segment is None and problem.row_threshold is None
+    return candidates(kind, one.taught, one.paired, plain, one.itemsize, architecture(problem.x.device))
+
+
+def _smooth(operand: Tensor) -> bool:
+    """Whether rows stream in steps of 64 entries and 16 bytes a load, without masks."""
+    return (
+        operand.shape[1] % 64 == 0
+        and operand.stride(1) == 1
+        and operand.stride(0) % 16 == 0
+        and operand.data_ptr() % 16 == 0
     )
-    return candidates(kind, one.taught, one.paired, plain, one.itemsize, architecture(problem.x.device))[0]
+
+
+def _config(kind: str, one: Pass, trial: tuning.Trial) -> Config:
+    problem, shapes = one.problem, _candidates(kind, one)
+    key = " ".join(map(str, (kind, *_device_and_versions(problem.x.device), *one.signature())))
+    return tuning.choose(key, shapes, trial, problem.rows * problem.columns, problem.x.device)
+
+
+@functools.cache
+def _device_and_versions(device: torch.device) -> tuple[str, str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name, f"triton {triton.__version__}", f"softclip_kernels {__version__}"
 
 
 @functools.cache
@@ -312,13 +373,11 @@ def _forward_edge(config: Config, count: int, paired: bool, longest: int) -> int
     return _edge(SCRATCH / per_entry, tile, longest)
 
 
-def _backward_edge(problem: Problem, paired: bool, calls: list[list[tuple[Config, dict[str, Any]]]]) -> int:
-    """The largest super-block, in whole tiles, whose G fits in the scratch."""
-    tile = max(max(config.block_m, config.block_n) for pair in calls for config, _ in pair)
-    itemsize = problem.x.element_size()
-    return _edge(
-        SCRATCH / (itemsize * (1 + paired) + 4 * len(calls[:-1][:2])), tile, max(problem.rows, problem.columns)
-    )
+def _backward_edge(problem: Problem, launches: list[Pass]) -> int:
+    """The largest super-block, in whole tiles of every candidate, whose G fits in the scratch."""
+    tile = max(max(c.block_m, c.block_n) for one in launches for c in _candidates("gradient", one))
+    buffers = problem.x.element_size() * (1 + launches[0].paired) + 4 * len(launches[:-1][:2])
+    return _edge(SCRATCH / buffers, tile, max(problem.rows, problem.columns))
 
 
 def _edge(entries: float, tile: int, longest: int) -> int:

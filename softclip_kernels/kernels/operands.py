@@ -49,6 +49,24 @@ class Pass:
     def itemsize(self) -> int:
         return max(t.element_size() for t in (self.problem.x, self.teacher_x) if t is not None)
 
+    def signature(self) -> tuple[Any, ...]:
+        """What decides, beside the machine, which tile shape is the fastest."""
+        p = self.problem
+        teacher = () if self.teacher_x is None else (self.teacher_x.dtype, self.teacher_x.shape[1])
+        vectors = (p.row_segment, p.row_threshold, self.row_bias, self.column_bias)
+        return (
+            f"mode {self.mode}",
+            *(name for name, holds in (("student", self.student), ("tied", self.tied)) if holds),
+            *(
+                name
+                for name, vector in zip(("segments", "ranks", "row bias", "column bias"), vectors, strict=True)
+                if vector is not None
+            ),
+            p.x.dtype,
+            p.x.shape[1],
+            *teacher,
+        )
+
     def unpaired(self) -> Pass:
         """The same with the swapped logits as a matrix product of their own."""
         if not self.paired:

@@ -22,10 +22,19 @@ HEADROOM = tl.constexpr(103.87)
 
 
 @triton.jit
-def masked(tile, at, segment_i, segment_j, RAGGED: tl.constexpr):
-    """The tile with 0 where an entry does not count."""
-    if RAGGED or segment_i is not None:
+def masked(tile, at, left, segment_i, segment_j):
+    """The tile with 0 where an entry does not count. left: how many rows and columns there are from the tile's corner
+    on; of no use with segments."""
+    left_i, left_j = left
+    if segment_i is not None:
         tile = tl.where(visible(at, segment_i, segment_j), tile, 0.0)
+    else:
+        if (left_i < tile.shape[0]) | (left_j < tile.shape[1]):
+            tl.debug_barrier()  # keeps the compiler from masking every tile instead of branching
+            # Counted from the tile's corner, because positions kept until here would take registers.
+            inside_i = tl.arange(0, tile.shape[0]) < left_i
+            inside_j = tl.arange(0, tile.shape[1]) < left_j
+            tile = tl.where(inside_i[:, None] & inside_j[None, :], tile, 0.0)
     return tile
 
 
@@ -98,7 +107,6 @@ def statistics_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     GROUP: tl.constexpr,
-    RAGGED: tl.constexpr,
     EVEN: tl.constexpr,
     TEACHER_EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -129,6 +137,7 @@ def statistics_kernel(
     safe_i, safe_j = tl.minimum(i, row_end - 1), tl.minimum(j, column_end - 1)
 
     at = (i, j, inside_i, inside_j)
+    left = (row_end - row_start - tile_m * BLOCK_M, column_end - column_start - tile_n * BLOCK_N)
     out_i = (tile_n.to(tl.int64) * STATISTICS) * edge + local_i
     out_j = (tile_m.to(tl.int64) * STATISTICS) * edge + local_j
     rank = edge * (STATISTICS - 1)  # ranks are the last statistic, the teacher's follow the student's
@@ -165,16 +174,16 @@ def statistics_kernel(
             column_sums + out_j + rank,
         )
     if STUDENT:
-        e = masked(tl.exp2(dot * factor - reference), at, row_segment, column_segment, RAGGED)
+        e = masked(tl.exp2(dot * factor - reference), at, left, row_segment, column_segment)
         write_sums(e, None, None, row_sums + out_i, column_sums + out_j, at)
 
     if TEACHER == PAIRED:
         # The tile (J, I), transposed: its rows' sums run down this tile. Each of the two tiles teaches the other.
         mirror = product(matrix_y, matrix_x, safe_i, safe_j, width, BLOCK_M, BLOCK_N, BLOCK_D, EVEN, PRECISION)
-        twin = related > 0
-        twin_at = (i, j, inside_i & twin, inside_j & twin)
+        twin_i, twin_j = i < tl.where(related > 0, row_end, 0), j < tl.where(related > 0, column_end, 0)
+        twin_at = (i, j, twin_i, twin_j)
         if positive is not None:
-            row = positives(positive, j, inside_j & twin, row_start + tile_m * BLOCK_M, row_end, BLOCK_M)
+            row = positives(positive, j, twin_j, row_start + tile_m * BLOCK_M, row_end, BLOCK_M)
             if tl.max(row) >= 0:
                 own = tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == row[None, :], mirror, 0.0), 0)
                 tl.store(positive_logit + j, own * scale, mask=row >= 0)
@@ -191,12 +200,12 @@ def statistics_kernel(
                 mirror_row_sums + out_j + rank,
             )
         f = tl.exp2(dot * teacher_factor - teacher_reference)
-        f = masked(f, at, column_segment, row_segment, RAGGED)
+        f = masked(f, at, left, column_segment, row_segment)
         mirror_i = mirror_column_sums + out_i + teacher
         mirror_j = mirror_row_sums + out_j + teacher
         write_sums(f, column_weight, row_weight, mirror_i, mirror_j, twin_at)
         write_sums(f * mirror, column_weight, row_weight, mirror_i + edge, mirror_j + edge, twin_at)
-        e = masked(tl.exp2(mirror * factor - reference), at, column_segment, row_segment, RAGGED)
+        e = masked(tl.exp2(mirror * factor - reference), at, left, column_segment, row_segment)
         write_sums(e, None, None, mirror_column_sums + out_i, mirror_row_sums + out_j, twin_at)
         f = tl.exp2(mirror * teacher_factor - teacher_reference)
     elif TEACHER == EMBEDDINGS:
@@ -216,7 +225,7 @@ def statistics_kernel(
     elif TEACHER == LOGITS:
         f = tl.exp2(dot * teacher_factor - teacher_reference)
     if TEACHER != NONE:
-        f = masked(f, at, row_segment, column_segment, RAGGED)
+        f = masked(f, at, left, row_segment, column_segment)
         teacher_i = row_sums + out_i + teacher
         teacher_j = column_sums + out_j + teacher
         write_sums(f, row_weight, column_weight, teacher_i, teacher_j, at)

@@ -62,6 +62,8 @@ def product(
     b_tile = b_pointer + j.to(tl.int64)[None, :] * b_stride + wide[:, None] * b_step
     a_advance = tl.full((), BLOCK_D, tl.int64) * a_step
     b_advance = tl.full((), BLOCK_D, tl.int64) * b_step
+    # Without this triton 3.6's assembler, which sees zeros leave a loop of no steps, waits for each wgmma alone.
+    tl.assume(width > 0)
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, width, BLOCK_D):
         if EVEN:

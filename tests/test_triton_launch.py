@@ -1,0 +1,243 @@
+"""What the Triton backend does between a problem and a launch, without a GPU: arguments in order, the choice of tiles
+and its file, and which fp32 products torch's settings ask for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+GPU = torch.device("cuda")
+LARGE = 2**30  # entries
+
+
+@pytest.fixture
+def tuning(monkeypatch, tmp_path):
+    """The module with an empty memory, a file of its own and a GPU that is never captured."""
+    from softclip_kernels.kernels import tuning
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SOFTCLIP_AUTOTUNE", raising=False)
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return tuning
+
+
+def shapes():
+    from softclip_kernels.kernels.configs import candidates
+
+    found = candidates("statistics", False, False, True, 2, "sm_90")
+    assert len(found) >= 4
+    return found
+
+
+class Timer:
+    """Stands for the GPU: the index of the shape of the last trial gives the time, and trials are counted."""
+
+    def __init__(self, monkeypatch, tuning, seconds, failing=()):
+        self.seconds, self.failing, self.trials, self.index = seconds, failing, 0, 0
+        monkeypatch.setattr(tuning, "measure", lambda launch: self.seconds[self.index])
+
+    def trial(self, shape):
+        from triton.runtime.errors import OutOfResources
+
+        self.trials += 1
+        self.index = shapes().index(shape)
+        if self.index in self.failing:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return (lambda: None), 1
+
+
+def test_the_fastest_shape_is_taken_and_measured_once(tuning, monkeypatch, caplog):
+    timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0))
+    with caplog.at_level(logging.INFO, "softclip_kernels"):
+        assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+        assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert timer.trials == len(shapes())
+    assert len(caplog.messages) == 1 and "measured" in caplog.messages[0]
+    tuning._chosen.clear()  # another process
+    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert timer.trials == len(shapes())
+    assert tuning.choose("b", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert timer.trials == 2 * len(shapes())
+    assert set(json.loads(tuning.path().read_text())["tiles"]) == {"a", "b"}
+
+
+def test_shapes_that_do_not_fit_are_left_out(tuning, monkeypatch):
+    timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0), failing=(2, 0))
+    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[3]
+    timer.failing = range(5)
+    assert tuning.choose("b", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+
+
+def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
+    timer = Timer(monkeypatch, tuning, (5.0, 4.0, 3.0, 2.0, 1.0))
+    assert tuning.choose("a", shapes(), timer.trial, 1000, GPU) == shapes()[0]
+    assert tuning.choose("a", shapes(), timer.trial, LARGE, torch.device("cpu")) == shapes()[0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setenv("SOFTCLIP_AUTOTUNE", "0")
+    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+    assert timer.trials == 0 and not tuning.path().exists()
+    monkeypatch.delenv("SOFTCLIP_AUTOTUNE")
+    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[4]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[4]
+
+
+@pytest.mark.parametrize(
+    "content",
+    (
+        b"\xff\xfe not text",
+        b"{",
+        b"[]",
+        b'{"format": 99, "tiles": {}}',
+        b'{"format": 1, "tiles": [1]}',
+        b'{"format": 1, "tiles": {"a": [1, 2, 3, 4, 5]}}',
+        b'{"format": 1, "tiles": {"a": {"block_m": 128}}}',
+    ),
+)
+def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, content):
+    timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0))
+    tuning.path().parent.mkdir()
+    tuning.path().write_bytes(content)
+    with caplog.at_level(logging.INFO, "softclip_kernels"):
+        assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert any("ignored" in message for message in caplog.messages)
+    assert json.loads(tuning.path().read_text())["tiles"] == {"a": [256, 128, 64, 8, 3]}
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tuning, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0))
+    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+
+
+def _write_many(cache, name):
+    os.environ["XDG_CACHE_HOME"] = cache
+    from softclip_kernels.kernels import tuning
+
+    for index in range(50):
+        tuning._to_file(f"{name} {index}", shapes()[0])
+
+
+def test_two_processes_that_write_at_once_leave_a_whole_file(tuning, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_write_many, args=(str(tmp_path), name)) for name in "ab"]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        if tuning.path().exists():
+            assert json.loads(tuning.path().read_text())["format"] == 1
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert len(tuning._read()) >= 50
+    assert [file.name for file in tuning.path().parent.iterdir()] == ["tiles.json"]
+
+
+# A stand-in for the GPU's driver notes what is launched; kernels are really bound and hashed, and not compiled.
+LAUNCHES = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_active_torch_device(self): return torch.device("cpu")
+
+class Kernel(CompiledKernel):
+    def __init__(self, name): self.name, self.function, self.packed_metadata = name, None, None
+    def _init_handles(self): pass
+    def launch_metadata(self, *arguments): return None
+    @property
+    def run(self): return lambda *arguments: noted.append((self.name, arguments[:3], arguments[9:]))
+
+def compile(self, key, *arguments, **options):
+    compiled.append(key)
+    return self.device_caches[0][0].setdefault(key, Kernel(self.__name__))
+
+noted, compiled = [], []
+driver.set_active(Driver())
+JITFunction._do_compile = compile
+from softclip_kernels.kernels import calls, launch
+from softclip_kernels.problem import Problem, TeacherOperand, Source, Statistics
+launch.architecture = lambda device: "sm_90"
+launch._add_product = lambda *arguments: None
+launch.SCRATCH = 2**21
+
+def run(problem):
+    noted.clear()
+    statistics = launch.forward(problem)
+    k = len(problem.teachers)
+    n, m = problem.rows, problem.columns
+    launch.backward(problem, statistics, torch.ones(1 + k, n), torch.ones(1 + k, m))
+    return [(name, grid, tuple(map(plain, arguments))) for name, grid, arguments in noted]
+
+def plain(value):
+    return "pointer" if isinstance(value, torch.Tensor) or isinstance(value, int) and value > 2**32 else value
+
+n = 2500
+x, y = (torch.zeros(n, 64, dtype=torch.bfloat16) for _ in range(2))
+pair = TeacherOperand(Source.LOGITS_TRANSPOSED)
+external = TeacherOperand(Source.EMBEDDINGS, torch.tensor(5.0), x, y, None, torch.zeros(n))
+for teachers in ((), (pair,), (external, external)):
+    problem = Problem(x, y, torch.tensor(10.0), torch.arange(n), teachers=teachers)
+    fast = run(problem)
+    count = len(compiled)
+    CompiledKernel, calls.CompiledKernel = calls.CompiledKernel, type(None)  # every launch the ordinary way
+    assert run(problem) == fast and len(compiled) == count
+    calls.CompiledKernel = CompiledKernel
+    assert sum(name == "gradient_kernel" for name, *_ in fast) >= 3
+    assert sum(name == "statistics_kernel" for name, *_ in fast) >= 1
+print("same", compiled and len(compiled))
+"""
+
+
+def test_later_super_blocks_are_launched_like_the_ordinary_way():
+    """The same kernels with the same arguments, and nothing compiled again for a super-block."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES],
+        cwd=Path(__file__).parent.parent,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("same")
+
+
+def test_fp32_products_follow_both_of_torchs_settings(monkeypatch):
+    from softclip_kernels.kernels import launch
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
+    assert not launch._tf32_allowed()
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert launch._tf32_allowed()
+
+    def refuse():
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    class Settings:
+        fp32_precision = "ieee"
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", Settings())
+    assert not launch._tf32_allowed()
+    Settings.fp32_precision = "tf32"
+    assert launch._tf32_allowed()
