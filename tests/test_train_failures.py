@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from train_data import make_data, tiny
 from train_jobs import ROOT, TIMEOUT, configuration, environment, finish, start, wait_for
 
-from train import checkpoint, logs, progress
+from train import checkpoint, launch, logs, progress
 from train.config import Config
 from train.data import load_pairs
 from train.samples import Sampler
@@ -56,6 +57,18 @@ def test_a_rank_killed_while_saving_is_named_and_the_checkpoint_before_stays(dat
     assert "rank 1 was the first to fail (killed by SIGKILL" in said
     assert "rank 1: step 7, saving" in said
     assert checkpoint.find(run).name == "step-000004"
+
+
+def test_the_killed_rank_is_named_before_those_that_noticed() -> None:
+    """All seen by the launcher at one time; the last one ended by the launcher itself."""
+    failures = {
+        0: SimpleNamespace(exitcode=1, timestamp=5),
+        1: SimpleNamespace(exitcode=-signal.SIGKILL, timestamp=5),
+        2: SimpleNamespace(exitcode=-signal.SIGTERM, timestamp=4),
+    }
+    assert launch._first_to_fail(failures)[0] == 1
+    del failures[1], failures[2]
+    assert launch._first_to_fail(failures)[0] == 0
 
 
 def test_a_rank_stopped_while_it_evaluates_ends_the_job(data: Path, tmp_path: Path) -> None:

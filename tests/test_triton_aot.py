@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 # What a tensor core's instruction is called.
 INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}
 # About 100 variants each, all of which are compiled; in parts, so that they spread over processors.
-ARCHITECTURES, PARTS = tuple(INSTRUCTIONS), 4
+ARCHITECTURES, PARTS = ("sm_80", "sm_90", "sm_100", "gfx942"), 4
 # Exponentials of a whole tile on its usual way. A pair of tiles with a tied teacher takes one for each of the two.
 EXPONENTIALS = {
     ("none", False): 1,

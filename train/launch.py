@@ -71,7 +71,7 @@ def launch(count: int, run: Path, arguments: Sequence[str]) -> int:
     try:
         elastic_launch(settings, sys.executable)("-m", "train", *arguments)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        rank, failure = _first_to_fail(error.failures)
         if failure.exitcode == BAD_REQUEST:
             return BAD_REQUEST  # the first rank to find what is wrong has said so
         how = f"killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "ended"
@@ -83,6 +83,18 @@ def launch(count: int, run: Path, arguments: Sequence[str]) -> int:
         )
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0
+
+
+def _first_to_fail(failures: dict[int, Any]) -> tuple[int, Any]:
+    """The rank whose failure the others followed. One that a signal killed comes before those that noticed and ended,
+    often within one look of the launcher, whose own signal to the rest does not count."""
+
+    def order(entry: tuple[int, Any]) -> tuple[bool, int]:
+        _, failure = entry
+        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
+        return not killed, failure.timestamp
+
+    return min(failures.items(), key=order)
 
 
 @contextmanager
