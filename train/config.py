@@ -76,8 +76,8 @@ class Loss:
 
     target: str = "psd"
     schedule: str = "cosine"
-    hard_steps: int = 150
-    rise_steps: int = 300
+    hard_steps: int = 120
+    rise_steps: int = 240
     alpha_start: float = 0.0
     alpha_end: float = 0.3
     swap: str = "paired"
@@ -117,7 +117,7 @@ class Optimizer:
     over ``warmup_steps`` and falls by half a cosine to ``final_lr_fraction`` of its peak ``lr``.
     """
 
-    steps: int = 520
+    steps: int = 420
     batch_size: int = 512
     micro_batches: int = 1
     lr: float = 1.5e-3
@@ -165,7 +165,7 @@ class Job:
     seed: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
-    evaluate_every: int = 65
+    evaluate_every: int = 60
     on_nonfinite: str = "skip"
     max_skipped: int = 10
     timeout_seconds: int = 180
