@@ -200,7 +200,7 @@ def _positive_gradient(
     it never passes through a low precision. A probability near 1 enters as `expm1(z - lse)`, and its 1 first joins the
     hard target's gradient, with which it cancels: near convergence p - 1 keeps its digits."""
     assert problem.positive is not None
-    inside, column = _inside(problem)
+    inside, column = problem.positives_inside()
     z = statistics.positive
     gradients = [grad_rows[0], grad_columns[0][column]]
     log_probabilities = [z - statistics.rows[0], z - statistics.columns[0][column]]
@@ -223,19 +223,12 @@ def _positive_gradient(
     return torch.where(inside, total, 0.0)
 
 
-def _inside(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Which rows have their positive in this block, and a column that is safe to index with for those that do not."""
-    assert problem.positive is not None
-    column = problem.positive.clamp(0, problem.columns - 1)
-    return column == problem.positive, column
-
-
 def _log_ratio(logit: Tensor, log_sum_exp: Tensor) -> Tensor:
     return torch.where(logit == -torch.inf, -torch.inf, logit - log_sum_exp)
 
 
 def _teacher_logit_at_positive(problem: Problem, teacher: TeacherOperand, z: Tensor) -> Tensor:
-    x, y, (_, column) = problem.x, problem.y, _inside(problem)
+    x, y, (_, column) = problem.x, problem.y, problem.positives_inside()
     if teacher.source == Source.LOGITS or (teacher.source == Source.LOGITS_TRANSPOSED and _is_diagonal(column)):
         t = z
     elif teacher.source == Source.LOGITS_TRANSPOSED:
@@ -264,7 +257,7 @@ def _pairwise_dot(x: Tensor, y: Tensor, column: Tensor, swap: bool = False) -> T
 
 def _add_positive(problem: Problem, coefficient: Tensor, gx: Tensor, gy: Tensor) -> None:
     """`gx_i += c_i y_column[i]` and `gy_column[i] += c_i x_i`, in place."""
-    _, positive = _inside(problem)
+    _, positive = problem.positives_inside()
     for part in parts(problem.x):
         column = positive[part]
         gx[part] += coefficient[part, None] * problem.y[column]

@@ -91,6 +91,13 @@ class Problem:
     def accumulation_dtype(self) -> torch.dtype:
         return accumulation_dtype(self.x.dtype)
 
+    def positives_inside(self) -> tuple[Tensor, Tensor]:
+        """Which rows (N,) have their positive in this block, and a column (N,) that is safe to index with for those
+        that do not."""
+        assert self.positive is not None
+        inside = (self.positive >= 0) & (self.positive < self.columns)
+        return inside, self.positive.clamp(0, self.columns - 1)
+
     def block(self, rows: slice, columns: slice) -> Problem:
         """The sub-problem of these rows and columns. A LOGITS_TRANSPOSED teacher keeps its source: whoever computes the
         block must supply the logits of the swapped block."""

@@ -52,7 +52,7 @@ def dense_statistics(problem: Problem, z: Tensor, z_swapped: Tensor) -> Statisti
         columns += _log_sum_exp_and_mean(column_logits, z, 0)
     positive = z.new_empty(0)
     if problem.positive is not None:
-        inside, column = _inside(problem.positive, problem.columns)
+        inside, column = problem.positives_inside()
         positive = torch.where(inside, z.gather(1, column[:, None])[:, 0], 0.0)
     row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=z.device) for _ in range(2))
     if problem.row_threshold is not None and problem.column_threshold is not None:
@@ -80,7 +80,7 @@ def dense_gradient(
         g += grad_rows[1 + k][:, None] * _shifted_exp(row_logits, rows[1 + 2 * k][:, None])
         g += grad_columns[1 + k][None, :] * _shifted_exp(column_logits, columns[1 + 2 * k][None, :])
     if problem.positive is not None:
-        inside, column = _inside(problem.positive, problem.columns)
+        inside, column = problem.positives_inside()
         kept = torch.where(inside, 0.0, g.gather(1, column[:, None])[:, 0])
         g.scatter_(1, column[:, None], kept[:, None])
     return g
@@ -123,8 +123,3 @@ def _exclude(logits: Tensor, excluded: Tensor | None) -> Tensor:
 def _shifted_exp(logits: Tensor, log_sum_exp: Tensor) -> Tensor:
     """`exp(logits - log_sum_exp)`, and 0 instead of NaN where everything is excluded (both are -inf)."""
     return torch.where(logits == -torch.inf, 0.0, (logits - log_sum_exp).exp())
-
-
-def _inside(positive: Tensor, columns: int) -> tuple[Tensor, Tensor]:
-    """Which positives lie in this block, and a column that is safe to index with for those that do not."""
-    return (positive >= 0) & (positive < columns), positive.clamp(0, columns - 1)
