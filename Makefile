@@ -1,5 +1,6 @@
 # make train   trains on the emoji data with two processes (ARGS="..." goes to python -m train)
-# make test    lint, types and every test
+# make test    lint, types and every test but the long ones
+# make test-long: the tests marked long (soaks, whole training runs compared), which take minutes each
 # make lint    ruff and mypy alone
 # make bench   the CPU benchmark; make sanitize: the native code under AddressSanitizer and UndefinedBehaviorSanitizer
 # Each sets up .venv by itself and re-uses it while constraints.txt, pyproject.toml and the native sources stay the same.
@@ -12,13 +13,16 @@ VENV = .venv
 RUN = $(VENV)/bin/python
 NATIVE = $(wildcard csrc/*)
 
-.PHONY: train test lint bench sanitize clean
+.PHONY: train test test-long lint bench sanitize clean
 
 train: $(VENV)/package
 	$(RUN) -m train $(ARGS)
 
 test: lint
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not long" $(ARGS)
+
+test-long: $(VENV)/package
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m long $(ARGS)
 
 lint: $(VENV)/package
 	$(RUN) -m ruff check .

@@ -16,6 +16,22 @@ import yaml
 from softclip_kernels import backends, schedules
 
 DEFAULT_FILE = Path(__file__).parent / "configs" / "emoji.yaml"
+# What a run may be continued with in another value than it began with: how far it goes, how it is watched and kept, and
+# which kernels compute the same loss. All other options say what is trained on what, which a checkpoint is a part of.
+CHANGEABLE = (
+    "data.folder",
+    "data.max_bad_fraction",
+    "loss.backend",
+    "optimizer.steps",
+    "optimizer.micro_batches",
+    "job.device",
+    "job.checkpoint_every",
+    "job.keep_checkpoints",
+    "job.evaluate_every",
+    "job.on_nonfinite",
+    "job.max_skipped",
+    "job.timeout_seconds",
+)
 
 
 class ConfigError(ValueError):
@@ -239,6 +255,17 @@ def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
         except yaml.YAMLError as error:
             raise ConfigError(f"{override!r}: the value is not YAML") from error
     return Config.from_dict(mapping)
+
+
+def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
+    """The options of `after` that differ from `before`, by ``section.name``: their values (then, now)."""
+    now = after.to_dict()
+    return {
+        f"{section}.{name}": (value, now[section][name])
+        for section, values in before.to_dict().items()
+        for name, value in values.items()
+        if value != now[section][name]
+    }
 
 
 def _section(section: str, kind: type, values: dict[str, Any]) -> Any:
