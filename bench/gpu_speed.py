@@ -91,7 +91,7 @@ def _check(loss: str, fused: common.Loss, x: Tensor, y: Tensor, scale: Tensor) -
     sake of time. How accurate a right result is, is checked before, on sizes that fit in float64."""
     (n, d), device = x.shape, str(x.device)
     if fits(BYTES["float32"][loss != "hard"] * n * n):
-        kind, exact = "dense float32", common.dense(loss, n, d, torch.float32, device)
+        kind, exact = "dense float32", common.dense(loss, n, d, torch.float32, device, rounded=x.dtype)
     else:
         kind, exact = "chunked tf32", common.fused(common.target(loss, n, d, torch.float32, device), "chunked")
     precision = torch.get_float32_matmul_precision()

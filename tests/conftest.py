@@ -1,4 +1,4 @@
-"""Shared by all tests: every kind of target, and how the suite runs on small machines."""
+"""Shared by all tests: every kind of target, every backend, and how the suite runs on small machines."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ from softclip_kernels import (
     Weighted,
     schedules,
 )
-from softclip_kernels.testing import unit_rows
+from softclip_kernels.backends import native
+from softclip_kernels.testing import matching_rows, unit_rows
 
 TargetMaker = Callable[[int, int], Target]
 
 
 def _teacher(n: int, m: int, seed: int = 7, width: int = 24, **options: object) -> Teacher:
-    return Teacher(unit_rows(n, width, seed=seed).float(), unit_rows(m, width, seed=seed + 1).float(), 9.0, **options)  # type: ignore[arg-type]
+    """One that knows the pairs, where there are pairs."""
+    a = unit_rows(n, width, seed=seed)
+    b = matching_rows(a, seed=seed + 1) if n == m else unit_rows(m, width, seed=seed + 1)
+    return Teacher(a.float(), b.float(), 9.0, **options)  # type: ignore[arg-type]
 
 
 def _fractions(n: int, seed: int) -> torch.Tensor:
@@ -53,7 +57,7 @@ SQUARE_TARGETS: dict[str, TargetMaker] = {
     "paired_column": lambda n, m: Mix(Hard(), SelfTeacher(10.0, "paired", normalise="column"), 0.5),
     "psd": lambda n, m: _psd(n),
     "psd_own_scale": lambda n, m: _psd(n, teacher_scale=20.0),
-    "psd_no_swap": lambda n, m: _psd(n, swap="none", teacher_scale=7.0),
+    "psd_no_swap": lambda n, m: _psd(n, swap="none", teacher_scale=30.0),
     "psd_block": lambda n, m: _psd(n, scope="block"),
     "psd_external": lambda n, m: _psd(n, teacher=_teacher(n, m)),
     "psd_several": lambda n, m: _psd(n, teacher=(_teacher(n, m), _teacher(n, m, seed=17, width=5))),
@@ -89,6 +93,22 @@ ALL_TARGETS = SQUARE_TARGETS | RECTANGULAR_TARGETS
 
 def _segments(n: int) -> torch.Tensor:
     return torch.arange(n) % 2 if n > 1 else torch.zeros(n, dtype=torch.int64)
+
+
+# Triton, in its interpreter, has tests of its own.
+FLOAT64_BACKENDS = ("reference", "chunked")
+NATIVE = [f"native {level}" for level in native.levels()] or [
+    pytest.param("native", marks=pytest.mark.skip(reason="the native extension is not built"))
+]
+
+
+@pytest.fixture(params=(*FLOAT64_BACKENDS, *NATIVE))
+def backend(request, monkeypatch):
+    """Every backend; the native one at every instruction-set level of this machine."""
+    name, _, level = request.param.partition(" ")
+    if level:
+        monkeypatch.setenv(native.ISA_VARIABLE, level)
+    return name
 
 
 @pytest.fixture(autouse=True)

@@ -263,6 +263,7 @@ class _Small:
     DEVICE, BACKEND = "cpu", "chunked"
     SQUARE_SIZES, RECTANGULAR_SIZES = ((1, 3), (50, 8)), ((1, 4, 8), (50, 30, 8))
     SCALED, SUPER_BLOCKS, ADVERSARIAL, REPEATED, MEMORY = (50, 8), (60, 8), (50, 8), (50, 8), (40, 8)
+    MUTATED = (129, 40)
     REPEATS = 2
 
 
@@ -275,6 +276,7 @@ def test_the_gpu_tests_run_through_on_a_processor(on_a_processor, dtype):
         test_triton_gpu.test_rectangular_targets(name, dtype)
     test_triton_gpu.test_scales("psd_block", 300.0, dtype)
     test_triton_gpu.test_super_blocks("psd", dtype)
+    test_triton_gpu.test_every_mutant_is_refused("psd_external", dtype)
     for case in ("huge", "identical", "opposite", "zero row"):
         test_triton_gpu.test_adversarial_values(case, dtype)
     test_triton_gpu.test_ranks(dtype)

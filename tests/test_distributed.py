@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -28,7 +29,9 @@ from softclip_kernels.backends import chunked
 from softclip_kernels.targets import ForBatch
 from softclip_kernels.testing import (
     Result,
+    Standard,
     assert_as_accurate_as_dense,
+    contested_rows,
     dense_row_losses,
     dense_target,
     matching_rows,
@@ -69,7 +72,7 @@ def local_target(target, rows, columns):
 
 def operands(n, m, dtype, scale=14.3):
     x = unit_rows(n, WIDTH, seed=n, dtype=dtype)
-    y = matching_rows(x) if n == m else unit_rows(m, WIDTH, seed=m + 1, dtype=dtype)
+    y = contested_rows(x, scale) if n == m else unit_rows(m, WIDTH, seed=m + 1, dtype=dtype)
     return x, y, torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
@@ -183,6 +186,24 @@ def unaligned_hard(group, plan):
         softclip_loss(x[rows], y[columns], scale, SelfTeacher(swap="paired"), group=Exchange(group, plan))
     except ValueError as error:
         return str(error)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_what_a_rank_gets_wrong_is_refused(pool, dtype):
+    """A rank that keeps its gradients to itself, or a sum over ranks in place of a mean."""
+    counts = (20, 25, 20)
+    found = pool.run(compute, ("psd",), (counts, counts), "ring", dtype, "auto", ranks=3)
+    x, y, scale = operands(65, 65, dtype)
+    standard, right = Standard.of(x, y, scale, ALL_TARGETS["psd"](65, 65)), assembled(found, "psd", dtype)
+    standard.check(right)
+    for field in ("dx", "dy", "dscale"):
+        wrong = dataclasses.replace(right, **{field: 3 * getattr(right, field)})
+        with pytest.raises(AssertionError, match=field):
+            standard.check(wrong)
+        mute = [{"psd": dict(rank["psd"])} for rank in found]
+        mute[1]["psd"][field] = np.zeros_like(mute[1]["psd"][field])
+        with pytest.raises(AssertionError, match=field):
+            standard.check(assembled(mute, "psd", dtype))
 
 
 @pytest.mark.parametrize("plan", PLANS)

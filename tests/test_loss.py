@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
+from conftest import ALL_TARGETS, FLOAT64_BACKENDS, RECTANGULAR_TARGETS, SQUARE_TARGETS
 
 from softclip_kernels import (
     Average,
@@ -14,14 +14,16 @@ from softclip_kernels import (
     SelfTeacher,
     SoftClipLoss,
     Teacher,
-    checks,
     softclip_loss,
     softclip_loss_with_ranks,
 )
 from softclip_kernels.backends import native
 from softclip_kernels.testing import (
+    FIELDS,
+    RELATIVE,
     Result,
     assert_as_accurate_as_dense,
+    contested_rows,
     dense_row_losses,
     dense_target,
     matching_rows,
@@ -29,29 +31,16 @@ from softclip_kernels.testing import (
     unit_rows,
 )
 
-# Triton, in its interpreter, has tests of its own.
-FLOAT64_BACKENDS = ("reference", "chunked")
-NATIVE = [f"native {level}" for level in native.levels()] or [
-    pytest.param("native", marks=pytest.mark.skip(reason="the native extension is not built"))
-]
-
 # The edge of a block in these tests is 48 (conftest): 47 to 49 straddle one block, 63 to 65 and 127 to 129 a register
 # tile and a GPU tile, 1 and 2 are degenerate, 1000 has many blocks. D covers odd, tiny, and the usual tower widths.
 SQUARE_SIZES = ((1, 3), (2, 1), (47, 64), (48, 1), (49, 320), (65, 96), (129, 768), (1000, 64))
 RECTANGULAR_SIZES = ((1, 2, 3), (2, 1, 64), (64, 127, 96), (129, 63, 1), (65, 49, 2048), (1000, 65, 384))
 
 
-# Each source of a teacher, and hard terms whose gradient is added to the kernel's.
-DTYPE_TARGETS = ("hard", "psd", "psd_own_scale", "psd_external", "labels_smoothing", "groups_smoothing")
-
-
-@pytest.fixture(params=(*FLOAT64_BACKENDS, *NATIVE))
-def backend(request, monkeypatch):
-    """Every backend; the native one at every instruction-set level of this machine."""
-    name, _, level = request.param.partition(" ")
-    if level:
-        monkeypatch.setenv(native.ISA_VARIABLE, level)
-    return name
+def has_signal(n, m, d):
+    """Whether a gradient is well above rounding. One row or column, and rows of one number that are all ±1, leave
+    none to a target that is hard; a few leave little."""
+    return min(n, m) > 2 and d > 1
 
 
 def fused(x, y, scale, target, backend):
@@ -60,38 +49,54 @@ def fused(x, y, scale, target, backend):
 
 def operands(n, m, d, dtype=torch.float32, scale=14.3):
     x = unit_rows(n, d, seed=n + d, dtype=dtype)
-    y = matching_rows(x) if n == m else unit_rows(m, d, seed=m + d + 1, dtype=dtype)
-    return x, y, torch.tensor(scale)
+    y = contested_rows(x, scale) if n == m else unit_rows(m, d, seed=m + d + 1, dtype=dtype)
+    return x, y, torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+def dtypes_of(backend):
+    """Without float64, in which every target is exact (test_float64_is_exact)."""
+    return native.DTYPES if backend == "native" else (torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_worthwhile(n, dtype, backend):
+    """The hundreds of blocks of the largest size cost Python seconds: in one dtype only."""
+    return n < 1000 or dtype == torch.float32 or backend != "chunked"
+
+
+def check(target, n, m, d, dtype, backend):
+    x, y, scale = operands(n, m, d, dtype)
+    result, signal = fused(x, y, scale, target, backend), has_signal(n, m, d)
+    if signal or backend != "native" or dtype == torch.float32:
+        assert_as_accurate_as_dense(result, x, y, scale, target, signal=signal)
+    else:
+        assert_within_rounding_of_terms(result, x, y, scale, target)
+    assert [getattr(result, field).dtype for field in FIELDS] == [scale.dtype, dtype, dtype, scale.dtype]
+
+
+def assert_within_rounding_of_terms(result, x, y, scale, target):
+    """Where a gradient's terms cancel, the rounding of a 16-bit G remains, which dense PyTorch may not have."""
+    exact, matrices = truth(x, y, scale, target), dense_target(target, x.double(), y.double(), scale.double())
+    largest = sum(max(1.0, one.max().item()) for one in (matrices.rows.sum(1), matrices.columns.sum(0)))
+    rounding = RELATIVE[x.dtype] * scale.item() * largest / min(len(x), len(y))
+    for field in FIELDS:
+        assert (getattr(result, field).double() - getattr(exact, field)).abs().max() <= rounding, field
+
+
+# Every scale, dtype and target on one size: test_mutants.py.
 @pytest.mark.parametrize("name", SQUARE_TARGETS)
 def test_square_targets(name, backend):
     for n, d in SQUARE_SIZES:
-        target = SQUARE_TARGETS[name](n, n)
-        x, y, scale = operands(n, n, d)
-        assert_as_accurate_as_dense(fused(x, y, scale, target, backend), x, y, scale, target)
+        for dtype in dtypes_of(backend):
+            if is_worthwhile(n, dtype, backend):
+                check(SQUARE_TARGETS[name](n, n), n, n, d, dtype, backend)
 
 
 @pytest.mark.parametrize("name", RECTANGULAR_TARGETS)
 def test_rectangular_targets(name, backend):
     for n, m, d in RECTANGULAR_SIZES:
-        target = RECTANGULAR_TARGETS[name](n, m)
-        x, y, scale = operands(n, m, d)
-        assert_as_accurate_as_dense(fused(x, y, scale, target, backend), x, y, scale, target)
-
-
-@pytest.mark.parametrize("scale", (1.0, 14.3, 100.0))
-@pytest.mark.parametrize("name", DTYPE_TARGETS)
-def test_dtypes_and_scales(name, scale, backend):
-    n, d = 129, 64
-    target = ALL_TARGETS[name](n, n)
-    for dtype in native.DTYPES if backend == "native" else checks.FLOATING:
-        x, y, logit_scale = operands(n, n, d, dtype, scale)
-        logit_scale = logit_scale.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        result = fused(x, y, logit_scale, target, backend)
-        assert_as_accurate_as_dense(result, x, y, logit_scale, target)
-        assert result.loss.dtype == logit_scale.dtype
-        assert (result.dx.dtype, result.dy.dtype, result.dscale.dtype) == (dtype, dtype, logit_scale.dtype)
+        for dtype in dtypes_of(backend):
+            if is_worthwhile(n, dtype, backend):
+                check(RECTANGULAR_TARGETS[name](n, m), n, m, d, dtype, backend)
 
 
 # The backends whose own gradient is not rounded within: the native and Triton kernels multiply a 16-bit G.
@@ -104,7 +109,8 @@ def test_half_precision_gradients_are_rounded_once(name, backend):
         target = ALL_TARGETS[name](n, m)
         for dtype in (torch.bfloat16, torch.float16):
             x, y, scale = operands(n, m, d, dtype)
-            assert_as_accurate_as_dense(fused(x, y, scale, target, backend), x, y, scale, target)
+            result = fused(x, y, scale, target, backend)
+            assert_as_accurate_as_dense(result, x, y, scale, target, signal=False)
 
 
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
@@ -170,23 +176,24 @@ def test_strides(backend):
 
 
 def test_adversarial_values_stay_finite(backend):
-    """Logits of ±1e4, identical rows, opposite rows, zero rows, converged pairs."""
+    """Logits of ±1e4, identical rows, opposite rows, zero rows, converged pairs. Identical and converged ones have no
+    gradient but rounding."""
     base = unit_rows(65, 32, dtype=torch.float32)
     zero_row = base.clone()
     zero_row[3] = 0
     cases = {
-        "huge": (base * 1e2, base * -1e2, 1.0),
-        "identical": (base[:1].expand(65, 32), base[:1].expand(65, 32), 100.0),
-        "opposite": (base, -base, 100.0),
-        "zero row": (zero_row, base, 100.0),
-        "converged": (base, base, 100.0),
+        "huge": (base * 1e2, base * -1e2, 1.0, True),
+        "identical": (base[:1].expand(65, 32), base[:1].expand(65, 32), 100.0, False),
+        "opposite": (base, -base, 100.0, True),
+        "zero row": (zero_row, base, 100.0, True),
+        "converged": (base, base, 100.0, False),
     }
     for target in (Hard(), Mix(Hard(), SelfTeacher(swap="paired"), 0.5)):
-        for name, (x, y, scale) in cases.items():
+        for name, (x, y, scale, signal) in cases.items():
             scale = torch.tensor(scale)
             result = fused(x, y, scale, target, backend)
             assert result.loss.isfinite() and result.dx.isfinite().all() and result.dy.isfinite().all(), name
-            assert_as_accurate_as_dense(result, x, y, scale, target)
+            assert_as_accurate_as_dense(result, x, y, scale, target, signal=signal)
 
 
 def test_nan_in_nan_out(backend):

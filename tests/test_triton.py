@@ -20,9 +20,9 @@ HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-# Two groups for two processors.
+# Groups for several processors.
 @needs_triton
-@pytest.mark.parametrize("group", ("square_targets", "not square_targets"))
+@pytest.mark.parametrize("group", ("square_targets", "mutant", "not square_targets and not mutant"))
 def test_interpreted(group):
     """Interpreted, because a process either compiles or interprets; the tests are in triton_interpreted.py."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import mutants
 import pytest
 import test_loss
 import torch
 from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
 
 from softclip_kernels import Hard, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.testing import Result, assert_as_accurate_as_dense, matching_rows, unit_rows
+from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,7 +21,6 @@ pytestmark = [
 ]
 
 DEVICE, BACKEND = "cuda", "triton"
-FIELDS = ("loss", "dx", "dy", "dscale")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # A tile is up to 128 x 256, a step along the width 64: sizes below, at and beyond them, ragged and whole. 1 and
@@ -29,6 +29,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SQUARE_SIZES = ((1, 3), (129, 40), (512, 64), (1000, 96), (2048, 768))
 RECTANGULAR_SIZES = ((1, 4, 8), (127, 300, 100), (512, 256, 64), (1000, 333, 832))
 SCALED = (700, 128)
+MUTATED = (300, 40)
 SUPER_BLOCKS = (6000, 64)  # N of several super-blocks of 4096 in the backward pass
 ADVERSARIAL = (300, 64)
 REPEATED = (5000, 64)
@@ -67,7 +68,8 @@ def fused(x, y, scale, target):
 def check(name, n, m, d, dtype, scale=14.3):
     target = moved(ALL_TARGETS[name](n, m), DEVICE)
     x, y, scale = operands(n, m, d, dtype, scale)
-    assert_as_accurate_as_dense(fused(x, y, scale, target), x, y, scale, target)
+    signal = test_loss.has_signal(n, m, d)
+    assert_as_accurate_as_dense(fused(x, y, scale, target), x, y, scale, target, signal=signal)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,6 +92,17 @@ def test_rectangular_targets(name, dtype):
 def test_scales(name, scale, dtype):
     n, d = SCALED
     check(name, n, n, d, dtype, scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ALL_TARGETS)
+def test_every_mutant_is_refused(name, dtype):
+    """What a broken kernel would return, at every scale (mutants.py)."""
+    n, d = MUTATED
+    target = moved(ALL_TARGETS[name](n, n), DEVICE)
+    for scale in (1.0, 14.3, 100.0, 300.0):
+        found = mutants.refusals(*operands(n, n, d, dtype, scale), target, BACKEND)
+        assert mutants.MISSED not in found.values(), (scale, found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,7 +130,8 @@ def test_adversarial_values(case, dtype):
         target = moved(SQUARE_TARGETS[name](n, n), DEVICE)
         result = fused(x, y, scale, target)
         assert all(getattr(result, field).isfinite().all() for field in FIELDS)
-        assert_as_accurate_as_dense(result, x, y, scale, target)
+        # Identical rows have no gradient but rounding.
+        assert_as_accurate_as_dense(result, x, y, scale, target, signal=case != "identical")
 
 
 # The kernels, and what torch adds up around them: rows that share a column (labels) or a group.

@@ -10,6 +10,7 @@ and run on a GPU (test_triton_gpu.py).
 
 from __future__ import annotations
 
+import mutants
 import pytest
 import test_loss
 import torch
@@ -24,6 +25,7 @@ from softclip_kernels.testing import Result, assert_as_accurate_as_dense, matchi
 # with ragged edges; widths below, at and between multiples of a step. One size a target in turn, all sizes for the
 # plainest and the richest target, because the interpreter takes a second for a few tiles.
 SQUARE_SIZES = ((97, 40), (64, 64), (1, 3), (33, 32), (2, 1), (129, 70))
+SCALES = (1.0, 100.0, 300.0)
 RECTANGULAR_SIZES = ((70, 130, 33), (64, 128, 64), (1, 2, 3), (129, 63, 1), (2, 1, 70), (65, 49, 32))
 FIELDS = ("loss", "dx", "dy", "dscale")
 
@@ -31,7 +33,8 @@ FIELDS = ("loss", "dx", "dy", "dscale")
 def check(name, n, m, d, scale=14.3):
     target = ALL_TARGETS[name](n, m)
     x, y, scale = test_loss.operands(n, m, d, scale=scale)
-    assert_as_accurate_as_dense(test_loss.fused(x, y, scale, target, "triton"), x, y, scale, target)
+    result, signal = test_loss.fused(x, y, scale, target, "triton"), test_loss.has_signal(n, m, d)
+    assert_as_accurate_as_dense(result, x, y, scale, target, signal=signal)
 
 
 def in_turn(names, sizes, everywhere):
@@ -54,10 +57,20 @@ def test_rectangular_targets(name, n, m, d):
 
 # One of each kind of teacher, with every feature among them, at scales where the centred sums are used as they are (1),
 # need a reference (100) and leave the range for some rows (300).
-@pytest.mark.parametrize("scale", (1.0, 100.0, 300.0))
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_block", "psd_several", "paired_column"))
 def test_scales(name, scale):
     check(name, 70, 70, 40, scale)
+
+
+# Two tiles by three; where a target has each kind of teacher and of positive, at the scales of test_scales as well.
+@pytest.mark.parametrize("name", ALL_TARGETS)
+def test_every_mutant_is_refused(name):
+    target, scales = ALL_TARGETS[name](70, 70), SCALES if name in ("hard", "psd", "psd_external") else (14.3,)
+    found = {
+        scale: mutants.refusals(*test_loss.operands(70, 70, 40, scale=scale), target, "triton") for scale in scales
+    }
+    assert not [case for case in found.items() if mutants.MISSED in case[1].values()]
 
 
 # Scratch for two or three tiles: inner, edge and corner super-blocks, on and off the diagonal.
