@@ -1,7 +1,7 @@
 """Peak resident memory of a loss, measured in an interpreter of its own.
 
-ru_maxrss would not do: a process inherits it over fork and exec, so a child of a grown test process sees 0 growth. VmHWM
-belongs to the address space, which is new at exec, and starts again where a 5 is written to clear_refs.
+ru_maxrss would not do: a process inherits it over fork and exec, so a child of a grown test process sees no growth.
+VmHWM belongs to the address space, which is new at exec, and starts again where a 5 is written to clear_refs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def growth(work: Callable[[], object]) -> int:
 
 
 def in_a_new_process(function: str, *arguments: Any, plant: str = "", allocator: dict[str, str] = AT_ONCE) -> Any:
-    """What `function` of this module returns for these arguments in a new interpreter, one value of JSON. `plant`: lines
-    that run first, for a test of the test."""
+    """What `function` of this module returns for these arguments in a new interpreter, one value of JSON. `plant`:
+    lines that run first, for a test of the test."""
     lines = [plant, "import json, sys, memory", f"print(json.dumps(memory.{function}(*json.loads(sys.argv[1]))))"]
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines), json.dumps(arguments)],
