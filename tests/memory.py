@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # glibc gives what is freed back to the system at once: what is resident is what is alive.
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of PyTorch's that spin while they wait starve a busy machine
+
 
 def growth(work: Callable[[], object]) -> int:
     """The bytes by which this process's peak while working exceeds what was resident before."""
@@ -36,7 +38,7 @@ def in_a_new_process(function: str, *arguments: Any, plant: str = "", allocator:
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(lines), json.dumps(arguments)],
         cwd=ROOT,
-        env={**os.environ, **allocator, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
+        env={**os.environ, **allocator, **PASSIVE, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
         capture_output=True,
         text=True,
         timeout=500,
