@@ -1,6 +1,7 @@
 """softclip_kernels: contrastive losses with mixed hard and soft targets that never store the similarity matrix."""
 
 from . import schedules
+from .backends import SlowerBackendWarning
 from .functional import Losses, RetrievalRanks, softclip_loss, softclip_loss_with_ranks
 from .layout import Exchange
 from .module import SoftClipLoss
@@ -23,6 +24,7 @@ __all__ = [
     "RetrievalRanks",
     "SelfTeacher",
     "Sinkhorn",
+    "SlowerBackendWarning",
     "SoftClipLoss",
     "Target",
     "Teacher",

@@ -49,7 +49,8 @@ def tensor(name: str, value: Any, what: str = "") -> None:
 
 
 def logit_scale(value: Any, device: torch.device, name: str = "logit_scale") -> None:
-    """A floating tensor of one element, already exponentiated, hence positive."""
+    """A floating tensor of one element, already exponentiated, hence positive. NaN and infinity pass, as in embeddings:
+    a training run meets them, and skips the step that they make non-finite; 0 or less is a logarithm given as is."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{name} must be a tensor of one element, already exponentiated, not {type(value).__name__}; "
@@ -67,11 +68,12 @@ def logit_scale(value: Any, device: torch.device, name: str = "logit_scale") -> 
 
 
 def teacher_scale(name: str, value: Any, allowed: tuple[str, ...] = ()) -> None:
-    """A number, a tensor (see logit_scale, which the embeddings' device is needed for), or one of the words allowed."""
+    """A positive number, a tensor (see logit_scale, which the embeddings' device is needed for), or one of the words
+    allowed."""
     if isinstance(value, str) and allowed:
         one_of(name, value, allowed)
     elif not isinstance(value, Tensor):
-        number_in(name, value, 0.0, torch.finfo(torch.float32).max)
+        number_in(name, value, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -29,7 +29,8 @@ class Losses(NamedTuple):
 
 class RetrievalRanks(NamedTuple):
     """How many logits exceed the positive's: rows (N,) among columns, columns (M,) among rows; int64, 0 is the best, -1
-    for a column that is no row's positive. Ties count in favour, NaN ranks last. This rank's own rows and columns."""
+    for a column that is no row's positive. Ties count in favour, a positive that is NaN or infinite ranks last. This
+    rank's own rows and columns."""
 
     rows: Tensor
     columns: Tensor
@@ -67,9 +68,9 @@ def softclip_loss(
     backend      "auto", or one of softclip_kernels.backends.registered(); one asked for that cannot run raises
 
     Returns a 0-d tensor of the accumulation dtype (float64 for float64, else float32), or Losses of that dtype.
-    Gradients reach x, y and logit_scale. A zero embedding is legal (its logits are 0); NaN and infinity in an operand
-    come back as a non-finite loss. Raises TypeError or ValueError on operands that do not fit, RuntimeError for a
-    backend.
+    Gradients reach x, y and logit_scale. A zero embedding is legal (its logits are 0); NaN and infinity in an operand,
+    the scale included, come back as a non-finite loss; a scale of 0 or less is refused on the CPU. Raises TypeError or
+    ValueError on operands that do not fit, RuntimeError for a backend.
     """
     return _outside_graphs(_loss, group)(x, y, logit_scale, target, reduction, group, backend)
 
@@ -185,7 +186,7 @@ def _with_thresholds(problem: Problem, indexed: IndexTerm, layout: Layout) -> Pr
 
 def _ranks(problem: Problem, statistics: Statistics, layout: Layout) -> RetrievalRanks:
     assert problem.row_threshold is not None and problem.column_threshold is not None
-    # Nothing exceeds NaN: behind all others, not before them.
-    rows = torch.where(problem.row_threshold.isnan(), layout.m, statistics.row_ranks)
-    columns = torch.where(problem.column_threshold.isnan(), layout.n, statistics.column_ranks)
+    # Nothing exceeds NaN or infinity: behind all others, not before them. (-inf: a column that is no row's positive.)
+    rows = torch.where(problem.row_threshold.isfinite(), statistics.row_ranks, layout.m)
+    columns = torch.where(problem.column_threshold < torch.inf, statistics.column_ranks, layout.n)
     return RetrievalRanks(rows, torch.where(problem.column_threshold == -torch.inf, -1, columns))

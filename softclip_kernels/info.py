@@ -59,7 +59,7 @@ def _why_not(backend: backends.Backend, problem: Problem) -> str | None:
 
 def _automatic(problem: Problem) -> str:
     try:
-        return backends.select("auto", problem).name
+        return backends.choose(problem)[0].name
     except ValueError as error:
         return f"none: {error}"
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from . import checks, distributed
 from .layout import Layout
 from .problem import LossParts, Problem, TeacherOperand
-from .rows import parts, sum_rows
+from .rows import parts, sum_rows, take_rows
 
 if TYPE_CHECKING:
     from .targets import Context
@@ -116,7 +116,7 @@ class IndexTerm(HardTerm):
     ) -> tuple[Tensor, Tensor]:
         index = self.index - start
         column = index.clamp(0, len(y) - 1)
-        z = torch.where(column == index, scale * (x.to(scale.dtype) * y[column].to(scale.dtype)).sum(1), 0.0)
+        z = torch.where(column == index, scale * (x.to(scale.dtype) * take_rows(y, column).to(scale.dtype)).sum(1), 0.0)
         return z, sum_rows(len(y), column, z)
 
 
@@ -150,8 +150,8 @@ class GroupTerm(HardTerm):
         row_group, column_group, groups = _places(self.row_id, operands[0])
         x_of_group = sum_rows(groups, row_group, x)
         y_of_group = sum_rows(groups, column_group, y)
-        row_dot = scale * (x * y_of_group[row_group]).sum(1)
-        column_dot = scale * (y * x_of_group[column_group]).sum(1)
+        row_dot = scale * (x * take_rows(y_of_group, row_group)).sum(1)
+        column_dot = scale * (y * take_rows(x_of_group, column_group)).sum(1)
         return row_dot, column_dot
 
 

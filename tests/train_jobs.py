@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import signals
 import yaml
 from train_data import tiny
 
@@ -33,7 +34,14 @@ def start(*arguments: str, fault: str = "") -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "train", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(fault), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(fault),
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        preexec_fn=signals.restore,
     )
 
 

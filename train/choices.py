@@ -4,7 +4,6 @@ a backend that was chosen here is asked for by name at every step, and raises wh
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import takewhile
 
 import torch
 
@@ -36,14 +35,13 @@ def backend(asked: str, rows: int, width: int, device: torch.device) -> tuple[st
     x, zeros = torch.zeros(rows, width, device=device), torch.zeros(rows, device=device)
     positive = torch.arange(rows, device=device)
     problem = Problem(x, x, zeros[0], positive, row_threshold=zeros, column_threshold=zeros)
+    if asked == "auto":
+        chosen, passed_over = backends.choose(problem)
+        return chosen.name, backends.in_words(passed_over)
     try:
-        name = backends.select(asked, problem).name
+        return backends.select(asked, problem).name, ""
     except RuntimeError as error:
         raise ConfigError(f"loss.{error}") from error
-    if asked != "auto":
-        return name, ""
-    preferred = takewhile(lambda entry: entry[0] != name, backends.registered().items())
-    return name, "; ".join(f"{other}: {one.why_not(problem)}" for other, one in preferred)
 
 
 def settle(config: Config, processes: int, device: torch.device) -> tuple[Config, str]:

@@ -7,6 +7,7 @@ registration: `auto` takes the first whose `why_not(problem)` is None.
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Protocol
 
 from torch import Tensor
@@ -14,6 +15,11 @@ from torch import Tensor
 from ..problem import Problem, Statistics
 
 logger = logging.getLogger("softclip_kernels")
+
+
+class SlowerBackendWarning(RuntimeWarning):
+    """`auto` computes with a slower backend than this kind of device has kernels for. Shown once a process for each
+    reason; naming the backend, or a filter of the `warnings` module for this class, says that it is meant."""
 
 
 class Backend(Protocol):
@@ -32,6 +38,7 @@ class Backend(Protocol):
     """
 
     name: str
+    device: str | None  # the type of device that its kernels are for; None: any, in plain PyTorch
 
     def why_not(self, problem: Problem) -> str | None:
         """None when this backend can compute the problem, otherwise the reason in a sentence."""
@@ -48,6 +55,7 @@ class Backend(Protocol):
 
 _registry: dict[str, Backend] = {}
 _announced: set[tuple[str, str]] = set()
+_warned: set[str] = set()
 
 
 def register(backend: Backend) -> None:
@@ -65,29 +73,53 @@ def check_name(name: str) -> None:
 
 
 def select(name: str, problem: Problem) -> Backend:
-    """The backend to use. A backend asked for by name that cannot run raises RuntimeError saying why; `auto` takes the
-    first that can, and logs each distinct choice once with the reasons against those it passed over."""
+    """The backend to use. A backend asked for by name that cannot run raises RuntimeError saying why. `auto` takes the
+    first that can, logs each distinct choice once with the reasons against those it passed over, and warns
+    (SlowerBackendWarning) where one of these has kernels for this kind of device."""
     check_name(name)
     if name != "auto":
         reason = _registry[name].why_not(problem)
         if reason is not None:
             raise RuntimeError(f"backend={name!r} cannot compute this: {reason}; backend='auto' picks one that can")
         return _registry[name]
-    passed_over: list[str] = []
+    backend, passed_over = choose(problem)
+    _announce(backend.name, passed_over)
+    for other, reason in passed_over.items():
+        if _registry[other].device == problem.x.device.type:
+            _warn(backend.name, other, reason)
+    return backend
+
+
+def choose(problem: Problem) -> tuple[Backend, dict[str, str]]:
+    """What `auto` takes, and the backends it passes over with the reasons. Says nothing: for callers that do."""
+    passed_over: dict[str, str] = {}
     for backend in _registry.values():
         reason = backend.why_not(problem)
         if reason is None:
-            _announce(backend.name, passed_over)
-            return backend
-        passed_over.append(f"{backend.name}: {reason}")
-    raise RuntimeError("no backend can compute this: " + "; ".join(passed_over))
+            return backend, passed_over
+        passed_over[backend.name] = reason
+    raise RuntimeError("no backend can compute this: " + in_words(passed_over))
 
 
-def _announce(name: str, passed_over: list[str]) -> None:
-    why = "; ".join(passed_over) or "first choice"
+def in_words(passed_over: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+
+
+def _announce(name: str, passed_over: dict[str, str]) -> None:
+    why = in_words(passed_over) or "first choice"
     if (name, why) not in _announced:
         _announced.add((name, why))
         logger.info("backend %s chosen (%s)", name, why)
+
+
+def _warn(name: str, other: str, reason: str) -> None:
+    message = (
+        f"the loss is computed by the backend {name!r}, slower than {other!r}, which cannot: {reason}. "
+        f"`python -m softclip_kernels.info` lists what can run here; backend={name!r} says that it is meant"
+    )
+    if message not in _warned:
+        warnings.warn(message, SlowerBackendWarning, stacklevel=2)
+        _warned.add(message)  # not before: where a filter makes it an error, it is one at every call
 
 
 from . import chunked, native, reference, triton  # noqa: E402  registration, in order of preference

@@ -21,6 +21,7 @@ BLOCK = {"cpu": 1024, "cuda": 4096}  # edge of a block: in fp32, 4 MiB and 64 Mi
 
 class ChunkedBackend:
     name = "chunked"
+    device: str | None = None
 
     def why_not(self, problem: Problem) -> str | None:
         return None

@@ -56,6 +56,7 @@ def peak(name: str, threads: int, bfloat16: bool) -> float:
 
 class NativeBackend:
     name = "native"
+    device: str | None = "cpu"
 
     def details(self) -> dict[str, str]:
         """The instruction-set level in use and those that could be; empty where the extension was not built."""
@@ -68,7 +69,8 @@ class NativeBackend:
         if problem.x.device.type != "cpu":
             return f"it computes on the CPU, not on {problem.x.device}"
         if problem.x.dtype not in DTYPES:
-            return f"it computes float32 and bfloat16, not {str(problem.x.dtype).removeprefix('torch.')}"
+            dtype = str(problem.x.dtype).removeprefix("torch.")
+            return f"it computes float32 and bfloat16, not {dtype}; cast the embeddings, for example with .float()"
         return None
 
     def forward(self, problem: Problem) -> Statistics:

@@ -14,6 +14,7 @@ from ..problem import Problem, Source, Statistics, TeacherOperand
 
 class ReferenceBackend:
     name = "reference"
+    device: str | None = None
 
     def why_not(self, problem: Problem) -> str | None:
         return None

@@ -22,18 +22,19 @@ MOST_ROWS = 2**31 - 256  # positions, of whole tiles, are int32
 
 class TritonBackend:
     name = "triton"
+    device: str | None = "cuda"
 
     def why_not(self, problem: Problem) -> str | None:
         x = problem.x
         if not _installed():
-            return "triton is not installed"
+            return "triton is not installed; install softclip-kernels[triton]"
         if not x.is_cuda and not (x.device.type == "cpu" and _interpreted()):
             return f"the embeddings are on {x.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels on the CPU)"
         for name, tensor in (("embeddings", x), *(("teacher's embeddings", t.x) for t in problem.teachers)):
             if tensor is None:
                 continue
             if tensor.dtype not in DTYPES:
-                return f"the {name} are {tensor.dtype}; the kernels take float32, bfloat16 and float16"
+                return f"the {name} are {tensor.dtype}; the kernels take float32, bfloat16 and float16: cast them"
             if _interpreted() and tensor.dtype != torch.float32:
                 return f"the {name} are {tensor.dtype}; Triton's interpreter multiplies float32 only correctly"
         if max(problem.rows, problem.columns) > MOST_ROWS:

@@ -1,0 +1,128 @@
+"""A slower fallback is never silent: what `auto` takes and what it warns of, with and without a GPU's operands, triton
+and the native build."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from softclip_kernels import SlowerBackendWarning, backends, info, softclip_loss
+from softclip_kernels.backends import native, triton
+from softclip_kernels.problem import Problem
+from softclip_kernels.testing import unit_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """As in a process that has not warned of anything."""
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def missing(monkeypatch, *names):
+    """Present or absent whatever this machine has."""
+    monkeypatch.setattr(triton, "_installed", lambda: "triton" not in names)
+    monkeypatch.setattr(native, "_native", None if "native" in names else SimpleNamespace(levels=lambda: ["portable"]))
+    monkeypatch.setattr(native, "_MISSING", "its extension is not there" if "native" in names else None)
+
+
+def warned(function):
+    """What the function returned, and the messages of its warnings, whatever the filters have shown before."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = function()
+    return result, [str(one.message) for one in caught if issubclass(one.category, SlowerBackendWarning)]
+
+
+def operand(device, dtype):
+    """Embeddings as far as a choice looks at them: no GPU is needed for a GPU's."""
+    return SimpleNamespace(device=torch.device(device), dtype=dtype, is_cuda=device == "cuda", shape=(4, 8))
+
+
+# Device, dtype, what is missing: the backend, and the one whose absence slows the loss down (none: no warning).
+MATRIX = (
+    ("cpu", torch.float32, (), "native", None),
+    ("cpu", torch.bfloat16, (), "native", None),
+    ("cpu", torch.float32, ("triton",), "native", None),
+    ("cpu", torch.float32, ("native",), "chunked", "native"),
+    ("cpu", torch.float32, ("native", "triton"), "chunked", "native"),
+    ("cpu", torch.float16, (), "chunked", "native"),
+    ("cpu", torch.float64, (), "chunked", "native"),
+    ("cuda", torch.float32, (), "triton", None),
+    ("cuda", torch.float16, ("native",), "triton", None),
+    ("cuda", torch.float64, (), "chunked", "triton"),
+    ("cuda", torch.float32, ("triton",), "chunked", "triton"),
+    ("cuda", torch.bfloat16, ("native", "triton"), "chunked", "triton"),
+    ("mps", torch.float32, (), "chunked", None),  # no backend has kernels for it
+)
+
+
+@pytest.mark.parametrize(("device", "dtype", "absent", "expected", "slower_than"), MATRIX)
+def test_matrix(device, dtype, absent, expected, slower_than, monkeypatch):
+    missing(monkeypatch, *absent)
+    x = operand(device, dtype)
+    problem = Problem(x, x, torch.ones(()))
+    chosen, messages = warned(lambda: [backends.select("auto", problem).name for _ in range(3)])
+    assert chosen == [expected] * 3
+    assert len(messages) == (slower_than is not None), "once a process, not once a call"
+    for message in messages:
+        for word in (f"{expected!r}, slower than {slower_than!r}", "softclip_kernels.info", f"backend={expected!r}"):
+            assert word in message
+        assert backends.registered()[slower_than].why_not(problem) in message
+    _, named = warned(lambda: backends.select(expected, problem))
+    assert not named, "a backend that was asked for is no fallback"
+
+
+def test_every_reason_is_a_warning_of_its_own(monkeypatch):
+    missing(monkeypatch)
+    half, double = (
+        Problem(x, x, torch.ones(())) for x in (operand("cpu", torch.float16), operand("cpu", torch.double))
+    )
+    _, messages = warned(lambda: [backends.select("auto", one) for one in (half, double, half, double)])
+    assert len(messages) == 2 and "not float16" in messages[0] and "not float64" in messages[1]
+
+
+def test_compiled_calls_warn_too(monkeypatch):
+    """The choice is made within the operator, which torch.compile does not look into."""
+    x = unit_rows(4, 3)
+    loss = torch.compile(softclip_loss, fullgraph=True, backend="aot_eager")
+    _, messages = warned(lambda: [loss(x, x, torch.ones(())) for _ in range(3)])
+    assert len(messages) == 1 and "not float64" in messages[0]
+
+
+def test_the_report_is_no_fallback():
+    _, messages = warned(info.report)
+    assert not messages
+
+
+FILTERED = """
+import sys, warnings
+sys.modules["softclip_kernels._native"] = sys.modules["triton"] = None
+import torch, softclip_kernels
+{filters}
+x = torch.eye(3)
+for _ in range(3):
+    softclip_kernels.softclip_loss(x, x, torch.ones(())).isfinite()
+"""
+IGNORE = "warnings.filterwarnings('ignore', category=softclip_kernels.SlowerBackendWarning)"
+ERROR = "warnings.filterwarnings('error', category=softclip_kernels.SlowerBackendWarning)"
+
+
+# By default, and where its class is filtered.
+@pytest.mark.parametrize(("filters", "shown", "status"), (("", 1, 0), (IGNORE, 0, 0), (ERROR, 1, 1)))
+def test_python_shows_it_by_default(filters, shown, status):
+    """Without triton and the native build, in a process of its own with Python's own filters."""
+    command = [sys.executable, "-c", FILTERED.format(filters=filters)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == status, done.stderr
+    said = "SlowerBackendWarning: the loss is computed by the backend 'chunked', slower than 'native'"
+    assert done.stderr.count(said) == shown
+    assert ("install the package where a C++ compiler is" in done.stderr) == bool(shown)

@@ -1,0 +1,74 @@
+"""The same bits, 250 times over, with one thread and with several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ALL_TARGETS
+
+from softclip_kernels import softclip_loss
+from softclip_kernels.backends import chunked, native
+from softclip_kernels.testing import Result, unit_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+REPEATS = 250
+N, D, BLOCK = 300, 112, 192  # a block and the embeddings hold enough entries for PyTorch to share them among threads
+# labels, indices and groups: rows that share a column are summed. In bfloat16 only the kernels' own sums are others.
+TARGETS = ("hard", "labels", "two_indices", "groups", "psd")
+CASES = [("chunked", "float32", name) for name in TARGETS]
+if native.levels():
+    CASES += [("native", "float32", name) for name in TARGETS]
+    CASES += [("native", "bfloat16", name) for name in ("hard", "psd")]
+
+
+def first_difference(backend: str, dtype: str, name: str) -> int | None:
+    """The first call whose bits are others than call 0's."""
+    native.MULTIPLY_ADDS_PER_THREAD = 1  # as many threads as PyTorch, for problems of any size
+    chunked.BLOCK["cpu"] = BLOCK
+    x, y = (unit_rows(N, D, seed=seed, dtype=getattr(torch, dtype)) for seed in (0, 1))
+    target, scale = ALL_TARGETS[name](N, N), torch.tensor(14.3)
+
+    def bits() -> tuple[torch.Tensor, ...]:
+        result = Result.of(lambda *leaves: softclip_loss(*leaves, target, backend=backend), x, y, scale)
+        return result.loss, result.dx, result.dy, result.dscale
+
+    first = bits()
+    assert all(one.isfinite().all() and one.any() for one in first)
+    return next((k for k in range(1, REPEATS) if not all(map(torch.equal, bits(), first))), None)
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_one_thread(case, monkeypatch):
+    monkeypatch.setattr(native, "MULTIPLY_ADDS_PER_THREAD", 1)
+    monkeypatch.setitem(chunked.BLOCK, "cpu", BLOCK)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert first_difference(*case) is None
+    finally:
+        torch.set_num_threads(before)
+
+
+TWO_THREADS = """
+import json, torch, test_repeats
+torch.set_num_threads(2)
+print(json.dumps({" ".join(case): test_repeats.first_difference(*case) for case in test_repeats.CASES}))
+"""
+
+
+def test_two_threads():
+    """In a process of its own, whose OpenMP threads sleep while they wait: spinning, two of them on a busy core each
+    take a hundred times as long."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", TWO_THREADS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    differences = json.loads(done.stdout)
+    assert len(differences) == len(CASES) and not any(differences.values()), differences
