@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from softclip_kernels import Exchange, Hard, ProgressiveSelfDistillation, Target, TwoPass, softclip_loss_with_ranks
 from train.config import Config, Loss
+from train.engine_files import tensors
 from train.model import MAX_LOG_SCALE
 from train.samples import Batch
 
@@ -91,3 +93,26 @@ def clamp_log_scale(log_scale: torch.nn.Parameter) -> None:
         safe_set_full_fp32_param(log_scale, master.clamp(max=MAX_LOG_SCALE))
     with deepspeed.zero.GatheredParameters([log_scale], modifier_rank=0, enabled=partitioned):
         log_scale.clamp_(max=MAX_LOG_SCALE)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
+
+
+@torch.no_grad()
+def nonfinite(engine: Any, weights: dict[str, Tensor], group: Any) -> list[str]:
+    """What holds NaN or infinity of the whole model's `weights`, of their fp32 master copies, and of the moments, of
+    which each rank holds its part: by parameter, and the same on every rank. Every rank calls it."""
+    own = [*tensors(weights), *tensors(engine.optimizer.state_dict())]
+    bad = torch.tensor(float(not all(torch.isfinite(one).all() for one in own)), device=engine.device)
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
+    return _name_nonfinite(engine, weights) if bad else []
+
+
+def _name_nonfinite(engine: Any, weights: dict[str, Tensor]) -> list[str]:
+    """Gathers every parameter's state in turn, which costs a collective each: only where something is wrong."""
+    found = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    for name, parameter in engine.module.named_parameters():
+        parts = {f"{name} (moment {key})": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+        parts[name] = safe_get_full_fp32_param(parameter)
+        found += [part for part, one in parts.items() if one is not None and not torch.isfinite(one).all()]
+    return sorted(set(found)) or ["the optimizer's state"]
