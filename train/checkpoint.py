@@ -38,6 +38,7 @@ WEIGHTS, CONFIG, TOKENIZER, STATE = "model.safetensors", "config.json", "tokeniz
 FINGERPRINT = "fingerprint.json"
 NAME = re.compile(r"step-[0-9]{6,}")
 SHOWN = 300  # characters of another library's error
+MAX_COUNT = 2**62  # of steps and the like
 
 
 class CheckpointError(RuntimeError):
@@ -236,8 +237,8 @@ def read_state(folder: Path) -> State:
     if not isinstance(recent, list):
         raise CheckpointError(f"{STATE} gives recent_skips as {recent!r}, and a list is allowed")
     for name, value in (*found.items(), *(("recent_skips", one) for one in recent)):
-        if type(value) is not int or value < 0:
-            raise CheckpointError(f"{STATE} gives {name} as {value!r}, and a whole number from 0 is allowed")
+        if type(value) is not int or not 0 <= value < MAX_COUNT:
+            raise CheckpointError(f"{STATE} gives {name} as {value!r}, and a whole number from 0 to 2^62 is allowed")
     return State(**found, recent_skips=tuple(recent))
 
 

@@ -4,6 +4,8 @@ runs no code: PyTorch's restricted reader builds tensors, plain values and the f
 from __future__ import annotations
 
 import io
+import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,15 @@ def write(path: Path, content: Any) -> None:
 
 def read(path: Path, map_location: Any = None) -> Any:
     """Raises pickle.UnpicklingError where the file asks for anything but tensors, plain values and CLASSES."""
-    with torch.serialization.safe_globals(list(CLASSES)):
-        return torch.load(path, map_location=map_location, weights_only=True)
+    try:
+        with torch.serialization.safe_globals(list(CLASSES)):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = ", ".join(re.findall(r"GLOBAL ([\w.]+)", str(error))) or "what no optimizer's state holds"
+        raise pickle.UnpicklingError(
+            f"{path.name} asks for {asked}; only tensors, plain values and "
+            f"{', '.join(one.__name__ for one in CLASSES)} are read, for anything else could run code"
+        ) from None
 
 
 def why_unusable(folder: Path, processes: int) -> str | None:

@@ -224,14 +224,14 @@ def _loop(job: Job, last: int) -> None:
 def _check_skipped(job: Job, step: int) -> None:
     """Every rank counts the same, so all of them stop together, and the first says why."""
     options, state = job.config.job, job.state
-    recent, allowed = len(state.recent_skips), options.max_skipped_share * SKIP_WINDOW
+    recent = len(state.recent_skips)
     if options.on_nonfinite == "stop":
         why = "job.on_nonfinite=stop"
     elif state.skipped_in_a_row > options.max_skipped_in_a_row:
         why = (
             f"it is number {state.skipped_in_a_row} in a row (job.max_skipped_in_a_row={options.max_skipped_in_a_row})"
         )
-    elif recent > allowed:
+    elif recent / SKIP_WINDOW > options.max_skipped_share:
         why = (
             f"of the last {SKIP_WINDOW} steps {recent} were skipped (job.max_skipped_share={options.max_skipped_share})"
         )

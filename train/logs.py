@@ -128,13 +128,15 @@ def _end_threads_quietly() -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line cut by a crash is left out."""
+    """The rows of a JSONL file that belong to a step; a line cut by a crash, or altered, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 
@@ -176,4 +178,5 @@ def plot(run: Path) -> Path:
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
-    return [math.nan if row[name] is None else row[name] for row in rows]
+    values = (row.get(name) for row in rows)
+    return [value if isinstance(value, (int, float)) else math.nan for value in values]

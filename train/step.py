@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
 )
@@ -96,6 +96,7 @@ def clamp_log_scale(log_scale: torch.nn.Parameter) -> None:
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
+MASTER = "master copy"
 
 
 @torch.no_grad()
@@ -105,14 +106,34 @@ def nonfinite(engine: Any, weights: dict[str, Tensor], group: Any) -> list[str]:
     own = [*tensors(weights), *tensors(engine.optimizer.state_dict())]
     bad = torch.tensor(float(not all(torch.isfinite(one).all() for one in own)), device=engine.device)
     dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
-    return _name_nonfinite(engine, weights) if bad else []
+    if not bad:
+        return []
+    names: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(names, _nonfinite_here(engine, weights), group=group)
+    return sorted(set().union(*names)) or ["the optimizer's state"]
 
 
-def _name_nonfinite(engine: Any, weights: dict[str, Tensor]) -> list[str]:
-    """Gathers every parameter's state in turn, which costs a collective each: only where something is wrong."""
-    found = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+def _nonfinite_here(engine: Any, weights: dict[str, Tensor]) -> list[str]:
+    """What this rank alone can name."""
+    parts = dict(weights)
     for name, parameter in engine.module.named_parameters():
-        parts = {f"{name} (moment {key})": safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
-        parts[name] = safe_get_full_fp32_param(parameter)
-        found += [part for part, one in parts.items() if one is not None and not torch.isfinite(one).all()]
-    return sorted(set(found)) or ["the optimizer's state"]
+        for key, part in _own_parts(engine, parameter).items():
+            parts[f"{name} ({key})"] = part
+    return [name for name, part in parts.items() if not torch.isfinite(part).all()]
+
+
+def _own_parts(engine: Any, parameter: Any) -> dict[str, Tensor]:
+    """This rank's part of a parameter's master copy and moments. In ZeRO 1 and 2 by hand: DeepSpeed's own way to the
+    moments links those of the first parameter group alone, for the others have none yet when it looks."""
+    optimizer = engine.optimizer
+    moments = MOMENTS if optimizer.optimizer.state else ()
+    if hasattr(parameter, "ds_id"):
+        found = {f"moment {key}": safe_get_local_optimizer_state(parameter, key) for key in moments}
+        return {MASTER: safe_get_local_fp32_param(parameter), **found}
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return {}
+    address, flat = mapping.get_hp_fragment_address(), optimizer.single_partition_of_fp32_groups
+    state = optimizer.optimizer.state.get(flat[mapping.param_group_index], {})
+    found = {f"moment {key}": state[key].narrow(0, address.start, address.numel) for key in moments if key in state}
+    return {MASTER: mapping.hp_fragment, **found}
