@@ -147,7 +147,7 @@ def planted(run: Path, name: str, marker: Path, keep_zip: bool = False) -> None:
     if keep_zip:  # in PyTorch's own format, as torch.save writes what it is given
         torch.save({"module": Payload(marker)}, folder / name)
     else:
-        (folder / name).write_bytes(pickle.dumps(Payload(marker)))
+        (folder / name).write_bytes(pickle.dumps(Payload(marker), protocol=2))  # torch.save's own
     rewrite_manifest(folder)
 
 

@@ -35,9 +35,7 @@ def test_moments_that_are_not_finite_are_never_saved(data: Path, tmp_path: Path)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence_and_the_run_goes_on_later(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     file = configuration(tmp_path, data, steps=12)
     status, said = finish(start("--config", str(file), "--folder", str(run), fault="full_disk"))
@@ -52,7 +50,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence_and_the_ru
     assert "Traceback" not in said
     assert names(run) == ["latest", "step-000004"], "nothing half-written stays"
 
-    # Gone on with by other software, and further than it was begun for.
+    # Gone on with by other software, to another step than it was begun for, and the table cannot be written.
     folder = run / checkpoint.FOLDER / "step-000004"
     fingerprint = json.loads((folder / checkpoint.FINGERPRINT).read_text())
     fingerprint["versions"]["torch"] = "1.0"

@@ -34,11 +34,12 @@ def write_new(path: Path, data: bytes) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block names `path`: the system names no file where a write, not an opening, fails."""
+    """An OSError of the block names `path`: the system names no file where a write, not an opening, fails, and a
+    scratch file where it is one."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = str(path)
         raise
 
 
