@@ -3,16 +3,11 @@ See test_train_checkpoints.py for checkpoints, test_train_runs.py and test_train
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import re
 import sys
-import threading
-import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +16,14 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer
-from torch.utils import tensorboard
 from train_data import CONCEPTS, make_data, tiny
 
 from softclip_kernels import backends
-from train import checkpoint, choices, evaluate, logs
+from train import choices, evaluate, logs
 from train.config import Config, ConfigError, Loss, Optimizer, load
 from train.data import DataError, Pairs, load_pairs
 from train.data.manifest import read_manifest, write_manifest
-from train.main import _failed, main
+from train.main import main
 from train.model import Clip
 from train.samples import Batch, Sampler, all_captions
 from train.tokenizer import PAD_ID, encode, train_tokenizer
@@ -210,49 +204,6 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> N
     assert logs.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_damaged_log_loses_the_damaged_lines(tmp_path: Path) -> None:
-    lines = [b'{"step": 0, "loss": 1.0}', b"\xff\x00", b"3", b'{"step": "x"}', b'{"step": 1, "loss": "x"}', b"[" * 9999]
-    (tmp_path / logs.METRICS).write_bytes(b"\n".join(lines))
-    assert [row["step"] for row in logs.read_rows(tmp_path / logs.METRICS)] == [0, 1]
-    logs.Log(tmp_path, 4, 10).close()
-    assert logs.plot(tmp_path).exists()
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_log_on_a_full_disk_waits_for_room_and_says_so_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tensorboard, "SummaryWriter", partial(tensorboard.SummaryWriter, flush_secs=0))
-    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not pytest's, which collects
-    values = dict.fromkeys(logs.BAR, 0.5)
-    log = logs.Log(tmp_path, 0, 10)
-    log.step(0, values)
-    log.nonfinite(0, ("a",))
-    places = {name: os.dup(file._file.fileno()) for name, file in log._files.items() if file._file is not None}
-    for file in log._files.values():
-        assert file._file is not None
-        os.dup2(os.open("/dev/full", os.O_WRONLY), file._file.fileno())
-    for path in (tmp_path / logs.EVENTS).iterdir():
-        path.unlink()
-        path.symlink_to("/dev/full")
-    for step in (1, 2):
-        log.step(step, values)
-        log.nonfinite(step, ("b",))
-        time.sleep(0.5)  # TensorBoard's thread writes when it comes to it; what is asserted holds whenever that is
-    for name, file in log._files.items():
-        assert file._file is not None
-        os.dup2(places[name], file._file.fileno())
-    log.step(3, values)
-    log.nonfinite(3, ("c",))
-    log.close()
-    out, err = capsys.readouterr()
-    for name in (logs.METRICS, logs.NONFINITE, logs.EVENTS):
-        assert out.count(f"warning: {name} cannot be written (No space left on device: {tmp_path}") == 1, (out, err)
-        if name != logs.EVENTS:
-            assert [row["step"] for row in logs.read_rows(tmp_path / name)] == [0, 1, 2, 3]
-    assert "Traceback" not in out + err
-
-
 @pytest.mark.parametrize("terminal", (True, False))
 def test_the_progress_bar_fills_no_log_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
@@ -427,23 +378,6 @@ def test_command_line_errors(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert "give --folder" in run_main([], capsys)[1]
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    (
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b"), "error: No space left on device: /a/b ("),
-        (PermissionError(errno.EACCES, "Permission denied", "/a"), "error: Permission denied: /a ("),
-        (checkpoint.RunError("spoilt"), "error: spoilt\n"),
-    ),
-)
-def test_what_no_line_of_code_explains_is_no_traceback(
-    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _failed(error, None) == 1
-    shown = capsys.readouterr().err
-    assert shown.startswith(said)
-    assert shown.count("\n") == 1
 
 
 def test_evaluate_names_a_missing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

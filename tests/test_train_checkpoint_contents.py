@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from train_data import make_data, picture, tiny
-from train_saved import FINGERPRINT, rewrite_manifest, write_checkpoint
+from train_saved import FINGERPRINT, Payload, rewrite_manifest, write_checkpoint
 
 from train import checkpoint, engine_files, evaluate, fingerprint, job
 from train.config import SKIP_WINDOW, Config, ConfigError, load
@@ -129,16 +129,6 @@ def test_too_many_skips_end_the_job(
 
 
 # -------------------------------------------------------------------------------------------------- no code is ever run
-
-
-class Payload:
-    """Pickled, it is a call that makes a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
 
 
 def planted(run: Path, name: str, marker: Path, keep_zip: bool = False) -> None:
@@ -354,9 +344,15 @@ def test_a_fingerprint_knows_other_code(tmp_path: Path, monkeypatch: pytest.Monk
     assert fingerprint.of_code() != same
 
 
-def test_evaluation_warns_of_other_data(
+def test_evaluation_warns_of_other_data_and_of_what_it_cannot_write(
     tmp_path: Path, data: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(tmp_path, data, tokenizer, 8)
     assert evaluate.main([str(tmp_path)]) == 0
     assert "warning: step-000008 was trained on other data (fingerprint data then, " in capsys.readouterr().err
+    (tmp_path / evaluate.TABLE).unlink()
+    (tmp_path / evaluate.TABLE).mkdir()
+    assert evaluate.main([str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "| held-out drawings | 40 | 40 |" in said.out, "what cannot be written is said"
+    assert f"error: Is a directory: {tmp_path / evaluate.TABLE} (" in said.err

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from train_data import make_data
 from train_jobs import configuration, finish, start
-from train_saved import names, rewrite_manifest
+from train_saved import Payload, names, rewrite_manifest
 
 from train import checkpoint, evaluate, logs
 
@@ -50,7 +52,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
     assert "Traceback" not in said
     assert names(run) == ["latest", "step-000004"], "nothing half-written stays"
 
-    # Gone on with by other software, to another step than it was begun for, and the table cannot be written.
+    # Gone on with by other software, to another step than it was begun for. There is a newer checkpoint with a payload,
+    # and the table cannot be written.
     folder = run / checkpoint.FOLDER / "step-000004"
     fingerprint = json.loads((folder / checkpoint.FINGERPRINT).read_text())
     fingerprint["versions"]["torch"] = "1.0"
@@ -59,8 +62,15 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
     settings = run / "config.yaml"
     settings.write_text(settings.read_text().replace("steps: 12\n", "steps: 9\n"))
     (run / evaluate.TABLE).mkdir()
+    planted = run / checkpoint.FOLDER / "step-000006"
+    shutil.copytree(folder, planted)
+    torch.save({"module": Payload(tmp_path / "was run")}, next((planted / checkpoint.ENGINE).glob("*_optim_states.pt")))
+    rewrite_manifest(planted)
+    (run / checkpoint.FOLDER / checkpoint.LATEST).write_text(planted.name)
     status, said = finish(start("--resume", str(run)))
     assert status == 1, said
+    assert "checkpoint step-000006 cannot be used (UnpicklingError: " in said
+    assert not (tmp_path / "was run").exists()
     assert "| held-out drawings | 40 | 40 |" in said, "what cannot be written is said"
     assert f"error: rank 0, step 9, evaluation: Is a directory: {run / evaluate.TABLE} (" in said
     assert "Traceback" not in said
