@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 import time
 from functools import partial
@@ -12,8 +13,8 @@ from pathlib import Path
 import pytest
 from torch.utils import tensorboard
 
-from train import checkpoint, logs
-from train.main import _failed
+from train import logs
+from train.files import explain
 
 
 def test_a_damaged_log_loses_the_damaged_lines(tmp_path: Path) -> None:
@@ -59,18 +60,36 @@ def test_a_log_on_a_full_disk_waits_for_room_and_says_so_once(
     assert "Traceback" not in out + err
 
 
+class InPieces:
+    """Takes three bytes of a write."""
+
+    def __init__(self) -> None:
+        self.taken = b""
+
+    def write(self, data: bytes) -> int:
+        self.taken += data[:3]
+        return len(data[:3])
+
+
+def test_a_line_that_the_system_takes_in_pieces_is_whole(tmp_path: Path) -> None:
+    lines, file = logs._Lines(tmp_path / "log"), InPieces()
+    lines._file = file  # type: ignore[assignment]
+    lines.append("0123456789")
+    lines.append("x")
+    assert file.taken == b"0123456789\nx\n"
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     (
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/a/b"), "error: No space left on device: /a/b ("),
-        (PermissionError(errno.EACCES, "Permission denied", "/a"), "error: Permission denied: /a ("),
-        (checkpoint.RunError("spoilt"), "error: spoilt\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/a/b"),
+            r"No space left on device: /a/b \([0-9.]+ MB free\)",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", b"/a"), r"Permission denied: /a \([0-9.]+ MB free\)"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (OSError("no number"), "no number"),
     ),
 )
-def test_what_no_line_of_code_explains_is_no_traceback(
-    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert _failed(error, None) == 1
-    shown = capsys.readouterr().err
-    assert shown.startswith(said)
-    assert shown.count("\n") == 1
+def test_an_error_of_the_system_in_words(error: OSError, said: str) -> None:
+    assert re.fullmatch(said, explain(error))
