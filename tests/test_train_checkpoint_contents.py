@@ -228,7 +228,7 @@ def test_no_damage_of_any_part_is_a_traceback(tmp_path: Path, data: Path, tokeni
 def test_a_checkpoints_folder_that_cannot_be_read_is_no_new_run(tmp_path: Path) -> None:
     assert not checkpoint.exist(tmp_path)
     (tmp_path / checkpoint.FOLDER).write_text("")
-    with pytest.raises(checkpoint.CheckpointError, match=r"the checkpoints cannot be read: Not a directory: .*MB free"):
+    with pytest.raises(checkpoint.CheckpointError, match="the checkpoints cannot be read: Not a directory: /"):
         checkpoint.exist(tmp_path)
     assert evaluate.main([str(tmp_path)]) == 1
 
@@ -355,4 +355,4 @@ def test_evaluation_warns_of_other_data_and_of_what_it_cannot_write(
     assert evaluate.main([str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "| held-out drawings | 40 | 40 |" in said.out, "what cannot be written is said"
-    assert f"error: Is a directory: {tmp_path / evaluate.TABLE} (" in said.err
+    assert f"error: Is a directory: {tmp_path / evaluate.TABLE}\n" in said.err

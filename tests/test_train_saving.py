@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
     assert "checkpoint step-000006 cannot be used (UnpicklingError: " in said
     assert not (tmp_path / "was run").exists()
     assert "| held-out drawings | 40 | 40 |" in said, "what cannot be written is said"
-    assert f"error: rank 0, step 9, evaluation: Is a directory: {run / evaluate.TABLE} (" in said
+    assert f"error: rank 0, step 9, evaluation: Is a directory: {run / evaluate.TABLE}. Last seen" in said
     assert "Traceback" not in said
     assert (
         said.count("going on with other options than step-000004 was written with: optimizer.steps=12 then, 9 now") == 1

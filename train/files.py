@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -44,16 +45,18 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def explain(error: OSError) -> str:
-    """An error of the system in words: what, where, and the room that is left there."""
+    """An error of the system in words: what, where, and, where room is what lacks, how much is left there."""
     if error.filename is None:
         return error.strerror or str(error)
     place = Path(os.fsdecode(error.filename)).absolute()
-    folder = next((one for one in (place, *place.parents) if one.is_dir()), None)
+    words = f"{error.strerror}: {place}"
+    folder = next((one for one in (place, *place.parents) if os.path.isdir(one)), None)  # Path.is_dir may raise
+    if folder is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return words
     try:
-        room = "" if folder is None else f" ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
+        return f"{words} ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
     except OSError:
-        room = ""
-    return f"{error.strerror}: {place}{room}"
+        return words
 
 
 def sync_file(path: Path) -> None:

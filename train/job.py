@@ -239,7 +239,8 @@ def _check_skipped(job: Job, step: int) -> None:
         return
     raise NonFiniteError(
         f"the loss or gradient of step {step} is not finite, and the job ends: {why}. The samples of each skipped "
-        f"batch are named in {job.run / logs.NONFINITE}"
+        f"batch are named in {job.run / logs.NONFINITE}. Go on with --resume {job.run} and that option "
+        "changed, or start a new run with a lower optimizer.lr"
     )
 
 
