@@ -15,6 +15,7 @@ from torch.utils import tensorboard
 
 from train import logs
 from train.files import explain
+from train.main import main
 
 
 def test_a_damaged_log_loses_the_damaged_lines(tmp_path: Path) -> None:
@@ -105,3 +106,11 @@ def test_a_place_that_may_not_be_looked_at_is_named_all_the_same(
 
     monkeypatch.setattr(os, "stat", stat)
     assert explain(OSError(errno.ENOSPC, "No space left on device", "/a/b")) == "No space left on device: /a/b"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--folder", str(tmp_path / "file" / "run")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
+    assert "Not a directory" in said and f"{tmp_path}/file/run" in said

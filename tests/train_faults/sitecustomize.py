@@ -49,27 +49,6 @@ def nan_on_rank_1() -> None:
     Sampler.share = share  # type: ignore[method-assign]
 
 
-def stuck_saving() -> None:
-    """Rank 0 stands still before it commits step 8."""
-    from train import checkpoint
-
-    real = checkpoint.commit
-
-    def commit(run: Any, scratch: Any, step: int, *others: Any) -> Any:
-        if step == 8:
-            time.sleep(STUCK_SECONDS)
-        return real(run, scratch, step, *others)
-
-    checkpoint.commit = commit
-
-
-def stuck_evaluation() -> None:
-    """Rank 0 stands still in the evaluation on the way."""
-    from train import evaluate
-
-    evaluate.retrieve = lambda *_: time.sleep(STUCK_SECONDS)  # type: ignore[assignment, misc]
-
-
 def nan_moment_on_rank_1() -> None:
     """In rank 1's part of the optimizer's state, after step 7: before the checkpoint of 8 steps."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -108,6 +87,27 @@ def full_disk() -> None:
 
     logs.Log.row = full_row  # type: ignore[method-assign]
     engine_files.write = full_write
+
+
+def stuck_saving() -> None:
+    """Rank 0 stands still before it commits step 8."""
+    from train import checkpoint
+
+    real = checkpoint.commit
+
+    def commit(run: Any, scratch: Any, step: int, *others: Any) -> Any:
+        if step == 8:
+            time.sleep(STUCK_SECONDS)
+        return real(run, scratch, step, *others)
+
+    checkpoint.commit = commit
+
+
+def stuck_evaluation() -> None:
+    """Rank 0 stands still in the evaluation on the way."""
+    from train import evaluate
+
+    evaluate.retrieve = lambda *_: time.sleep(STUCK_SECONDS)  # type: ignore[assignment, misc]
 
 
 if RANK is not None:
