@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import json
 import os
 import signal
@@ -18,12 +17,11 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from train_data import make_data, tiny
+from train_data import make_data
+from train_saved import names, weights, write_checkpoint
 
 from train import checkpoint
-from train.config import Config
 from train.data import load_pairs
-from train.model import Clip
 from train.samples import all_captions
 from train.tokenizer import train_tokenizer
 
@@ -36,31 +34,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(data: Path) -> Tokenizer:
     return train_tokenizer(all_captions(load_pairs(data, "train")), 300)
-
-
-@functools.cache
-def weights(step: int, data: Path, vocab_size: int) -> dict[str, torch.Tensor]:
-    """Made once, before a fork writes them: threads of torch's would be missing there."""
-    torch.manual_seed(step)
-    return Clip(Config.from_dict(tiny(data)).model, vocab_size).state_dict()
-
-
-def write_checkpoint(
-    run: Path, data: Path, tokenizer: Tokenizer, step: int, on: Callable[[Path], Any] = lambda scratch: None
-) -> Path:
-    """`on` is called with the empty scratch folder."""
-    scratch = checkpoint.begin(run, step)
-    on(scratch)
-    (scratch / checkpoint.ENGINE).mkdir()
-    (scratch / checkpoint.ENGINE / "rank0.pt").write_bytes(b"optimizer" * 8)
-    tensors = weights(step, data, tokenizer.get_vocab_size())
-    config, state = Config.from_dict(tiny(data)), checkpoint.State(step, 0, 2, 1)
-    checkpoint.write_portable(scratch, tensors, config, tokenizer, state)
-    return checkpoint.commit(run, scratch, step, keep=2)
-
-
-def names(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / checkpoint.FOLDER).iterdir())
 
 
 # ----------------------------------------------------------------------------------------------- crashes and full disks
@@ -191,10 +164,30 @@ def test_a_flush_that_finds_the_disk_full_leaves_a_whole_checkpoint(
 # --------------------------------------------------------------------------------------------------- order and damage
 
 
-def test_only_the_newest_are_kept(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
+def test_only_the_newest_are_kept_and_one_of_each_long_interval(
+    tmp_path: Path, data: Path, tokenizer: Tokenizer
+) -> None:
     for step in (4, 8, 12):
-        write_checkpoint(tmp_path, data, tokenizer, step)
-    assert sorted(path.name for path in (tmp_path / checkpoint.FOLDER).glob("step-*")) == ["step-000008", "step-000012"]
+        write_checkpoint(tmp_path / "short", data, tokenizer, step)
+    assert names(tmp_path / "short") == ["latest", "step-000008", "step-000012"]
+    for step in range(4, 45, 4):  # the multiples of 10 lie between the steps
+        write_checkpoint(tmp_path / "long", data, tokenizer, step, keep_every=10)
+    kept = [f"step-{step:06d}" for step in (12, 20, 32, 40, 44)]
+    assert names(tmp_path / "long") == ["latest", *kept]
+    assert checkpoint.spared([4, 8], 0) == set()
+
+
+def test_what_a_resumed_run_passed_over_counts_for_no_good_checkpoint(
+    tmp_path: Path, data: Path, tokenizer: Tokenizer
+) -> None:
+    for step in (4, 8, 12):
+        write_checkpoint(tmp_path, data, tokenizer, step, keep=3)
+    for step in (8, 12):
+        damage(tmp_path / checkpoint.FOLDER / f"step-{step:06d}", "truncated")
+    assert checkpoint.find(tmp_path, lambda text: None).name == "step-000004"
+    write_checkpoint(tmp_path, data, tokenizer, 6)
+    assert checkpoint.find(tmp_path).name == "step-000006"
+    assert "step-000004" in names(tmp_path), "two good ones are left"
 
 
 def damage(folder: Path, how: str) -> None:

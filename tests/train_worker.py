@@ -5,11 +5,13 @@ It writes what it saw to <folder>/rank-<rank>.json.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,15 +26,21 @@ from train_data import tiny
 from train import launch
 from train.config import Config
 from train.data import load_pairs
-from train.job import make_engine
+from train.engine_files import tensors, why_unusable
+from train.job import make_engine, weights
 from train.model import Clip
 from train.samples import Sampler, all_captions
-from train.step import train_step
+from train.step import nonfinite, train_step
 from train.tokenizer import train_tokenizer
 
 
 def snapshot(engine: Any) -> list[torch.Tensor]:
     return [safe_get_full_fp32_param(parameter).clone() for parameter in engine.module.parameters()]
+
+
+def optimizer_state(engine: Any) -> list[torch.Tensor]:
+    """This rank's part: master copies and moments."""
+    return [one.clone() for one in tensors(engine.optimizer.state_dict())]
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
@@ -98,6 +106,36 @@ def main(data: Path, folder: Path, stage: int) -> None:
         step(4)
         seen["master scale"] = float(safe_get_full_fp32_param(log_scale).exp())
         seen["scale seen by the next step"] = step(5).scale
+
+        # What a checkpoint must not hold is found by all, whichever rank holds it. What it holds comes back.
+        held: Any = SimpleNamespace(engine=engine, config=config)
+        seen["all is finite"] = nonfinite(engine, weights(held), world.group) == []
+        saved = folder / "saved"
+        engine.save_checkpoint(str(saved), tag="engine", save_latest=False)
+        engine.checkpoint_engine.raise_failure()
+        seen["readable without code"] = why_unusable(saved / "engine", world.size) is None
+        parameters, state = snapshot(engine), optimizer_state(engine)
+        engine.destroy()
+        engine = held.engine = new_engine()
+        engine.load_checkpoint(str(saved), tag="engine")
+        seen["restored"] = same(parameters, snapshot(engine)) and same(state, optimizer_state(engine))
+        if world.rank == 1:
+            next(iter(engine.optimizer.optimizer.state.values()))["exp_avg"][0] = torch.nan
+        seen["moments of rank 1"] = nonfinite(engine, weights(held), world.group)
+        engine.save_checkpoint(str(folder / "spoilt"), tag="engine", save_latest=False)
+        seen["seen in the files"] = "NaN or infinity" in str(why_unusable(folder / "spoilt" / "engine", world.size))
+
+        # A disk that is full for one rank's file ends neither rank while the other waits for it.
+        if world.rank == 1:
+            for path in (saved / "engine").glob("*_rank_1_*"):
+                path.unlink()
+                path.symlink_to("/dev/full")
+        engine.save_checkpoint(str(saved), tag="engine", save_latest=False)
+        try:
+            engine.checkpoint_engine.raise_failure()
+            seen["the disk is full for rank 1"] = world.rank == 0
+        except OSError as error:
+            seen["the disk is full for rank 1"] = world.rank == 1 and error.errno == errno.ENOSPC
         engine.destroy()
     (folder / f"rank-{world.rank}.json").write_text(json.dumps(seen))
 

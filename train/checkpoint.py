@@ -3,21 +3,23 @@
 A checkpoint is a folder ``checkpoints/step-000120``:
 
     model.safetensors  config.json  tokenizer.json  state.json    safe to share: no code in them
+    fingerprint.json                                              of the data, the code and the versions
     engine/                                                       DeepSpeed's own, a file a rank, for resuming
     manifest.json                                                 SHA-256 and size of all others
 
 It is written under another name, flushed to disk, and renamed; ``checkpoints/latest`` is written last. Whoever reads
-checks the manifest and falls back to the newest checkpoint that is whole. ``engine/`` is read with pickle by DeepSpeed:
-resume only runs you trust. Evaluation and other users read safetensors and JSON only.
+checks the manifest, reads the parts, and falls back to the newest checkpoint that is whole, readable and finite. No
+part can run code when it is read: see engine_files for DeepSpeed's.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +28,52 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from tokenizers import Tokenizer
 
-from train.config import Config
-from train.files import sha256_of, sync_file, sync_folder, write_atomically
+from train.config import CHANGEABLE, REPLACED, SKIP_WINDOW, Config, ConfigError, changes
+from train.files import explain, sha256_of, sync_file, sync_folder, write_atomically, write_new
+from train.fingerprint import Fingerprint
 from train.model import Clip
 
 FOLDER, LATEST, MANIFEST, ENGINE = "checkpoints", "latest", "manifest.json", "engine"
 WEIGHTS, CONFIG, TOKENIZER, STATE = "model.safetensors", "config.json", "tokenizer.json", "state.json"
+FINGERPRINT = "fingerprint.json"
 NAME = re.compile(r"step-[0-9]{6,}")
+SHOWN = 300  # characters of another library's error
+MAX_COUNT = 2**62  # of steps and the like
 
 
 class CheckpointError(RuntimeError):
     """No checkpoint can be used; the message says why and what to do."""
 
 
+class RunError(RuntimeError):
+    """A run ends though its code is right; the message says why, and how to go on."""
+
+
 @dataclass(frozen=True)
 class State:
-    """What a run knows besides parameters: ``step`` steps are done (skipped ones count), by how many processes."""
+    """What a run knows besides parameters: ``step`` steps are done (skipped ones count), by how many processes.
+
+    ``skipped`` counts all batches that were, ``skipped_in_a_row`` those since the last step that was not;
+    ``recent_skips`` are the skipped among the last SKIP_WINDOW steps, by number.
+    """
 
     step: int
     skipped: int
     processes: int
     zero_stage: int
+    skipped_in_a_row: int = 0
+    recent_skips: tuple[int, ...] = ()
+
+    def after(self, applied: bool) -> State:
+        """With one step more, whose batch was `applied` or skipped."""
+        recent = tuple(one for one in self.recent_skips if one > self.step - SKIP_WINDOW)
+        return replace(
+            self,
+            step=self.step + 1,
+            skipped=self.skipped + (not applied),
+            skipped_in_a_row=0 if applied else self.skipped_in_a_row + 1,
+            recent_skips=recent if applied else (*recent, self.step),
+        )
 
 
 def name_of(step: int) -> str:
@@ -60,25 +87,43 @@ def begin(run: Path, step: int) -> Path:
             shutil.rmtree(left)
         else:
             left.unlink()
-    scratch = run / FOLDER / f".{name_of(step)}.tmp"
+    scratch = _scratch(run, step)
     scratch.mkdir(parents=True)
     return scratch
 
 
+def abandon(run: Path, step: int) -> None:
+    """Remove the scratch folder of a checkpoint that could not be written."""
+    shutil.rmtree(_scratch(run, step), ignore_errors=True)
+
+
 def write_portable(
-    folder: Path, weights: dict[str, torch.Tensor], config: Config, tokenizer: Tokenizer, state: State
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    config: Config,
+    tokenizer: Tokenizer,
+    state: State,
+    fingerprint: Fingerprint,
 ) -> None:
-    """Weights, configuration, tokenizer and state, none of which can run code."""
+    """Weights, configuration, tokenizer, state and fingerprint, none of which can run code."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    (folder / WEIGHTS).write_bytes(save_safetensors(tensors))
-    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=1), encoding="utf-8")
-    (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    (folder / STATE).write_text(json.dumps(state.__dict__), encoding="utf-8")
+    write_new(folder / WEIGHTS, save_safetensors(tensors))
+    write_new(folder / CONFIG, json.dumps(config.to_dict(), indent=1).encode())
+    write_new(folder / TOKENIZER, tokenizer.to_str(pretty=True).encode())
+    write_new(folder / STATE, json.dumps(asdict(state)).encode())
+    write_new(folder / FINGERPRINT, fingerprint.to_json().encode())
 
 
-def commit(run: Path, scratch: Path, step: int, keep: int, at: Callable[[str], None] = lambda point: None) -> Path:
-    """Make a written scratch folder the latest checkpoint and remove all but `keep`. `at` is told each point reached
-    (tests crash there)."""
+def commit(
+    run: Path,
+    scratch: Path,
+    step: int,
+    keep: int,
+    keep_every: int = 0,
+    at: Callable[[str], None] = lambda point: None,
+) -> Path:
+    """Make a written scratch folder the latest checkpoint and remove older ones but `keep` of them and those that
+    `keep_every` keeps (see spared). `at` is told each point reached (tests crash there)."""
     entries = {}
     for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
         entries[path.relative_to(scratch).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
@@ -95,29 +140,65 @@ def commit(run: Path, scratch: Path, step: int, keep: int, at: Callable[[str], N
     at("renamed")
     write_atomically(run / FOLDER / LATEST, f"{final.name}\n".encode())
     at("latest written")
-    for old in _names(run)[keep:]:
-        if old != final.name:
+    # Newer ones were passed over when the run was resumed, and are replaced as it passes them: they are no good ones.
+    older = [name for name in _names(run) if _step(name) <= step]
+    for old in older[keep:]:
+        if _step(old) not in spared([_step(name) for name in older], keep_every):
             shutil.rmtree(run / FOLDER / old, ignore_errors=True)
     return final
 
 
-def find(run: Path, warn: Callable[[str], None] = print) -> Path:
-    """The newest whole checkpoint: ``latest``, or, with a warning, the newest of the others that is whole."""
+def spared(steps: list[int], keep_every: int) -> set[int]:
+    """Those of `steps` that are never removed: the first at or after each multiple of `keep_every`, which need not be
+    one of the steps between checkpoints. 0: none."""
+    first: dict[int, int] = {}
+    for step in sorted(steps):
+        if keep_every and step >= keep_every:
+            first.setdefault(step // keep_every, step)
+    return set(first.values())
+
+
+def find(run: Path, warn: Callable[[str], None] = print, engine: bool = False) -> Path:
+    """The newest good checkpoint: ``latest``, or, with a warning for each that is not, the newest of the others.
+    `engine`: one that training can go on from, moments included."""
     try:
         latest = (run / FOLDER / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         latest = ""
     names = _names(run)
     for name in sorted(names, key=lambda one: one == latest, reverse=True):
-        problem = why_broken(run / FOLDER / name)
+        problem = why_broken(run / FOLDER / name, engine)
         if problem is None:
             return run / FOLDER / name
-        warn(f"checkpoint {name} is not whole ({problem}); trying an older one")
+        warn(f"checkpoint {name} {problem}; trying an older one")
     raise CheckpointError(f"{run} holds no whole checkpoint (found: {', '.join(names) or 'none'}); start a new one")
 
 
-def why_broken(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def why_broken(folder: Path, engine: bool = False) -> str | None:
+    """What is wrong with a checkpoint, and where it is asked for with its `engine` files, or None."""
+    problem = _why_not_whole(folder)
+    if problem is not None:
+        return f"is not whole ({problem})"
+    try:
+        model, _, _ = read_model(folder)
+        bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+        if bad:
+            return f"is not finite (NaN or infinity in {name_some(bad)})"
+        state = read_state(folder)
+        read_fingerprint(folder)
+        if engine:
+            from train.engine_files import why_unusable  # DeepSpeed takes seconds to import
+
+            problem = why_unusable(folder / ENGINE, state.processes)
+    except CheckpointError as error:
+        problem = str(error)
+    except Exception as error:  # the readers of other libraries raise what they like, and a bare Exception
+        problem = _short(error)
+    return None if problem is None else f"cannot be used ({problem})"
+
+
+def _why_not_whole(folder: Path) -> str | None:
+    """Whether all files of the manifest are as they were written."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in entries.items():
@@ -130,16 +211,71 @@ def why_broken(folder: Path) -> str | None:
                 return f"{name} has another SHA-256"
         missing = {WEIGHTS, CONFIG, TOKENIZER, STATE} - set(entries)
         return f"the manifest lacks {', '.join(sorted(missing))}" if missing else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return _short(error)
 
 
 def read_state(folder: Path) -> State:
-    return State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    """Fields that an earlier version did not know have their defaults.
+
+    Raises:
+        CheckpointError: a field is unknown, missing, or no count.
+    """
+    found = _read_mapping(folder / STATE)
+    known = {one.name: one.default is MISSING for one in fields(State)}
+    unknown, missing = (
+        sorted(found.keys() - known.keys()),
+        sorted(name for name in known if known[name] and name not in found),
+    )
+    if unknown:
+        raise CheckpointError(
+            f"{STATE} holds {', '.join(unknown)}, which this version does not know: a newer one wrote it"
+        )
+    if missing:
+        raise CheckpointError(f"{STATE} lacks {', '.join(missing)}")
+    recent = found.pop("recent_skips", [])
+    if not isinstance(recent, list):
+        raise CheckpointError(f"{STATE} gives recent_skips as {recent!r}, and a list is allowed")
+    for name, value in (*found.items(), *(("recent_skips", one) for one in recent)):
+        if type(value) is not int or not 0 <= value < MAX_COUNT:
+            raise CheckpointError(f"{STATE} gives {name} as {value!r}, and a whole number from 0 to 2^62 is allowed")
+    return State(**found, recent_skips=tuple(recent))
 
 
 def read_config(folder: Path) -> Config:
-    return Config.from_dict(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    """Options of earlier versions that others replaced are left out: they never were a part of what is trained.
+
+    Raises:
+        CheckpointError: it is not a configuration of this version.
+    """
+    found = _read_mapping(folder / CONFIG)
+    for name in REPLACED:
+        section, _, option = name.partition(".")
+        if isinstance(found.get(section), dict):
+            found[section].pop(option, None)
+    try:
+        return Config.from_dict(found)
+    except ConfigError as error:
+        raise CheckpointError(f"{CONFIG}: {error}") from error
+
+
+def read_fingerprint(folder: Path) -> Fingerprint | None:
+    """None where an earlier version wrote the checkpoint."""
+    path = folder / FINGERPRINT
+    try:
+        return Fingerprint.from_json(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{FINGERPRINT}: {_short(error)}") from error
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: {_short(error)}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path.name} holds {type(found).__name__}; a mapping is needed")
+    return found
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -169,7 +305,52 @@ def describe_mismatch(state: State, processes: int, zero_stage: int) -> str | No
     return None
 
 
+def other_options(then: Config, now: Config) -> tuple[list[str], list[str]]:
+    """The options that differ, in words: those that no run may go on with, and those that it may. How many processes
+    there are is not one: what counts is the number that started (see describe_mismatch)."""
+    differ = {name: pair for name, pair in changes(then, now).items() if name != "job.processes"}
+    words = {name: f"{name}={before!r} then, {after!r} now" for name, (before, after) in differ.items()}
+    return [words[name] for name in words if name not in CHANGEABLE], [
+        words[name] for name in words if name in CHANGEABLE
+    ]
+
+
+def name_some(names: list[str]) -> str:
+    """The first few, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} others" if len(names) > 5 else "")
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return explain(error)
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:SHOWN]}{'…' if len(text) > SHOWN else ''}"
+
+
+def _scratch(run: Path, step: int) -> Path:
+    return run / FOLDER / f".{name_of(step)}.tmp"
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
 def _names(run: Path) -> list[str]:
-    """Finished checkpoints, newest first: by number, for a millionth step has a digit more than the others."""
-    names = [path.name for path in (run / FOLDER).glob("step-*") if path.is_dir() and NAME.fullmatch(path.name)]
-    return sorted(names, key=lambda name: int(name.removeprefix("step-")), reverse=True)
+    """Finished checkpoints, newest first: by number, for a millionth step has a digit more than the others.
+
+    Raises:
+        CheckpointError: there is a folder of them, and it cannot be read; none would be taken for a new run.
+    """
+    try:
+        with os.scandir(run / FOLDER) as entries:
+            names = [entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"the checkpoints cannot be read: {explain(error)}") from error
+    return sorted(names, key=_step, reverse=True)
+
+
+def exist(run: Path) -> bool:
+    """Whether the run ever finished a checkpoint, good or not."""
+    return bool(_names(run))

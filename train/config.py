@@ -27,11 +27,17 @@ CHANGEABLE = (
     "job.device",
     "job.checkpoint_every",
     "job.keep_checkpoints",
+    "job.keep_every",
     "job.evaluate_every",
     "job.on_nonfinite",
-    "job.max_skipped",
+    "job.max_skipped_in_a_row",
+    "job.max_skipped_share",
     "job.timeout_seconds",
 )
+# Options of earlier versions, and what stands in their place.
+REPLACED = {"job.max_skipped": "job.max_skipped_in_a_row and job.max_skipped_share"}
+MAX_SEED = 2**63 - 1  # torch's generators take no larger one
+SKIP_WINDOW = 1000  # steps over which job.max_skipped_share is taken
 
 
 class ConfigError(ValueError):
@@ -49,8 +55,10 @@ class Data:
     max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
+        if "\0" in (self.folder or ""):
+            raise ConfigError(f"data.folder={self.folder!r}; allowed: a path, which holds no NUL")
         _at_least("data.image_size", self.image_size, 16)
-        _at_least("data.seed", self.seed, 0)
+        _within("data.seed", self.seed, 0, MAX_SEED)
         _within("data.corrupt", self.corrupt, 0.0, 1.0)
         _within("data.max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
 
@@ -169,9 +177,11 @@ class Job:
     """How a run is carried out.
 
     ``processes``: how many `python -m train` starts; 0 for one per GPU, or two on a CPU. ``on_nonfinite``: what all
-    ranks do together where a loss or gradient is not finite; the batch is skipped or the job stops. ``max_skipped``: so
-    many may be skipped, and one more stops the job. ``timeout_seconds``: how long a rank may stand still before the job
-    ends. ``*_every``: in steps; evaluate_every=0 evaluates at the end only.
+    ranks do together where a loss or gradient is not finite; the batch is skipped or the job stops.
+    ``max_skipped_in_a_row``: so many may be skipped one after another, and ``max_skipped_share`` of the last
+    SKIP_WINDOW steps; one more stops the job. ``keep_every``: besides the last ``keep_checkpoints``, the first
+    checkpoint of each so many steps is never removed; 0 for none. ``timeout_seconds``: how long a rank may stand still
+    before the job ends. ``*_every``: in steps; evaluate_every=0 evaluates at the end only.
     """
 
     processes: int = 0
@@ -181,9 +191,11 @@ class Job:
     seed: int = 0
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    keep_every: int = 10_000
     evaluate_every: int = 60
     on_nonfinite: str = "skip"
-    max_skipped: int = 10
+    max_skipped_in_a_row: int = 10
+    max_skipped_share: float = 0.02
     timeout_seconds: int = 180
 
     def __post_init__(self) -> None:
@@ -191,12 +203,14 @@ class Job:
         _one_of("job.device", self.device, ("auto", "cpu", "cuda"))
         _one_of("job.zero_stage", self.zero_stage, (1, 2, 3))
         _one_of("job.precision", self.precision, ("auto", "bf16", "fp32"))
-        _at_least("job.seed", self.seed, 0)
+        _within("job.seed", self.seed, 0, MAX_SEED)
         _at_least("job.checkpoint_every", self.checkpoint_every, 1)
         _at_least("job.keep_checkpoints", self.keep_checkpoints, 2)  # a damaged one falls back to the one before
+        _at_least("job.keep_every", self.keep_every, 0)
         _at_least("job.evaluate_every", self.evaluate_every, 0)
         _one_of("job.on_nonfinite", self.on_nonfinite, ("skip", "stop"))
-        _at_least("job.max_skipped", self.max_skipped, 0)
+        _at_least("job.max_skipped_in_a_row", self.max_skipped_in_a_row, 0)
+        _within("job.max_skipped_share", self.max_skipped_share, 0.0, 1.0)
         _at_least("job.timeout_seconds", self.timeout_seconds, 5)
 
 
@@ -238,7 +252,7 @@ def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"the configuration {path} cannot be read ({error.strerror}); give a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes that are no text, absurd dates
         raise ConfigError(f"the configuration {path} is not YAML: {error}") from error
     if not isinstance(mapping, dict):
         raise ConfigError(f"the configuration {path} holds {type(mapping).__name__}; a mapping of sections is needed")
@@ -270,6 +284,8 @@ def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 
 def _section(section: str, kind: type, values: dict[str, Any]) -> Any:
     known = {one.name: one for one in fields(kind)}
+    for name in sorted(str(name) for name in values if f"{section}.{name}" in REPLACED):
+        raise ConfigError(f"{section}.{name} is of an earlier version; give {REPLACED[f'{section}.{name}']} instead")
     _known(f"option of {section!r}", values, known)
     return kind(**{name: _typed(f"{section}.{name}", value, str(known[name].type)) for name, value in values.items()})
 

@@ -22,7 +22,8 @@ from train import checkpoint
 from train.config import Config, ConfigError
 from train.data import DataError, Pairs, SetupError, composite, load_pairs, prepare_emoji
 from train.data.manifest import read_manifest
-from train.files import write_atomically
+from train.files import explain, write_atomically
+from train.fingerprint import SHORT, of_data
 from train.model import Clip
 from train.tokenizer import encode
 
@@ -204,13 +205,26 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         folder = checkpoint.find(options.run, warn=lambda text: print(text, file=sys.stderr))
         config = checkpoint.read_config(folder)
-        results = evaluate_checkpoint(folder, read_data(config, data_folder(config)))
+        place = data_folder(config)
+        _warn_of_other_data(folder, place)
+        results = evaluate_checkpoint(folder, read_data(config, place))
+        print(f"{folder}\n\n{table(results)}", flush=True)  # first, for the disk may be full
+        write(options.run, folder, results)
     except (checkpoint.CheckpointError, ConfigError, DataError, SetupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    write(options.run, folder, results)
-    print(f"{folder}\n\n{table(results)}")
+    except OSError as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _warn_of_other_data(folder: Path, data: Path) -> None:
+    """Held-out data are comparable only with the training data that they were held out from."""
+    then = checkpoint.read_fingerprint(folder)
+    if then is not None and then.data != (now := of_data(data)):
+        words = f"{then.data[:SHORT]} then, {now[:SHORT]} in {data}"
+        print(f"warning: {folder.name} was trained on other data (fingerprint {words})", file=sys.stderr)
 
 
 if __name__ == "__main__":

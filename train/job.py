@@ -6,31 +6,32 @@ import gc
 import logging
 import time
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from train import checkpoint, evaluate, logs
+from train import checkpoint, evaluate, fingerprint, logs
 from train.choices import settle
-from train.config import Config, ConfigError, Optimizer
+from train.config import SKIP_WINDOW, Config, ConfigError, Optimizer
 from train.data import Pairs, load_pairs
-from train.launch import World, on_each, on_first
+from train.engine_files import EngineFiles
+from train.files import explain
+from train.launch import ElsewhereError, World, on_each, on_first
 from train.model import Clip
 from train.progress import Progress
 from train.samples import Sampler, all_captions
-from train.step import StepResult, train_step
+from train.step import StepResult, nonfinite, train_step
 from train.tokenizer import train_tokenizer
 
 
-class NonFiniteError(RuntimeError):
-    """More batches had a non-finite loss or gradient than the configuration allows."""
+class NonFiniteError(checkpoint.RunError):
+    """More batches had a non-finite loss or gradient than the configuration allows, or the model itself is not."""
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Job:
     heldout: evaluate.Data | None
     log: logs.Log | None
     state: checkpoint.State
+    fingerprint: fingerprint.Fingerprint
 
 
 def train(config: Config, run: Path, world: World, progress: Progress, stop_after: int | None = None) -> None:
@@ -78,20 +80,22 @@ def _set_up(config: Config, run: Path, world: World, progress: Progress, stop_af
     _quiet()
     pairs, heldout = on_each(world, lambda: _read_data(config, world))
     config, choices = on_first(world, lambda: settle(config, world.size, world.device))
-    found = on_first(world, lambda: _checkpoint_to_resume(config, run, world, stop_after))
+    now = on_first(world, lambda: fingerprint.take(evaluate.data_folder(config), world.device))
+    found = on_first(world, lambda: _checkpoint_to_resume(config, run, world, stop_after, now))
     if found is None:
         text = on_first(world, lambda: train_tokenizer(all_captions(pairs), config.model.vocab_size).to_str())
         tokenizer, state = Tokenizer.from_str(text), checkpoint.State(0, 0, world.size, config.job.zero_stage)
     else:
-        tokenizer, state = checkpoint.read_tokenizer(found), checkpoint.read_state(found)
+        tokenizer, state = on_each(world, lambda: (checkpoint.read_tokenizer(found), checkpoint.read_state(found)))
     length, size = config.model.context_length, config.optimizer.batch_size
     sampler = on_each(world, lambda: Sampler(pairs, tokenizer, length, size, config.job.seed))
     torch.manual_seed(config.job.seed)
     engine = make_engine(Clip(config.model, tokenizer.get_vocab_size(), config.job.precision), config, world)
     if found is not None:
-        engine.load_checkpoint(str(found), tag=checkpoint.ENGINE)
-    log = logs.Log(run, state.step, config.optimizer.steps) if world.rank == 0 else None
-    return Job(config, choices, run, world, progress, engine, sampler, tokenizer, heldout, log, state)
+        _load(engine, found)
+    first = world.rank == 0
+    log = on_each(world, lambda: logs.Log(run, state.step, config.optimizer.steps) if first else None)
+    return Job(config, choices, run, world, progress, engine, sampler, tokenizer, heldout, log, state, now)
 
 
 def _read_data(config: Config, world: World) -> tuple[Pairs, evaluate.Data | None]:
@@ -115,18 +119,58 @@ def _check_share(options: Optimizer, processes: int) -> None:
         )
 
 
-def _checkpoint_to_resume(config: Config, run: Path, world: World, stop_after: int | None) -> Path | None:
-    """The newest whole checkpoint, None where the run never wrote one; raises where it does not fit this job."""
-    if not any((run / checkpoint.FOLDER).glob("step-*")):
+def _checkpoint_to_resume(
+    config: Config, run: Path, world: World, stop_after: int | None, now: fingerprint.Fingerprint
+) -> Path | None:
+    """The newest good checkpoint, None where the run never wrote one; raises where it does not fit this job."""
+    if not checkpoint.exist(run):
         return None
-    folder = checkpoint.find(run)
+    folder = checkpoint.find(run, engine=True)
     state = checkpoint.read_state(folder)
     problem = checkpoint.describe_mismatch(state, world.size, config.job.zero_stage)
     if problem is not None:
         raise checkpoint.CheckpointError(f"{folder}: {problem}")
     if stop_after is not None and stop_after < state.step:
         raise ConfigError(f"--stop-after {stop_after}, but {folder} has done {state.step} steps; allowed: that or more")
+    _compare(config, folder, now)
     return folder
+
+
+def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None:
+    """Name all that differs from when the checkpoint was written. Other data or options that are a part of what is
+    trained are refused; with other code or versions the run goes on, but need not repeat bit for bit."""
+    fixed, changeable = checkpoint.other_options(checkpoint.read_config(folder), config)
+    if fixed:
+        raise ConfigError(
+            f"the run cannot go on from {folder} with other options than it was trained with: {'; '.join(fixed)}; set "
+            "them back in the run's config.yaml (name what `auto` was), or start a new run"
+        )
+    if changeable:
+        print(f"going on with other options than {folder.name} was written with: {'; '.join(changeable)}", flush=True)
+    then = checkpoint.read_fingerprint(folder)
+    if then is None:
+        print(f"{folder.name} holds no {checkpoint.FINGERPRINT}: whether data and code are as they were is not known")
+        return
+    data = fingerprint.other_data(then, now)
+    if data is not None:
+        raise checkpoint.CheckpointError(
+            f"{folder} was trained on other data (fingerprint {data}); let data.folder in the run's config.yaml name "
+            "the data it was trained on, or start a new run"
+        )
+    software = fingerprint.other_software(then, now)
+    if software:
+        print(f"{folder.name} was written by other software, and may not go on bit for bit: {'; '.join(software)}")
+
+
+def _load(engine: Any, found: Path) -> None:
+    """What is read was checked before by rank 0; files of another model or version are found out only here."""
+    try:
+        engine.load_checkpoint(str(found), tag=checkpoint.ENGINE)
+    except Exception as error:
+        raise checkpoint.CheckpointError(
+            f"{found}: DeepSpeed cannot go on from {checkpoint.ENGINE}/ ({type(error).__name__}: {error}); remove this "
+            "checkpoint, so that an older one is used, or start a new run"
+        ) from error
 
 
 def make_engine(model: Clip, config: Config, world: World) -> Any:
@@ -151,6 +195,8 @@ def make_engine(model: Clip, config: Config, world: World) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model.to(world.device), optimizer=optimizer, config=settings, dist_init_required=False
     )
+    engine.checkpoint_engine = EngineFiles()
+    engine._copy_recovery_script = lambda folder: None  # a checkpoint holds no code
     return engine
 
 
@@ -162,7 +208,7 @@ def _loop(job: Job, last: int) -> None:
         batch = job.sampler.share(step, job.world.rank, job.world.size, job.world.device)
         job.engine.train()
         result = train_step(job.engine, batch, step, job.config, job.world.group)
-        job.state = replace(job.state, step=step + 1, skipped=job.state.skipped + (not result.applied))
+        job.state = job.state.after(result.applied)
         if job.log is not None:
             _record(job.log, job, step, result, time.perf_counter() - began, batch.keys)
         if not result.applied:
@@ -177,13 +223,25 @@ def _loop(job: Job, last: int) -> None:
 
 def _check_skipped(job: Job, step: int) -> None:
     """Every rank counts the same, so all of them stop together, and the first says why."""
-    options = job.config.job
-    allowed = options.max_skipped if options.on_nonfinite == "skip" else 0
-    if job.state.skipped > allowed:
-        raise NonFiniteError(
-            f"the loss or gradient of step {step} is not finite; batches skipped: {job.state.skipped}, allowed: "
-            f"{allowed} (job.on_nonfinite, job.max_skipped). Their samples are named in {job.run / logs.NONFINITE}"
+    options, state = job.config.job, job.state
+    recent = len(state.recent_skips)
+    if options.on_nonfinite == "stop":
+        why = "job.on_nonfinite=stop"
+    elif state.skipped_in_a_row > options.max_skipped_in_a_row:
+        why = (
+            f"it is number {state.skipped_in_a_row} in a row (job.max_skipped_in_a_row={options.max_skipped_in_a_row})"
         )
+    elif recent / SKIP_WINDOW > options.max_skipped_share:
+        why = (
+            f"of the last {SKIP_WINDOW} steps {recent} were skipped (job.max_skipped_share={options.max_skipped_share})"
+        )
+    else:
+        return
+    raise NonFiniteError(
+        f"the loss or gradient of step {step} is not finite, and the job ends: {why}. The samples of each skipped "
+        f"batch are named in {job.run / logs.NONFINITE}. Go on with --resume {job.run} and that option "
+        "changed, or start a new run with a lower optimizer.lr"
+    )
 
 
 def _record(log: logs.Log, job: Job, step: int, result: StepResult, seconds: float, keys: tuple[str, ...]) -> None:
@@ -214,19 +272,39 @@ def weights(job: Job) -> dict[str, Tensor]:
 
 
 def save(job: Job) -> None:
-    """A checkpoint of the present step; returns on all ranks once it is on disk."""
+    """A checkpoint of the present step; returns on all ranks once it is on disk. Where it cannot be, because the model
+    is not finite or the disk is full, nothing of it stays, and all ranks raise together."""
     step, tensors = job.state.step, weights(job)
-    scratch = on_first(job.world, lambda: checkpoint.begin(job.run, step))
-    job.engine.save_checkpoint(str(scratch), tag=checkpoint.ENGINE, save_latest=False)
-    dist.barrier(group=job.world.group)
+    bad = nonfinite(job.engine, tensors, job.world.group)
+    on_each(job.world, partial(_check_finite, job, bad))
+    try:
+        scratch = on_first(job.world, lambda: checkpoint.begin(job.run, step))
+        job.engine.save_checkpoint(str(scratch), tag=checkpoint.ENGINE, save_latest=False)
+        on_each(job.world, job.engine.checkpoint_engine.raise_failure)
+        on_first(job.world, partial(_commit, job, scratch, tensors))
+    except (OSError, ElsewhereError) as error:
+        on_first(job.world, lambda: checkpoint.abandon(job.run, step))
+        if not isinstance(error, OSError):
+            raise
+        raise checkpoint.RunError(
+            f"the checkpoint of step {step} cannot be written ({explain(error)}); those before it are as they were. "
+            f"Where the disk is full make room, and go on with --resume {job.run}"
+        ) from error
 
-    def commit() -> None:
-        for script in scratch.glob("*.py"):  # DeepSpeed's conversion scripts: a checkpoint holds no code
-            script.unlink()
-        checkpoint.write_portable(scratch, tensors, job.config, job.tokenizer, job.state)
-        checkpoint.commit(job.run, scratch, step, job.config.job.keep_checkpoints)
 
-    on_first(job.world, commit)
+def _commit(job: Job, scratch: Path, tensors: dict[str, Tensor]) -> None:
+    checkpoint.write_portable(scratch, tensors, job.config, job.tokenizer, job.state, job.fingerprint)
+    options = job.config.job
+    checkpoint.commit(job.run, scratch, job.state.step, options.keep_checkpoints, options.keep_every)
+
+
+def _check_finite(job: Job, bad: list[str]) -> None:
+    if bad:
+        raise NonFiniteError(
+            f"the checkpoint of step {job.state.step} is not written, for the model is not finite any more: NaN or "
+            f"infinity in {checkpoint.name_some(bad)}. The checkpoints before it are as they were: go on with "
+            f"--resume {job.run}, and if it comes again start a new run with a lower optimizer.lr or max_grad_norm"
+        )
 
 
 def _evaluate_on_the_way(job: Job, step: int) -> None:
@@ -260,8 +338,9 @@ def _finish(job: Job) -> None:
         assert job.log is not None and job.heldout is not None
         folder = checkpoint.find(job.run)
         results = evaluate.evaluate_checkpoint(folder, job.heldout)
+        job.log.say(f"\n{evaluate.table(results)}\n")  # first, for the disk may be full
         evaluate.write(job.run, folder, results)
-        job.log.say(f"\n{evaluate.table(results)}\n\n{job.run / evaluate.TABLE}, {logs.plot(job.run)}")
+        job.log.say(f"{job.run / evaluate.TABLE}, {logs.plot(job.run)}")
 
     on_first(job.world, run)
 

@@ -5,15 +5,17 @@ Only rank 0 has a Log; the others have none.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from train.files import write_atomically
+from train.files import explain, write_atomically
 
 METRICS, EVENTS, NONFINITE, PLOT = "metrics.jsonl", "tensorboard", "nonfinite.jsonl", "curves.png"
 BAR = ("loss", "alpha", "scale", "r1_image_to_text")
@@ -29,8 +31,10 @@ class Log:
         self._run = run
         for name in (METRICS, NONFINITE):
             _keep_before(run / name, start)
-        self._file = (run / METRICS).open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run / EVENTS), purge_step=start)
+        self._files = {name: _Lines(run / name) for name in (METRICS, NONFINITE)}
+        self._lost: set[str] = set()
+        _end_threads_quietly()
+        self._events: SummaryWriter | None = SummaryWriter(str(run / EVENTS), purge_step=start)
         # tqdm's monitor redraws a bar that is older than maxinterval.
         seconds = BAR_SECONDS[sys.stderr.isatty()]
         self._bar = tqdm(
@@ -46,10 +50,14 @@ class Log:
     def row(self, step: int, values: dict[str, float]) -> None:
         """Numbers that belong to a step. JSON knows no NaN and no infinity: they are written as null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        self._append(METRICS, {"step": step, **finite})
+        try:
+            for name, value in values.items():
+                if self._events is not None:
+                    self._events.add_scalar(name, value, step)
+        except OSError as error:  # its thread has ended
+            self._events = None
+            self._complain(EVENTS, error, "its curves end here")
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """A row, and one step on the progress bar."""
@@ -58,26 +66,77 @@ class Log:
         self._bar.update()
 
     def nonfinite(self, step: int, keys: tuple[str, ...]) -> None:
-        with (self._run / NONFINITE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "keys": keys}) + "\n")
+        self._append(NONFINITE, {"step": step, "keys": keys})
 
     def say(self, text: str) -> None:
         self._bar.write(text)
 
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        """A log that cannot be written ends no run: the rows wait for room."""
+        try:
+            self._files[name].append(json.dumps(row))
+        except OSError as error:
+            self._complain(name, error, "its rows wait for room, and the run goes on")
+
+    def _complain(self, name: str, error: OSError, consequence: str) -> None:
+        """Once for each log."""
+        if name not in self._lost:
+            self._lost.add(name)
+            error.filename = error.filename or str(self._run / name)
+            self.say(f"warning: {name} cannot be written ({explain(error)}): {consequence}")
+
     def close(self) -> None:
         self._bar.close()
-        self._events.close()
-        self._file.close()
+        try:
+            if self._events is not None:
+                self._events.close()
+        except OSError as error:
+            self._complain(EVENTS, error, "its curves lack their end")
+        for file in self._files.values():
+            file.close()
+
+
+class _Lines:
+    """A file that lines are appended to. Those that the disk did not take come before the next, whole and in order."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._waiting = path, b""
+        self._file: io.FileIO | None = None
+
+    def append(self, line: str) -> None:
+        """Raises OSError where it does not reach the file now."""
+        self._waiting += f"{line}\n".encode()
+        if self._file is None:
+            self._file = io.FileIO(self._path, "a")
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _end_threads_quietly() -> None:
+    """TensorBoard writes in a thread, whose end by a full disk the next row learns of and says."""
+    before = threading.excepthook
+
+    def hook(ended: threading.ExceptHookArgs) -> None:
+        if not isinstance(ended.exc_value, OSError):
+            before(ended)
+
+    threading.excepthook = hook
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file; a last line cut by a crash is left out."""
+    """The rows of a JSONL file that belong to a step; a line cut by a crash, or altered, is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
     return rows
 
 
@@ -119,4 +178,5 @@ def plot(run: Path) -> Path:
 
 
 def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
-    return [math.nan if row[name] is None else row[name] for row in rows]
+    values = (row.get(name) for row in rows)
+    return [value if isinstance(value, (int, float)) else math.nan for value in values]

@@ -13,7 +13,7 @@ from pathlib import Path
 from train import checkpoint, config, launch
 from train.config import Config, ConfigError
 from train.data import DataError, SetupError
-from train.files import write_atomically
+from train.files import explain, write_atomically
 from train.progress import Progress
 
 RUNS = Path("runs")
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         # The run's folder carries the configuration, so that every process reads one and the same.
         stop = [] if options.stop_after is None else ["--stop-after", str(options.stop_after)]
         return launch.launch(count, run, ["--resume", str(run), *stop])
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, OSError) as error:
         _say(error)
         return launch.BAD_REQUEST
 
@@ -115,12 +115,20 @@ def _failed(error: Exception, progress: Progress | None) -> int:
     if isinstance(error, USER_ERRORS):
         _say(error)
         return launch.BAD_REQUEST
-    traceback.print_exc()
+    known = isinstance(error, (checkpoint.RunError, OSError))  # not faults of the code, which its lines would explain
+    if not known:
+        traceback.print_exc()
     if progress is not None:
-        progress.fail(f"{type(error).__name__}: {error}")
+        progress.fail(_words(error) if known else f"{type(error).__name__}: {error}")
+    elif known:
+        _say(error)
     return 1
 
 
 def _say(error: Exception) -> None:
-    rank = os.environ.get("RANK", "0")
-    print(f"error: {error}" if rank == "0" else f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    rank, words = os.environ.get("RANK", "0"), _words(error)
+    print(f"error: {words}" if rank == "0" else f"error: rank {rank}: {words}", file=sys.stderr, flush=True)
+
+
+def _words(error: Exception) -> str:
+    return explain(error) if isinstance(error, OSError) else str(error)

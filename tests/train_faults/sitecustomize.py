@@ -49,6 +49,46 @@ def nan_on_rank_1() -> None:
     Sampler.share = share  # type: ignore[method-assign]
 
 
+def nan_moment_on_rank_1() -> None:
+    """In rank 1's part of the optimizer's state, after step 7: before the checkpoint of 8 steps."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from train import step
+
+    real = step.train_step
+
+    def train_step(engine: Any, batch: Any, number: int, *others: Any) -> Any:
+        result = real(engine, batch, number, *others)
+        if RANK == "1" and number == 7:
+            next(iter(engine.optimizer.optimizer.state.values()))["exp_avg"][0] = float("nan")
+        return result
+
+    step.train_step = train_step
+
+
+def full_disk() -> None:
+    """For the logs from step 5 on, and for rank 1's file of the checkpoint of 8 steps."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from train import engine_files, logs
+
+    row, write = logs.Log.row, engine_files.write
+
+    def full_row(self: logs.Log, step: int, *others: Any) -> None:
+        if step == 5:
+            os.dup2(os.open("/dev/full", os.O_WRONLY), self._files[logs.METRICS]._file.fileno())  # type: ignore[union-attr]
+            for path in (self._run / logs.EVENTS).iterdir():
+                path.unlink()
+                path.symlink_to("/dev/full")
+        row(self, step, *others)
+
+    def full_write(path: Any, content: Any) -> None:
+        if RANK == "1" and "step-000008" in str(path):
+            path.symlink_to("/dev/full")
+        write(path, content)
+
+    logs.Log.row = full_row  # type: ignore[method-assign]
+    engine_files.write = full_write
+
+
 def stuck_saving() -> None:
     """Rank 0 stands still before it commits step 8."""
     from train import checkpoint

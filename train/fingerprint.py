@@ -1,0 +1,93 @@
+"""What a run's results depend on besides its configuration: the data, the code, and the versions below it.
+
+Every checkpoint holds one (``fingerprint.json``), so that a run that goes on can say what is no longer as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import softclip_kernels
+from train.data.manifest import read_manifest
+from train.files import sha256_of
+
+PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "pillow")  # those that compute something of a step
+CODE = ("*.py", "*.so", "*.pyd")  # what runs: an extension that was compiled anew is other code
+SHORT = 12  # digits of a hash that a message shows
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """``data``: of the prepared folder, wherever it lies. ``code``: of softclip_kernels and the trainer, compiled parts
+    included. Both are SHA-256 in hex. ``versions``: by name, the machine's kind among them."""
+
+    data: str = ""
+    code: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Fingerprint:
+        """Raises ValueError or TypeError where the text is none."""
+        made = cls(**json.loads(text))
+        if not (isinstance(made.data, str) and isinstance(made.code, str) and isinstance(made.versions, dict)):
+            raise TypeError("a fingerprint holds two texts and a mapping")
+        return made
+
+
+def take(folder: Path, device: torch.device) -> Fingerprint:
+    """Of the prepared data in `folder` and of what runs here, now."""
+    return Fingerprint(of_data(folder), of_code(), versions(device))
+
+
+def of_data(folder: Path) -> str:
+    """Splits, groups, size, and the sums of all shards, as the manifest has them; not the path."""
+    manifest = asdict(read_manifest(folder))
+    parts = {name: manifest[name] for name in ("shards", "group_names", "size")}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def of_code() -> str:
+    """Independent of git, of the folder and of compiled Python."""
+    total = hashlib.sha256()
+    for package in (Path(softclip_kernels.__file__).parent, Path(__file__).parent):
+        for path in sorted(path for pattern in CODE for path in package.rglob(pattern)):
+            total.update(f"{package.name}/{path.relative_to(package).as_posix()} {sha256_of(path)}\n".encode())
+    return total.hexdigest()
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of Python, the packages and the machine's kind, from which results may differ in their last bits."""
+    found = {"python": platform.python_version(), "softclip_kernels": softclip_kernels.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "none"
+    found["platform"] = f"{platform.system()} {platform.machine()}"
+    on_gpu = device.type == "cuda"
+    found["processor"] = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    return found
+
+
+def other_data(then: Fingerprint, now: Fingerprint) -> str | None:
+    """In words, where the data differ."""
+    return None if then.data == now.data else f"{then.data[:SHORT]} then, {now.data[:SHORT]} now"
+
+
+def other_software(then: Fingerprint, now: Fingerprint) -> list[str]:
+    """What differs in code and versions, each in words."""
+    found = [] if then.code == now.code else [f"code {then.code[:SHORT]}, now {now.code[:SHORT]}"]
+    names: Iterable[str] = sorted(then.versions.keys() | now.versions.keys())
+    pairs = ((name, then.versions.get(name, "unknown"), now.versions.get(name, "unknown")) for name in names)
+    return found + [f"{name} {old}, now {new}" for name, old, new in pairs if old != new]
