@@ -134,6 +134,11 @@ def why_broken(folder: Path) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
+def steps_done(run: Path) -> int:
+    """Of the newest checkpoint, whole or not; 0 where there is none."""
+    return int(next(iter(_names(run)), "step-0").removeprefix("step-"))
+
+
 def read_state(folder: Path) -> State:
     return State(**json.loads((folder / STATE).read_text(encoding="utf-8")))
 

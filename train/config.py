@@ -31,6 +31,7 @@ CHANGEABLE = (
     "job.on_nonfinite",
     "job.max_skipped",
     "job.timeout_seconds",
+    "job.setup_timeout_seconds",
 )
 
 
@@ -170,8 +171,9 @@ class Job:
 
     ``processes``: how many `python -m train` starts; 0 for one per GPU, or two on a CPU. ``on_nonfinite``: what all
     ranks do together where a loss or gradient is not finite; the batch is skipped or the job stops. ``max_skipped``: so
-    many may be skipped, and one more stops the job. ``timeout_seconds``: how long a rank may stand still before the job
-    ends. ``*_every``: in steps; evaluate_every=0 evaluates at the end only.
+    many may be skipped, and one more stops the job. ``timeout_seconds``: how long the job may stand still before it
+    ends; ``setup_timeout_seconds``: the same before the first step, where data may be fetched. ``*_every``: in steps;
+    evaluate_every=0 evaluates at the end only.
     """
 
     processes: int = 0
@@ -185,6 +187,7 @@ class Job:
     on_nonfinite: str = "skip"
     max_skipped: int = 10
     timeout_seconds: int = 180
+    setup_timeout_seconds: int = 900
 
     def __post_init__(self) -> None:
         _at_least("job.processes", self.processes, 0)
@@ -198,6 +201,7 @@ class Job:
         _one_of("job.on_nonfinite", self.on_nonfinite, ("skip", "stop"))
         _at_least("job.max_skipped", self.max_skipped, 0)
         _at_least("job.timeout_seconds", self.timeout_seconds, 5)
+        _at_least("job.setup_timeout_seconds", self.setup_timeout_seconds, 5)
 
 
 @dataclass(frozen=True)

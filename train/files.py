@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from train import progress
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path`, flush to disk, rename, and flush the folder, which holds the new name."""
@@ -23,6 +25,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
+    progress.tick()  # a checkpoint of many files is no hang
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
