@@ -29,12 +29,26 @@ def environment(fault: str = "") -> dict[str, str]:
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), "TRAIN_FAULT": fault}
 
 
-def start(*arguments: str, fault: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "train", *arguments]
+def start(*arguments: str, fault: str = "", launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """`launcher`: a module and its options that start `python -m train`, in its place. Signals mean what they mean in a
+    terminal, also where the tests run in the background, whose children would ignore SIGINT."""
+    command = [sys.executable, *(("-m", *launcher) if launcher else ()), "-m", "train", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(fault), stdout=pipe, stderr=pipe, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(fault),
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_default_signals,
     )
+
+
+def _default_signals() -> None:
+    for one in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(one, signal.SIG_DFL)
 
 
 def finish(job: subprocess.Popen[str]) -> tuple[int, str]:

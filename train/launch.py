@@ -153,15 +153,25 @@ def world(job: Job) -> Iterator[World]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    store = dist.TCPStore(HERE, int(os.environ["MASTER_PORT"]), is_master=False, timeout=WAIT) if is_own() else None
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=WAIT)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=_store(rank, size), rank=rank, world_size=size, timeout=WAIT
+    )
     try:
         if not on_gpu:
             torch.set_num_threads(max(_cpu_count() // _ranks_on_this_machine(), 1))
         yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    """Where the ranks find each other. torchrun keeps one store over its restarts (torch 2.13), in which a rank would
+    read the addresses of those that are gone."""
+    if is_own():
+        return dist.TCPStore(HERE, int(os.environ["MASTER_PORT"]), is_master=False, timeout=WAIT)
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=WAIT))
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def leave(status: int) -> NoReturn:

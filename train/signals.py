@@ -42,7 +42,7 @@ class Stop:
     def __init__(self) -> None:
         self.request = 0
         self.hurry: Callable[[], None] = lambda: None
-        self._at_once: Callable[[str], None] | None = lambda name: end(f"stopped by {name} before anything was begun")
+        self._at_once: Callable[[str], None] | None = _end_early
         self._asked, self._lock = threading.Event(), threading.Lock()
         self._interrupted = False
 
@@ -114,6 +114,12 @@ def end(line: str | None) -> None:
     if line is not None:
         say(line)
     os._exit(STOPPED)
+
+
+def _end_early(request: str) -> None:
+    """Before this process knows its run."""
+    alone_or_first = os.environ.get("RANK", "0") == "0"
+    end(f"stopped by {request} before the first step of this job" if alone_or_first else None)
 
 
 stop = Stop()  # of this process
