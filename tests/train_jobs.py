@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +47,38 @@ def start(*arguments: str, fault: str = "", launcher: tuple[str, ...] = ()) -> s
         start_new_session=True,
         preexec_fn=_default_signals,
     )
+
+
+def start_in_terminal(*arguments: str) -> tuple[subprocess.Popen[bytes], int]:
+    """The job, in the foreground of a terminal of its own, and the terminal's other end, which does not block."""
+    ours, its = os.openpty()
+
+    def take_over() -> None:
+        _default_signals()
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+
+    job = subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=take_over,
+    )
+    os.close(its)
+    os.set_blocking(ours, False)
+    return job, ours
+
+
+def read_terminal(ours: int) -> str:
+    """What was shown since the last time."""
+    shown = b""
+    with contextlib.suppress(OSError):  # nothing more at the moment, or at all
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    return shown.decode(errors="replace")
 
 
 def _default_signals() -> None:

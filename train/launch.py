@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from train import progress
 from train.config import ConfigError, Job
-from train.signals import LAUNCHER, STOPPED, name_of, say, stop
+from train.signals import INTERRUPTED, LAUNCHER, STOPPED, name_of, say, stop
 
 CPU_PROCESSES = 2
 BAD_REQUEST = 2  # exit status where the configuration, the data or the checkpoint does not allow the job
@@ -87,6 +87,8 @@ def launch(count: int, run: Path, arguments: Sequence[str], lock: TextIO) -> int
         ranks.append(subprocess.Popen(command, env=own, pass_fds=[lock.fileno()]))
     statuses = _follow(ranks)
     failed = {rank: status for rank, status in statuses.items() if status not in (0, STOPPED)}
+    if INTERRUPTED in failed.values():
+        return INTERRUPTED
     if failed:
         return _explain(run, *_first_to_fail(failed))
     if STOPPED not in statuses.values():

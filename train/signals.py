@@ -11,9 +11,11 @@ import contextlib
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any, TextIO, cast
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOPPED = 75  # exit status of a job that was asked to stop: sysexits' EX_TEMPFAIL, "try again later"
@@ -47,8 +49,9 @@ class Stop:
         self._interrupted = False
 
     def listen(self) -> None:
-        """Begin; to be called in the main thread. A signal that the parent had ignored stays ignored: SIGHUP under
-        nohup, SIGINT in a script's background."""
+        """Begin; to be called in the main thread of a process of its own. A signal that the parent had ignored stays
+        ignored: SIGHUP under nohup, SIGINT in a script's background."""
+        sys.stdout, sys.stderr = (cast(TextIO, Unbreakable(stream)) for stream in (sys.stdout, sys.stderr))
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -101,6 +104,25 @@ class Stop:
             self._asked.set()
             if self._at_once is not None:
                 self._at_once(name_of(request))
+
+
+class Unbreakable:
+    """A text stream whose reader or terminal may go away: what can no longer be shown is no reason to lose a run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def say(line: str) -> None:
