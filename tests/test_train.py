@@ -1,5 +1,6 @@
 """The trainer, without processes of its own: configuration, schedules, batches, evaluation, what `auto` means.
-See test_train_checkpoints.py for checkpoints, test_train_runs.py and test_train_failures.py for whole jobs."""
+See test_train_command_line.py for what may be asked for, test_train_checkpoints.py for checkpoints, and
+test_train_runs.py, test_train_stops.py and test_train_failures.py for whole jobs."""
 
 from __future__ import annotations
 
@@ -22,7 +23,6 @@ from train import choices, evaluate, logs
 from train.config import Config, ConfigError, Loss, Optimizer, load
 from train.data import DataError, Pairs, load_pairs
 from train.data.manifest import read_manifest, write_manifest
-from train.main import main
 from train.model import Clip
 from train.samples import Batch, Sampler, all_captions
 from train.tokenizer import PAD_ID, encode, train_tokenizer
@@ -352,27 +352,6 @@ def test_the_backend_is_chosen_once_and_said_with_what_was_passed_over(
 
 
 # --------------------------------------------------------------------------------------------------------- command line
-
-
-def run_main(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    status = main(arguments)
-    return status, capsys.readouterr().err
-
-
-def test_command_line_errors(
-    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run_main(["job.sede=1"], capsys)[0] == 2
-    assert "unknown option of 'job': sede" in run_main(["job.sede=1"], capsys)[1]
-    assert "no config.yaml there" in run_main(["--resume", str(tmp_path)], capsys)[1]
-    assert "leave out --config" in run_main(["--resume", str(tmp_path), "job.seed=1"], capsys)[1]
-    assert "--stop-after 0" in run_main(["--stop-after", "0"], capsys)[1]
-    assert f"the run {tmp_path} exists" in run_main(["--folder", str(tmp_path)], capsys)[1]
-    if not torch.cuda.is_available():
-        assert "torch sees no GPU" in run_main(["--folder", str(tmp_path / "gpu"), "job.device=cuda"], capsys)[1]
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert "give --folder" in run_main([], capsys)[1]
 
 
 def test_evaluate_names_a_missing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,8 +33,10 @@ def environment(fault: str = "") -> dict[str, str]:
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), "TRAIN_FAULT": fault}
 
 
-def start(*arguments: str, fault: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "train", *arguments]
+def start(*arguments: str, fault: str = "", launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """`launcher`: a module and its options that start `python -m train`, in its place. Signals mean what they mean in a
+    terminal, also where the tests run in the background, whose children would ignore SIGINT."""
+    command = [sys.executable, *(("-m", *launcher) if launcher else ()), "-m", "train", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command,
@@ -43,6 +48,38 @@ def start(*arguments: str, fault: str = "") -> subprocess.Popen[str]:
         start_new_session=True,
         preexec_fn=signals.restore,
     )
+
+
+def start_in_terminal(*arguments: str) -> tuple[subprocess.Popen[bytes], int]:
+    """The job, in the foreground of a terminal of its own, and the terminal's other end, which does not block."""
+    ours, its = os.openpty()
+
+    def take_over() -> None:
+        signals.restore()
+        fcntl.ioctl(its, termios.TIOCSCTTY, 0)
+
+    job = subprocess.Popen(
+        [sys.executable, "-m", "train", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        start_new_session=True,
+        preexec_fn=take_over,
+    )
+    os.close(its)
+    os.set_blocking(ours, False)
+    return job, ours
+
+
+def read_terminal(ours: int) -> str:
+    """What was shown since the last time."""
+    shown = b""
+    with contextlib.suppress(OSError):  # nothing more at the moment, or at all
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    return shown.decode(errors="replace")
 
 
 def finish(job: subprocess.Popen[str]) -> tuple[int, str]:

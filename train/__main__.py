@@ -2,10 +2,14 @@
 
 import sys
 
-from train import launch
-from train.main import main
+from train.signals import stop
 
 if __name__ == "__main__":
+    stop.listen()  # before the imports, which take seconds
+
+    from train import launch
+    from train.main import main
+
     status = main()
     if launch.is_launched():
         launch.leave(status)

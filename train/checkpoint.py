@@ -215,6 +215,11 @@ def _why_not_whole(folder: Path) -> str | None:
         return _short(error)
 
 
+def steps_done(run: Path) -> int:
+    """Of the newest checkpoint, whole or not; 0 where there is none."""
+    return int(next(iter(_names(run)), "step-0").removeprefix("step-"))
+
+
 def read_state(folder: Path) -> State:
     """Fields that an earlier version did not know have their defaults.
 

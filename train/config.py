@@ -33,6 +33,7 @@ CHANGEABLE = (
     "job.max_skipped_in_a_row",
     "job.max_skipped_share",
     "job.timeout_seconds",
+    "job.setup_timeout_seconds",
 )
 # Options of earlier versions, and what stands in their place.
 REPLACED = {"job.max_skipped": "job.max_skipped_in_a_row and job.max_skipped_share"}
@@ -180,8 +181,9 @@ class Job:
     ranks do together where a loss or gradient is not finite; the batch is skipped or the job stops.
     ``max_skipped_in_a_row``: so many may be skipped one after another, and ``max_skipped_share`` of the last
     SKIP_WINDOW steps; one more stops the job. ``keep_every``: besides the last ``keep_checkpoints``, the first
-    checkpoint of each so many steps is never removed; 0 for none. ``timeout_seconds``: how long a rank may stand still
-    before the job ends. ``*_every``: in steps; evaluate_every=0 evaluates at the end only.
+    checkpoint of each so many steps is never removed; 0 for none. ``timeout_seconds``: how long the job may stand still
+    before it ends; ``setup_timeout_seconds``: the same before the first step, where data may be fetched. ``*_every``:
+    in steps; evaluate_every=0 evaluates at the end only.
     """
 
     processes: int = 0
@@ -197,6 +199,7 @@ class Job:
     max_skipped_in_a_row: int = 10
     max_skipped_share: float = 0.02
     timeout_seconds: int = 180
+    setup_timeout_seconds: int = 900
 
     def __post_init__(self) -> None:
         _at_least("job.processes", self.processes, 0)
@@ -212,6 +215,7 @@ class Job:
         _at_least("job.max_skipped_in_a_row", self.max_skipped_in_a_row, 0)
         _within("job.max_skipped_share", self.max_skipped_share, 0.0, 1.0)
         _at_least("job.timeout_seconds", self.timeout_seconds, 5)
+        _at_least("job.setup_timeout_seconds", self.setup_timeout_seconds, 5)
 
 
 @dataclass(frozen=True)

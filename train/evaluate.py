@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from train import checkpoint
+from train import checkpoint, progress
 from train.config import Config, ConfigError
 from train.data import DataError, Pairs, SetupError, composite, load_pairs, prepare_emoji
 from train.data.manifest import read_manifest
@@ -65,14 +66,21 @@ class Data:
 @torch.no_grad()
 def embed_images(model: Clip, images: Tensor) -> Tensor:
     """(n, 4, H, W) uint8 RGBA → (n, E) unit rows."""
-    return torch.cat([model(composite(chunk, None), None)[0] for chunk in images.split(CHUNK)])
+    return torch.cat([model(composite(chunk, None), None)[0] for chunk in _watched(images.split(CHUNK))])
 
 
 @torch.no_grad()
 def embed_captions(model: Clip, tokenizer: Tokenizer, captions: list[str]) -> Tensor:
     """(n, E) unit rows."""
     tokens = encode(tokenizer, captions, model.text.positions.shape[0])
-    return torch.cat([model(None, chunk)[1] for chunk in tokens.split(CHUNK)])
+    return torch.cat([model(None, chunk)[1] for chunk in _watched(tokens.split(CHUNK))])
+
+
+def _watched(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The chunks, each of which counts as progress."""
+    for chunk in chunks:
+        progress.tick()
+        yield chunk
 
 
 def describe_groups(train: Pairs) -> list[list[str]]:
@@ -162,11 +170,17 @@ def read_data(config: Config, folder: Path, train: Pairs | None = None) -> Data:
     return Data(splits, describe_groups(train))
 
 
-def evaluate_checkpoint(folder: Path, data: Data) -> dict[str, SplitResult]:
-    """The table of one checkpoint folder."""
+def evaluate_checkpoint(
+    folder: Path, data: Data, before_each: Callable[[], None] = lambda: None
+) -> dict[str, SplitResult]:
+    """The table of one checkpoint folder. `before_each` is called before each split, and may raise to leave."""
     model, tokenizer, _ = checkpoint.read_model(folder)
     groups = prototypes(model, tokenizer, data.groups)
-    return {split: evaluate_split(model, tokenizer, pairs, groups) for split, pairs in data.splits.items()}
+    results = {}
+    for split, pairs in data.splits.items():
+        before_each()
+        results[split] = evaluate_split(model, tokenizer, pairs, groups)
+    return results
 
 
 def table(results: dict[str, SplitResult]) -> str:

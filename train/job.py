@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from train.launch import ElsewhereError, World, on_each, on_first
 from train.model import Clip
 from train.progress import Progress
 from train.samples import Sampler, all_captions
+from train.signals import name_of, stop
 from train.step import StepResult, nonfinite, train_step
 from train.tokenizer import train_tokenizer
 
@@ -53,18 +55,22 @@ class Job:
     fingerprint: fingerprint.Fingerprint
 
 
-def train(config: Config, run: Path, world: World, progress: Progress, stop_after: int | None = None) -> None:
-    """Train to the last step, then evaluate; or train to step `stop_after`."""
+def train(config: Config, run: Path, world: World, progress: Progress, stop_after: int | None = None) -> str | None:
+    """Train to the last step, then evaluate; or train to step `stop_after`. Returns None, or, where a rank was asked to
+    stop, what is left and how to go on; where that is in the evaluation at the end, rank 0 raises StoppedError."""
     began = time.perf_counter()
     job = _set_up(config, run, world, progress, stop_after)
     steps = config.optimizer.steps
     last = min(steps, stop_after or steps)
+    # From here on a request waits for the end of a step. One that ended a rank before this line shows in this exchange.
+    stop.act_at_once(None)
+    _asked_to_stop(job)
     if job.log is not None:
         ready = time.perf_counter() - began
         job.log.say(f"run {run}: {_describe(job)}, steps {job.state.step} to {last}; ready in {ready:.1f} s")
     try:
-        _loop(job, last)
-        if last == steps:
+        stopped = _loop(job, last)
+        if last == steps and stopped is None:
             _finish(job)
         progress.enter(job.state.step, "done")
     finally:
@@ -74,11 +80,13 @@ def train(config: Config, run: Path, world: World, progress: Progress, stop_afte
     job.engine.destroy()
     del job
     gc.collect()
+    return stopped
 
 
 def _set_up(config: Config, run: Path, world: World, progress: Progress, stop_after: int | None) -> Job:
     _quiet()
     pairs, heldout = on_each(world, lambda: _read_data(config, world))
+    progress.tick()
     config, choices = on_first(world, lambda: settle(config, world.size, world.device))
     now = on_first(world, lambda: fingerprint.take(evaluate.data_folder(config), world.device))
     found = on_first(world, lambda: _checkpoint_to_resume(config, run, world, stop_after, now))
@@ -89,6 +97,7 @@ def _set_up(config: Config, run: Path, world: World, progress: Progress, stop_af
         tokenizer, state = on_each(world, lambda: (checkpoint.read_tokenizer(found), checkpoint.read_state(found)))
     length, size = config.model.context_length, config.optimizer.batch_size
     sampler = on_each(world, lambda: Sampler(pairs, tokenizer, length, size, config.job.seed))
+    progress.tick()
     torch.manual_seed(config.job.seed)
     engine = make_engine(Clip(config.model, tokenizer.get_vocab_size(), config.job.precision), config, world)
     if found is not None:
@@ -200,7 +209,8 @@ def make_engine(model: Clip, config: Config, world: World) -> Any:
     return engine
 
 
-def _loop(job: Job, last: int) -> None:
+def _loop(job: Job, last: int) -> str | None:
+    """Up to step `last`, or to the end of the step in which a rank is asked to stop: then the words for it."""
     options = job.config.job
     while job.state.step < last:
         began, step = time.perf_counter(), job.state.step
@@ -216,9 +226,22 @@ def _loop(job: Job, last: int) -> None:
         if options.evaluate_every and (step + 1) % options.evaluate_every == 0:
             job.progress.enter(step, "evaluation")
             _evaluate_on_the_way(job, step)
-        if (step + 1) % options.checkpoint_every == 0 or step + 1 == last:
+        due = (step + 1) % options.checkpoint_every == 0 or step + 1 == last
+        request = _asked_to_stop(job)
+        if due or request:
             job.progress.enter(step, "saving")
             save(job)
+        if request or (due and (request := _asked_to_stop(job))):  # it takes a while to save
+            folder = job.run / checkpoint.FOLDER / checkpoint.name_of(step + 1)
+            return f"stopped by {name_of(request)} after step {step}: {folder}; go on with --resume {job.run}"
+    return None
+
+
+def _asked_to_stop(job: Job) -> int:
+    """The request of any rank (see signals.Stop), the same on all of them; 0 where there is none."""
+    request = torch.tensor([stop.request], device=job.world.device)
+    dist.all_reduce(request, dist.ReduceOp.MAX, group=job.world.group)
+    return int(request)
 
 
 def _check_skipped(job: Job, step: int) -> None:
@@ -337,7 +360,7 @@ def _finish(job: Job) -> None:
     def run() -> None:
         assert job.log is not None and job.heldout is not None
         folder = checkpoint.find(job.run)
-        results = evaluate.evaluate_checkpoint(folder, job.heldout)
+        results = evaluate.evaluate_checkpoint(folder, job.heldout, stop.check)
         job.log.say(f"\n{evaluate.table(results)}\n")  # first, for the disk may be full
         evaluate.write(job.run, folder, results)
         job.log.say(f"{job.run / evaluate.TABLE}, {logs.plot(job.run)}")

@@ -6,24 +6,29 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
-import uuid
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TextIO, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from train import progress
 from train.config import ConfigError, Job
+from train.signals import INTERRUPTED, LAUNCHER, STOPPED, name_of, say, stop
 
 CPU_PROCESSES = 2
 BAD_REQUEST = 2  # exit status where the configuration, the data or the checkpoint does not allow the job
 GRACE_SECONDS = 5  # in which a launcher ends the ranks that only follow another's failure
+LOOK_SECONDS = 0.1  # between two looks at the ranks
+WAIT = timedelta(days=7)  # of a collective: what bounds it is train.progress, which knows whether anybody moves
+HERE = "127.0.0.1"
 T = TypeVar("T")
 
 
@@ -46,55 +51,101 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_own() -> bool:
+    """Whether `launch` did; it holds the run's lock and says what the ranks do not."""
+    return LAUNCHER in os.environ
+
+
 def process_count(job: Job) -> int:
     """How many to start: as asked for, else one per GPU, else two."""
     return job.processes or (torch.cuda.device_count() if _on_gpu(job) else CPU_PROCESSES)
 
 
-def launch(count: int, run: Path, arguments: Sequence[str]) -> int:
-    """Run `python -m train` with `arguments` in `count` processes, as torchrun would; returns the exit status. Where a
-    process dies the others are asked to end, killed 30 s later, and the message names the rank and its step."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher import LaunchConfig, elastic_launch
+def launch(count: int, run: Path, arguments: Sequence[str], lock: TextIO) -> int:
+    """Run `python -m train` with `arguments` in `count` processes; returns the exit status. Where one fails the others
+    are killed, and the message names the rank and its step. Asked to stop, it asks them and waits for their checkpoint.
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(_cpu_count() // count, 1)))
-    settings = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
+    ``lock``: the run's, which every process inherits, so that it holds until the last of them has ended.
+    """
+    stop.act_at_once(None)
     progress.clear(run)
-    try:
-        elastic_launch(settings, sys.executable)("-m", "train", *arguments)
-    except ChildFailedError as error:
-        rank, failure = _first_to_fail(error.failures)
-        if failure.exitcode == BAD_REQUEST:
-            return BAD_REQUEST  # the first rank to find what is wrong has said so
-        how = f"killed by {signal.Signals(-failure.exitcode).name}" if failure.exitcode < 0 else "ended"
-        places = [str(place) for place in progress.read(run)]
-        print(
-            f"error: rank {rank} was the first to fail ({how}, exit status {failure.exitcode}), and the job was ended. "
-            f"Last seen: {'; '.join(places) or 'nothing'}. Go on from the last checkpoint with --resume {run}",
-            file=sys.stderr,
-        )
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0
+    store = dist.TCPStore(HERE, 0, is_master=True, wait_for_workers=False)  # the ranks meet there
+    shared = {
+        "OMP_NUM_THREADS": str(max(_cpu_count() // count, 1)),
+        **os.environ,
+        LAUNCHER: str(os.getpid()),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": HERE,
+        "MASTER_PORT": str(store.port),
+    }
+    command = [sys.executable, "-m", "train", *arguments]
+    ranks: list[subprocess.Popen[bytes]] = []
+    stop.hurry = lambda: _kill(ranks)
+    for rank in map(str, range(count)):
+        own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, env=own, pass_fds=[lock.fileno()]))
+    statuses = _follow(ranks)
+    failed = {rank: status for rank, status in statuses.items() if status not in (0, STOPPED)}
+    if INTERRUPTED in failed.values():
+        return INTERRUPTED
+    if failed:
+        return _explain(run, *_first_to_fail(failed))
+    if STOPPED not in statuses.values():
+        return 0
+    if ranks[0].returncode != STOPPED:  # a rank 0 that says so itself has that status
+        say(stopped_early(run, name_of(stop.request or signal.SIGTERM)))
+    return STOPPED
 
 
-def _first_to_fail(failures: dict[int, Any]) -> tuple[int, Any]:
-    """The rank whose failure the others followed. One that a signal killed comes before those that noticed and ended,
-    often within one look of the launcher, whose own signal to the rest does not count."""
+def stopped_early(run: Path, request: str) -> str:
+    """The line of a job that was asked to stop before its first step."""
+    return f"stopped by {request} before the first step of this job; go on with --resume {run}"
 
-    def order(entry: tuple[int, Any]) -> tuple[bool, int]:
-        _, failure = entry
-        killed = failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM
-        return not killed, failure.timestamp
 
-    return min(failures.items(), key=order)
+def _follow(ranks: list[subprocess.Popen[bytes]]) -> dict[int, int]:
+    """The exit statuses of the ranks once all have ended, or of those that ended by themselves up to the first failure,
+    after which the others are killed: they may wait for the lost one for ever."""
+    statuses: dict[int, int] = {}
+    asked = False
+    while len(statuses) < len(ranks) and not any(status not in (0, STOPPED) for status in statuses.values()):
+        if not asked and (stop.request or STOPPED in statuses.values()):
+            asked = True
+            for process in ranks:  # never by SIGINT: a terminal's reaches them too, and a second one ends them at once
+                process.terminate()
+        time.sleep(LOOK_SECONDS)
+        for rank, process in enumerate(ranks):
+            status = process.poll()
+            if status is not None:  # asked before it could listen, it is ended by the signal itself
+                statuses[rank] = STOPPED if asked and status == -signal.SIGTERM else status
+    _kill(ranks)
+    return statuses
+
+
+def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+    for process in ranks:
+        process.kill()
+    for process in ranks:
+        process.wait()
+
+
+def _explain(run: Path, rank: int, status: int) -> int:
+    """Say which rank failed, unless it has said all itself; returns the exit status of the job."""
+    if status == BAD_REQUEST:
+        return BAD_REQUEST
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else "ended"
+    places = [str(place) for place in progress.read(run)]
+    say(
+        f"error: rank {rank} was the first to fail ({how}, exit status {status}), and the job was ended. "
+        f"Last seen: {'; '.join(places) or 'nothing'}. Go on from the last checkpoint with --resume {run}"
+    )
+    return status if status > 0 else 1
+
+
+def _first_to_fail(statuses: dict[int, int]) -> tuple[int, int]:
+    """The rank whose failure the others followed, of those that ended within one look, and its exit status: one that a
+    signal killed comes before those that noticed and ended."""
+    return min(statuses.items(), key=lambda entry: (entry[1] >= 0, entry[0]))
 
 
 @contextmanager
@@ -104,13 +155,25 @@ def world(job: Job) -> Iterator[World]:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=job.timeout_seconds))
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=_store(rank, size), rank=rank, world_size=size, timeout=WAIT
+    )
     try:
         if not on_gpu:
             torch.set_num_threads(max(_cpu_count() // _ranks_on_this_machine(), 1))
         yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    """Where the ranks find each other. torchrun keeps one store over its restarts (torch 2.13), in which a rank would
+    read the addresses of those that are gone."""
+    if is_own():
+        return dist.TCPStore(HERE, int(os.environ["MASTER_PORT"]), is_master=False, timeout=WAIT)
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=WAIT))
+    return dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def leave(status: int) -> NoReturn:
@@ -121,6 +184,11 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def is_lost_contact(error: Exception) -> bool:
+    """Whether a collective failed because another rank is gone. Gloo has no error class of its own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 def on_first(world: World, act: Callable[[], T]) -> T:

@@ -6,19 +6,21 @@ import argparse
 import itertools
 import os
 import sys
-import time
 import traceback
 from pathlib import Path
+from typing import TextIO
 
-from train import checkpoint, config, launch
+from train import checkpoint, config, launch, lock, progress
 from train.config import Config, ConfigError
 from train.data import DataError, SetupError
 from train.files import explain, write_atomically
-from train.progress import Progress
+from train.signals import STOPPED, StoppedError, end, name_of, say, stop
 
 RUNS = Path("runs")
 CONFIG_FILE = "config.yaml"
-USER_ERRORS = (ConfigError, checkpoint.CheckpointError, DataError, SetupError)
+AUTO = "auto"
+AUTO_PATIENCE = 15.0  # seconds for the ranks of a job whose launcher was killed; they end within 10
+USER_ERRORS = (ConfigError, checkpoint.CheckpointError, DataError, SetupError, lock.LockedError)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -32,12 +34,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--folder", type=Path, help="the new run's folder (default: runs/<configuration's name>-<number>)"
     )
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a stopped run, with its configuration")
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="go on with a stopped run, with its configuration; `auto`: with that of --folder where it exists, else a "
+        "new one",
+    )
     parser.add_argument(
         "--stop-after", type=int, metavar="STEPS", help="stop, with a checkpoint, once so many are done"
     )
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,12 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
         settings, run = _prepared(options)
         if launch.is_launched():
             return _ranked(settings, run, options)
-        if options.resume is None:
-            _create(run, settings)
         count = launch.process_count(settings.job)
+        lock = _take(settings, run, options)
         # The run's folder carries the configuration, so that every process reads one and the same.
-        stop = [] if options.stop_after is None else ["--stop-after", str(options.stop_after)]
-        return launch.launch(count, run, ["--resume", str(run), *stop])
+        stop_after = [] if options.stop_after is None else ["--stop-after", str(options.stop_after)]
+        return launch.launch(count, run, ["--resume", str(run), *stop_after], lock)
     except (*USER_ERRORS, OSError) as error:
         _say(error)
         return launch.BAD_REQUEST
@@ -62,13 +68,23 @@ def _prepared(options: argparse.Namespace) -> tuple[Config, Path]:
     """The configuration and folder that the command line asks for."""
     if options.stop_after is not None and options.stop_after < 1:
         raise ConfigError(f"--stop-after {options.stop_after}: allowed: 1 or more")
+    if options.resume == AUTO:
+        if options.folder is None:
+            raise ConfigError("--resume auto: give --folder, the run's folder, which is made where it does not exist")
+        settings, run = config.load(options.config, options.overrides), options.folder
+        if (run / CONFIG_FILE).exists():
+            _check_changes(run, config.load(run / CONFIG_FILE), settings)
+        return settings, run
     if options.resume is not None:
-        if options.overrides or options.config or options.folder:
-            raise ConfigError("--resume takes the run's own configuration; leave out --config, --folder and overrides")
-        file = options.resume / CONFIG_FILE
+        if options.config or options.folder:
+            raise ConfigError("--resume takes the run's own configuration and folder; leave out --config and --folder")
+        run = Path(options.resume)
+        file = run / CONFIG_FILE
         if not file.exists():
-            raise ConfigError(f"--resume {options.resume}: no {CONFIG_FILE} there; give the folder of a run")
-        return config.load(file), options.resume
+            raise ConfigError(f"--resume {run}: no {CONFIG_FILE} there; give the folder of a run")
+        settings = config.load(file, options.overrides)
+        _check_changes(run, config.load(file), settings)
+        return settings, run
     settings = config.load(options.config, options.overrides)
     if options.folder is not None:
         return settings, options.folder
@@ -78,50 +94,96 @@ def _prepared(options: argparse.Namespace) -> tuple[Config, Path]:
     return settings, next(path for i in itertools.count(1) if not (path := RUNS / f"{stem}-{i}").exists())
 
 
-def _create(run: Path, settings: Config) -> None:
-    """A new run's folder with its configuration; never an old one's."""
+def _check_changes(run: Path, before: Config, after: Config) -> None:
+    """Raises ConfigError where the run cannot go on with `after` instead of `before`."""
+    fixed = {name: pair for name, pair in config.changes(before, after).items() if name not in config.CHANGEABLE}
+    if fixed:
+        named = ", ".join(f"{name} (the run's: {then}, asked for: {now})" for name, (then, now) in fixed.items())
+        raise ConfigError(
+            f"the run {run} cannot go on with another {named}; allowed: {', '.join(config.CHANGEABLE)}. Leave it out, "
+            "or start a new run with another --folder"
+        )
+    done = checkpoint.steps_done(run)
+    if after.optimizer.steps < done:
+        raise ConfigError(
+            f"optimizer.steps={after.optimizer.steps}, but the run {run} has done {done} steps; allowed: that or more"
+        )
+
+
+def _take(settings: Config, run: Path, options: argparse.Namespace) -> TextIO:
+    """Make the run, or bring its configuration up to date, and hold its lock, which is returned."""
+    if options.resume is None or not (run / CONFIG_FILE).exists():
+        _create(run, settings, exist_ok=options.resume == AUTO)
+    held = lock.hold(run, AUTO_PATIENCE if options.resume == AUTO else 0.0)
+    if config.load(run / CONFIG_FILE) != settings:
+        write_atomically(run / CONFIG_FILE, settings.to_yaml().encode())
+    return held
+
+
+def _create(run: Path, settings: Config, exist_ok: bool) -> None:
+    """A new run's folder with its configuration; never an old one's. `exist_ok`: one without a configuration will do,
+    which a job left that ended too early."""
     try:
-        run.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=exist_ok)
     except FileExistsError as error:
         raise ConfigError(f"the run {run} exists; go on with --resume {run}, or choose another --folder") from error
+    except OSError as error:
+        raise ConfigError(f"the run {run} cannot be made ({error.strerror}); choose another --folder") from error
     write_atomically(run / CONFIG_FILE, settings.to_yaml().encode())
 
 
 def _ranked(settings: Config, run: Path, options: argparse.Namespace) -> int:
     """One process of the job."""
-    with launch.world(settings.job) as world:
-        # DeepSpeed takes seconds to import, which the launching process does without. It picks its device by this name.
-        os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-        from train.job import train
+    rank = int(os.environ["RANK"])
+    stop.act_at_once(lambda name: end(launch.stopped_early(run, name) if rank == 0 else None))
+    watch = progress.begin(run, rank, settings.job)
+    stopped: str | None = None
+    try:
+        # Held until the process ends. What the command line changes is written before the others can go on.
+        held = _take(settings, run, options) if rank == 0 and not launch.is_own() else None
+        with launch.world(settings.job) as world:
+            # DeepSpeed takes seconds to import, which the launching process does without. It picks its device by this.
+            os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+            from train.job import train
 
-        progress: Progress | None = None
-        try:
-            if options.resume is None:
-                launch.on_first(world, lambda: _create(run, settings))
-            progress = Progress(run, world.rank, settings.job.timeout_seconds)
-            train(settings, run, world, progress, options.stop_after)
-            progress.close()
-        except Exception as error:
-            launch.leave(_failed(error, progress))  # an orderly end would wait for ranks that may be gone
-    return 0
+            try:
+                stopped = train(settings, run, world, watch, options.stop_after)
+                watch.close()
+            except Exception as error:
+                launch.leave(_failed(error, run, watch))  # an orderly end would wait for ranks that may be gone
+    except Exception as error:
+        launch.leave(_failed(error, run, watch))
+    if stopped is None:
+        return 0
+    if rank == 0:
+        say(stopped)
+    del held
+    return STOPPED
 
 
-def _failed(error: Exception, progress: Progress | None) -> int:
+def _failed(error: Exception, run: Path, watch: progress.Progress) -> int:
     """Say what ended this rank, unless another rank says it; returns the exit status."""
+    if isinstance(error, StoppedError):
+        say(f"stopped by {error} in the evaluation at the end; all steps are done and kept; go on with --resume {run}")
+        return STOPPED
     if isinstance(error, launch.ElsewhereError):
-        # The launcher ends this rank, and calls the other one the first to fail.
-        time.sleep(launch.GRACE_SECONDS)
-        return 1
+        # The launcher ends this rank, and calls the other one the first to fail; or asks it to stop like the other.
+        return STOPPED if stop.wait(launch.GRACE_SECONDS) else 1
     if isinstance(error, USER_ERRORS):
         _say(error)
         return launch.BAD_REQUEST
-    known = isinstance(error, (checkpoint.RunError, OSError))  # not faults of the code, which its lines would explain
-    if not known:
-        traceback.print_exc()
-    if progress is not None:
-        progress.fail(_words(error) if known else f"{type(error).__name__}: {error}")
-    elif known:
-        _say(error)
+    if launch.is_lost_contact(error):
+        if watch.phase == progress.SET_UP and stop.wait(launch.GRACE_SECONDS):  # another was asked a moment before
+            if watch.rank == 0:
+                say(launch.stopped_early(run, name_of(stop.request)))
+            return STOPPED
+        watch.fail(f"lost contact with another rank ({str(error).splitlines()[0]})")
+        return 1
+    if isinstance(error, (checkpoint.RunError, OSError)):  # not faults of the code, which its lines would explain
+        watch.fail(_words(error))
+        return 1
+    traceback.print_exc()
+    watch.fail(f"{type(error).__name__}: {error}")
     return 1
 
 

@@ -4,11 +4,13 @@ of train_jobs.start(fault=...) find this one, and TRAIN_FAULT names what to brea
 from __future__ import annotations
 
 import os
+import signal
 import time
 from typing import Any
 
 RANK = os.environ.get("RANK")
 STUCK_SECONDS = 90.0
+SLOW_SECONDS = 1.2
 
 
 def bad_data_on_rank_1() -> None:
@@ -108,6 +110,53 @@ def stuck_evaluation() -> None:
     from train import evaluate
 
     evaluate.retrieve = lambda *_: time.sleep(STUCK_SECONDS)  # type: ignore[assignment, misc]
+
+
+def stuck_set_up() -> None:
+    """Rank 1 stands still while it reads the data."""
+    from train import data
+
+    real = data.load_pairs
+
+    def load_pairs(*arguments: Any, **options: Any) -> Any:
+        if RANK == "1":
+            time.sleep(STUCK_SECONDS)
+        return real(*arguments, **options)
+
+    data.load_pairs = load_pairs
+
+
+def slow_evaluation_and_saving() -> None:
+    """Each of an evaluation's many chunks and each of a checkpoint's files takes its time."""
+    from train import checkpoint, evaluate
+
+    composite, sync_file = evaluate.composite, checkpoint.sync_file
+
+    def slow_composite(*arguments: Any) -> Any:
+        time.sleep(SLOW_SECONDS)
+        return composite(*arguments)
+
+    def slow_sync_file(path: Any) -> None:
+        time.sleep(SLOW_SECONDS)
+        sync_file(path)
+
+    evaluate.CHUNK = 8
+    evaluate.composite = slow_composite
+    checkpoint.sync_file = slow_sync_file
+
+
+def rank_1_killed_once() -> None:
+    """At step 5 of the first of several starts under torchrun."""
+    from train.samples import Sampler
+
+    real = Sampler.share
+
+    def share(self: Sampler, step: int, rank: int, *others: Any) -> Any:
+        if rank == 1 and step == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, step, rank, *others)
+
+    Sampler.share = share  # type: ignore[method-assign]
 
 
 if RANK is not None:
