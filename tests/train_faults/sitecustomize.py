@@ -4,6 +4,7 @@ of train_jobs.start(fault=...) find this one, and TRAIN_FAULT names what to brea
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import Any
 
@@ -45,6 +46,36 @@ def nan_on_rank_1() -> None:
         if rank == 1 and step in (1, 2, 4):
             batch.images[0, 0, 0, 0] = float("nan")
         return batch
+
+    Sampler.share = share  # type: ignore[method-assign]
+
+
+def one_share_for_all() -> None:
+    from train.samples import Sampler
+
+    real = Sampler.share
+    Sampler.share = lambda self, step, rank, *others: real(self, step, 0, *others)  # type: ignore[method-assign]
+
+
+def forgotten_moments() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed import DeepSpeedEngine
+
+    real = DeepSpeedEngine.load_checkpoint
+    DeepSpeedEngine.load_checkpoint = lambda *given, **named: real(*given, **named, load_optimizer_states=False)
+
+
+def leaks() -> None:
+    """A handle and 20 kB a step, and a thread every tenth."""
+    from train.samples import Sampler
+
+    real, kept = Sampler.share, []
+
+    def share(self: Sampler, step: int, *others: Any) -> Any:
+        kept.append((os.open(os.devnull, os.O_RDONLY), b"x" * 20_000))
+        if step % 10 == 0:
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+        return real(self, step, *others)
 
     Sampler.share = share  # type: ignore[method-assign]
 
