@@ -79,7 +79,7 @@ def initial_parameters(run: Path) -> dict[str, Tensor]:
 
 
 def disagreement(run: Path, other: Path) -> dict[str, float]:
-    """The largest relative difference of what both logged, and that of the parameters in relation to the way they went."""
+    """The largest relative difference of what both logged, and the parameters' in relation to the way they went."""
     rows = list(zip(training_rows(run), training_rows(other), strict=True))
     logged = {
         name: max(abs(one[name] - two[name]) / max(abs(two[name]), 1e-12) for one, two in rows) for name in rows[0][0]
@@ -89,14 +89,15 @@ def disagreement(run: Path, other: Path) -> dict[str, float]:
     return {**logged, "parameters": apart / sum(float((theirs[name] - first[name]).abs().sum()) for name in first)}
 
 
-# What rounding does in 8 steps of float32: sums over 16 pairs in another order differ by some 1e-7, and Adam makes an
-# entry of that size as large a step as of any other, which then is in the next loss and gradient.
-CLOSE = {"loss": 1e-5, "scale": 1e-5, "grad_norm": 1e-3, "parameters": 0.01}
+# What rounding does in 8 steps of float32. Sums in another order differ by some 1e-7 of their terms, and Adam divides a
+# gradient by its size: an entry that is all rounding moves its parameter as far as any other. Measured: 6e-7 of a loss,
+# 2e-6 of a gradient's norm, 3e-4 of the parameters' way.
+CLOSE = {"loss": 1e-5, "scale": 1e-5, "grad_norm": 1e-4, "parameters": 0.005}
 
 
 def exceeded(found: dict[str, float]) -> dict[str, float]:
-    """The disagreements that rounding does not explain. What is not in CLOSE (α, learning rate, R@1, skipped steps) must
-    be the same."""
+    """The disagreements that rounding does not explain. What is not in CLOSE must be the same: α, learning
+    rate, R@1, skipped steps."""
     return {name: value for name, value in found.items() if not value <= CLOSE.get(name, 0.0)}
 
 
@@ -147,7 +148,7 @@ def test_another_number_of_processes_is_refused_clearly(job: Job, tmp_path: Path
 
 
 def killed_and_resumed(folder: Path, data: Path, fault: str = "", **given: object) -> tuple[Path, int]:
-    """A run whose rank 1 was killed, and which then went on to its end, with `fault`; and the step from which it did."""
+    """A run whose rank 1 was killed and which then went on to its end, with `fault`; and the step it did so from."""
     file = configuration(folder, data, **options(**given))  # type: ignore[arg-type]
     run = folder / "run"
     job = start("--config", str(file), "--folder", str(run))

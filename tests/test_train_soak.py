@@ -61,7 +61,7 @@ def watch(job: subprocess.Popen[str], run: Path) -> dict[int, list[Holdings]]:
 
 
 def growth(seen: list[Holdings], steps: int) -> dict[str, float]:
-    """From the early window of the run's steps to the late one: medians, for an evaluation holds more while it lasts."""
+    """From the early window of the run's steps to the late. Medians, for an evaluation holds more while it lasts."""
 
     def typical(name: str, window: tuple[float, float]) -> float:
         return median(getattr(one, name) for one in seen if window[0] * steps <= one.step < window[1] * steps)
@@ -82,7 +82,7 @@ def soak(data: Path, folder: Path, steps: int, fault: str = "") -> dict[int, dic
 
 
 # Measured over the 1,100 steps between the windows' middles: 0.35 kB a step on rank 0, which logs and evaluates, and
-# neither a handle nor a thread. The bound on memory leaves room for an allocator on a machine with other work, and makes
+# neither a handle nor a thread. The bound on memory leaves room for an allocator on a machine with other work; it makes
 # 2 MB of the default run of 420 steps.
 ALLOWED_BYTES_PER_STEP = 5_000
 
