@@ -129,6 +129,24 @@ def test_ranks_that_train_on_one_share_are_found_out(job: Job, data: Path, tmp_p
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("processes", "micro_batches", "message"),
+    (
+        (3, 1, "optimizer.batch_size=16; allowed: a multiple of the 3 processes"),
+        (4, 5, "optimizer.micro_batches=5; allowed: at most 4, a process's share"),
+    ),
+)
+def test_shares_that_would_be_uneven_or_empty_are_refused_before_the_first_step(
+    data: Path, tmp_path: Path, processes: int, micro_batches: int, message: str
+) -> None:
+    file = configuration(tmp_path, data, **options(processes=processes, micro_batches=micro_batches))  # type: ignore[arg-type]
+    status, said = finish(start("--config", str(file), "--folder", str(tmp_path / "run")))
+    assert status == 2
+    assert said.count(message) == 1, said
+    assert "Traceback" not in said
+
+
+@pytest.mark.long
 @pytest.mark.parametrize(("before", "now"), ((2, 4), (4, 2)))
 def test_another_number_of_processes_is_refused_clearly(job: Job, tmp_path: Path, before: int, now: int) -> None:
     written = job(processes=before)
