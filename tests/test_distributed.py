@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -283,13 +284,30 @@ def test_any_members_of_the_world(pool, plan):
         torch.testing.assert_close(result.dy, exact.dy)
 
 
-def soft_pairs(group, seed, step, n):
-    return ProgressiveSelfDistillation(schedules.Constant(0.4), seed).at(step, n).target.alpha.tolist()
+def partitions(group, seed, steps, calls, n):
+    """Hashes of the partitions that all ranks drew, by step, in every of `calls` accumulation calls of a step. Between
+    them every rank draws other random numbers."""
+    psd, found = ProgressiveSelfDistillation(schedules.Constant(0.4), seed), []
+    torch.manual_seed(dist.get_rank(group))
+    for step in steps:
+        hashes = []
+        for _ in range(calls):
+            np.random.seed(torch.randint(2**31, ()).item())  # noqa: NPY002 (the global generator is meant)
+            alpha = psd.at(step, n).target.alpha
+            assert alpha.sum() == round(0.4 * n)
+            hashes.append(hashlib.sha256(alpha.numpy().tobytes()).hexdigest())
+        gathered = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, hashes, group=group)
+        found.append({one for hashes in gathered for one in hashes})
+    return found
 
 
-def test_every_rank_draws_one_partition(pool):
-    first, *others = pool.run(soft_pairs, 3, 17, 512)
-    assert sum(first) == round(0.4 * 512) and all(other == first for other in others)
+def test_every_rank_draws_one_partition_in_every_accumulation_call(pool):
+    steps = (0, 17, 18)
+    first, *others = pool.run(partitions, 3, steps, 4, 512)
+    assert all(len(hashes) == 1 for hashes in first) and all(other == first for other in others)
+    assert len(set.union(*first)) == len(steps), "every step has one of its own"
+    assert set.union(*pool.run(partitions, 4, steps, 1, 512)[0]).isdisjoint(set.union(*first)), "and so has every seed"
 
 
 def test_one_rank_needs_no_exchange(pool):

@@ -27,12 +27,12 @@ def picture(concept: int, vendor: str) -> bytes:
     return buffer.getvalue()
 
 
-def make_data(folder: Path) -> Path:
-    """CONCEPTS seen concepts and 10 unseen ones, in all four splits."""
+def make_data(folder: Path, concepts: int = CONCEPTS) -> Path:
+    """`concepts` seen concepts and 10 unseen ones, in all four splits."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = {}
     for split, vendors in VENDORS.items():
-        ids = range(CONCEPTS, CONCEPTS + 10) if split == "concepts" else range(CONCEPTS)
+        ids = range(concepts, concepts + 10) if split == "concepts" else range(concepts)
         samples = [
             (
                 f"{split}-{concept}-{vendor}",

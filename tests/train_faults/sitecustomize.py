@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from typing import Any
 
@@ -89,6 +90,36 @@ def full_disk() -> None:
 
     logs.Log.row = full_row  # type: ignore[method-assign]
     engine_files.write = full_write
+
+
+def one_share_for_all() -> None:
+    from train.samples import Sampler
+
+    real = Sampler.share
+    Sampler.share = lambda self, step, rank, *others: real(self, step, 0, *others)  # type: ignore[method-assign]
+
+
+def forgotten_moments() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed import DeepSpeedEngine
+
+    real = DeepSpeedEngine.load_checkpoint
+    DeepSpeedEngine.load_checkpoint = lambda *given, **named: real(*given, **named, load_optimizer_states=False)
+
+
+def leaks() -> None:
+    """A handle and 20 kB a step, and a thread every tenth."""
+    from train.samples import Sampler
+
+    real, kept = Sampler.share, []
+
+    def share(self: Sampler, step: int, *others: Any) -> Any:
+        kept.append((os.open(os.devnull, os.O_RDONLY), b"x" * 20_000))
+        if step % 10 == 0:
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+        return real(self, step, *others)
+
+    Sampler.share = share  # type: ignore[method-assign]
 
 
 def stuck_saving() -> None:
