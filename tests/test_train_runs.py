@@ -28,7 +28,7 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
+    return make_data(tmp_path_factory.mktemp("data"), without_caption=1)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,9 @@ def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     job = start("--config", str(configuration(folder, data)), "--folder", str(folder / "run"))
     status, said = finish(job)
     assert status == 0, said
-    assert "| held-out drawings | 40 | 40 |" in said
+    assert "| held-out drawings | 39 | 39 |" in said
+    assert "79 pairs (bad samples left out: 1 (empty_caption 1)), 2 × cpu" in said
+    assert "bad_samples=1" in said, "in the bar"
     assert re.search(r"2 × cpu, ZeRO-1, (bf16|fp32) \(auto\), backend \w+ .*, steps 0 to 24; ready in", said), said
     return folder / "run"
 
@@ -50,6 +52,10 @@ def test_a_run_leaves_all_it_promises(whole_run: Path, data: Path) -> None:
     schedule = Config.from_dict(tiny(data)).loss.alpha()
     assert [row["alpha"] for row in steps] == [schedule(step) for step in range(STEPS)]
     assert all(row["grad_norm"] > 0 and row["samples_per_second"] > 0 and row["skipped"] == 0 for row in steps)
+    assert all(row["bad_samples"] == 1 for row in steps)
+    table, figures = ((whole_run / name).read_text() for name in (evaluate.TABLE, evaluate.FIGURES))
+    assert "Bad samples left out: train: 1 (empty_caption 1); held-out drawings: 1 (empty_caption 1); " in table
+    assert json.loads(figures)["left_out"]["vendor"] == {"empty_caption": 1}
     assert [row["step"] for row in rows if "heldout_r1_image_to_text" in row] == [5, 11, 17, 23]
     assert (whole_run / logs.PLOT).read_bytes().startswith(b"\x89PNG")
     assert list((whole_run / logs.EVENTS).iterdir())

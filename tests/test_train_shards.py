@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import pytest
 from PIL import Image, ImageFile
 
 from train.data import DataError, load_pairs
-from train.data.manifest import Manifest, Shard, write_manifest
+from train.data.manifest import Manifest, Shard, read_manifest, write_manifest
+from train.files import sha256_of
+from train.tokenizer import END, PAD, PAD_ID, START, encode, train_tokenizer
 
 SIZE = 16
 
@@ -93,6 +98,13 @@ HOSTILE = {
     "empty caption in json": (tar_of(GOOD + sample("x", json=RECORD % (b'["a", ""]', b"1", b"food"))), "empty_caption"),
     "long caption": (tar_of(GOOD + sample("x", txt=b"a" * 5000)), "caption_too_long"),
     "broken text": (tar_of(GOOD + sample("x", txt=b"\xff\xfe")), "broken_text"),
+    "megabyte of caption": (tar_of(GOOD + sample("x", txt=b"a" * 2**20)), "caption_too_long"),
+    "nothing but control characters": (tar_of(GOOD + sample("x", txt=b"\0\x1b\x07\xef\xbb\xbf")), "empty_caption"),
+    "surrogate": (tar_of(GOOD + sample("x", json=RECORD % (rb'["a\ud800"]', b"1", b"food"))), "broken_text"),
+    "surrogate as vendor": (
+        tar_of(GOOD + sample("x", json=rb'{"captions": ["a"], "concept": 1, "group": "food", "vendor": "\udfff"}')),
+        "broken_json",
+    ),
     "broken json": (tar_of(GOOD + sample("x", json=b"{")), "broken_json"),
     "deep json": (tar_of(GOOD + sample("x", json=b"[" * 100000)), "broken_json"),
     "huge concept": (tar_of(GOOD + sample("x", json=RECORD % (b'["a"]', b"9" * 30, b"food"))), "broken_json"),
@@ -116,6 +128,75 @@ def test_corrupt_sample_is_skipped_counted_and_capped(tmp_path: Path, case: str)
     assert pairs.captions[0] == ("good0", "a drawing of good0")
     with pytest.raises(DataError, match=f"{reason}.*raise max_bad_fraction"):
         load_pairs(folder, "train", max_bad_fraction=0.19)
+
+
+def test_captions_are_cleaned_by_rule(tmp_path: Path) -> None:
+    """Text of the world, from the shard to the tokens."""
+    dirty = "\ufeffa\0 \u202ered\u202c\tcat \u200d [PAD] [END]\r\n"
+    record = {"captions": [dirty], "concept": 1, "group": "food", "vendor": "noto"}
+    shard = tar_of(sample("x", txt=dirty.encode(), json=json.dumps(record).encode()))
+    pairs = load_pairs(folder_with(tmp_path, shard, 1), "train")
+    assert pairs.captions == [("a red cat \u200d [PAD] [END]",)]
+    assert not pairs.bad
+    tokenizer = train_tokenizer(["a red cat", "pad end"], 300)
+    special = {tokenizer.token_to_id(token) for token in (PAD, START, END)}
+    tokens = encode(tokenizer, pairs.captions[0], 40)[0].tolist()
+    length = tokens.index(PAD_ID)
+    assert length > 20
+    assert tokens[0] == tokenizer.token_to_id(START) and tokens[length - 1] == tokenizer.token_to_id(END)
+    assert not special & set(tokens[1 : length - 1]), "the text of a special token is text"
+    assert tokens[length:] == [PAD_ID] * (40 - length)
+
+
+def test_a_name_that_no_log_can_hold_is_unsafe(tmp_path: Path) -> None:
+    pairs = load_pairs(folder_with(tmp_path, tar_of(GOOD + sample("bad\nname"))), "train", max_bad_fraction=0.8)
+    assert pairs.bad == {"unsafe_member": 3, "truncated_tar": 1}
+
+
+def test_a_shard_is_what_its_manifest_describes(tmp_path: Path) -> None:
+    """Of any folder, a user's own too."""
+    folder = folder_with(tmp_path, tar_of(GOOD), 4)
+    shard = next(folder.glob("*.tar"))
+    manifest = read_manifest(folder)
+    described = Shard(shard.name, 4, sha256_of(shard))
+    write_manifest(folder, replace(manifest, shards={"train": (described,)}))
+    assert len(load_pairs(folder, "train")) == 4
+    whole = shard.read_bytes()
+    shard.write_bytes(whole + b"\0" * 512)
+    with pytest.raises(
+        DataError, match=rf"the shard .*{shard.name} is not .* \(SHA-256 \w+, there {described.sha256}\)"
+    ):
+        load_pairs(folder, "train")
+    shard.unlink()
+    with pytest.raises(DataError, match="lacks the shard"):
+        load_pairs(folder, "train")
+    os.mkfifo(shard)  # reading it would wait for ever
+    with pytest.raises(DataError, match=r"is no file; allowed: a plain tar file"):
+        load_pairs(folder, "train")
+
+
+def test_what_is_no_folder_of_data_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "odd" / "manifest.json").mkdir(parents=True)
+    for folder in (file, tmp_path / "odd"):
+        with pytest.raises(DataError, match=r"manifest\.json cannot be read \(.*give a folder that"):
+            load_pairs(folder, "train")
+    with pytest.raises(DataError, match=r"holds no manifest\.json"):
+        load_pairs(tmp_path / "none", "train")
+
+
+def test_no_message_advises_to_delete_data() -> None:
+    """Of all that the trainer says: its strings, docstrings aside."""
+    advice = re.compile(r"\b(delete|rm -r|wipe|erase)\b|remove the (data|folder|shard|cache)", re.IGNORECASE)
+    found = []
+    for path in sorted((Path(__file__).parent.parent / "train").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        spoken = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in spoken:
+                found += [f"{path.name}: {node.value}"] if advice.search(node.value) else []
+    assert not found
 
 
 @pytest.mark.parametrize("data", (png_bomb(60000), jpeg_bomb(60000), jpeg_bomb(2000)), ids=("png", "jpeg", "2000"))

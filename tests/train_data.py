@@ -27,8 +27,9 @@ def picture(concept: int, vendor: str) -> bytes:
     return buffer.getvalue()
 
 
-def make_data(folder: Path, concepts: int = CONCEPTS) -> Path:
-    """`concepts` seen concepts and 10 unseen ones, in all four splits."""
+def make_data(folder: Path, concepts: int = CONCEPTS, without_caption: int = 0) -> Path:
+    """`concepts` seen concepts and 10 unseen ones, in all four splits; the captions of the first `without_caption`
+    samples of each are empty."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = {}
     for split, vendors in VENDORS.items():
@@ -48,6 +49,8 @@ def make_data(folder: Path, concepts: int = CONCEPTS) -> Path:
             for concept in ids
             for vendor in vendors
         ]
+        for _, _, record in samples[:without_caption]:
+            record["captions"] = [""]
         shards[split] = (write_shard(folder / f"{split}-000000.tar", samples),)
     write_manifest(folder, Manifest(SIZE, 0, {}, GROUPS, shards, {}, {}, "none"))
     return folder
@@ -56,7 +59,7 @@ def make_data(folder: Path, concepts: int = CONCEPTS) -> Path:
 def tiny(folder: Path, **job: Any) -> dict[str, dict[str, Any]]:
     """The sections of a configuration that trains on `make_data` in well under a second a step."""
     return {
-        "data": {"folder": str(folder), "image_size": SIZE},
+        "data": {"folder": str(folder), "image_size": SIZE, "max_bad_fraction": 0.1},
         "model": {
             "embed_dim": 16,
             "image_widths": [8, 16],

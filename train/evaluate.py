@@ -21,7 +21,7 @@ from torch import Tensor
 
 from train import checkpoint, progress
 from train.config import Config, ConfigError
-from train.data import DataError, Pairs, SetupError, composite, load_pairs, prepare_emoji
+from train.data import DataError, Pairs, SetupError, composite, describe_bad, load_pairs, prepare_emoji
 from train.data.manifest import read_manifest
 from train.files import explain, write_atomically
 from train.fingerprint import SHORT, of_data
@@ -57,10 +57,12 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class Data:
-    """The held-out splits by name, and each group in words (see describe_groups)."""
+    """The held-out splits by name, each group in words (see describe_groups), and the bad samples that were left out of
+    each split and of ``train``, by reason."""
 
     splits: dict[str, Pairs]
     groups: list[list[str]]
+    left_out: dict[str, dict[str, int]]
 
 
 @torch.no_grad()
@@ -167,7 +169,8 @@ def read_data(config: Config, folder: Path, train: Pairs | None = None) -> Data:
     splits = {split: load_pairs(folder, split, max_bad_fraction=limit) for split in SPLITS}
     if train is None or train.corrupted.any():  # corrupted captions do not describe the groups of their pictures
         train = load_pairs(folder, "train", max_bad_fraction=limit)
-    return Data(splits, describe_groups(train))
+    left_out = {"train": train.bad, **{split: pairs.bad for split, pairs in splits.items()}}
+    return Data(splits, describe_groups(train), left_out)
 
 
 def evaluate_checkpoint(
@@ -203,11 +206,21 @@ def table(results: dict[str, SplitResult]) -> str:
     return "\n".join(lines)
 
 
-def write(run: Path, folder: Path, results: dict[str, SplitResult]) -> None:
+def report(results: dict[str, SplitResult], data: Data) -> str:
+    """The table, and what it was not computed on."""
+    left_out = "; ".join(f"{SPLITS.get(split, split)}: {describe_bad(bad)}" for split, bad in data.left_out.items())
+    return f"{table(results)}\n\nBad samples left out: {left_out}."
+
+
+def write(run: Path, folder: Path, results: dict[str, SplitResult], data: Data) -> None:
     """evaluation.md and evaluation.json in the run."""
-    text = f"# {run.name}, {folder.name}\n\nIn percent; held-out data only.\n\n{table(results)}\n"
+    text = f"# {run.name}, {folder.name}\n\nIn percent; held-out data only.\n\n{report(results, data)}\n"
     write_atomically(run / TABLE, text.encode())
-    rows = {"checkpoint": folder.name, "splits": {split: asdict(one) for split, one in results.items()}}
+    rows = {
+        "checkpoint": folder.name,
+        "splits": {split: asdict(one) for split, one in results.items()},
+        "left_out": data.left_out,
+    }
     write_atomically(run / FIGURES, json.dumps(rows, indent=1).encode())
 
 
@@ -221,9 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
         config = checkpoint.read_config(folder)
         place = data_folder(config)
         _warn_of_other_data(folder, place)
-        results = evaluate_checkpoint(folder, read_data(config, place))
-        print(f"{folder}\n\n{table(results)}", flush=True)  # first, for the disk may be full
-        write(options.run, folder, results)
+        data = read_data(config, place)
+        results = evaluate_checkpoint(folder, data)
+        print(f"{folder}\n\n{report(results, data)}", flush=True)  # first, for the disk may be full
+        write(options.run, folder, results, data)
     except (checkpoint.CheckpointError, ConfigError, DataError, SetupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

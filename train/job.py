@@ -20,7 +20,7 @@ from torch import Tensor
 from train import checkpoint, evaluate, fingerprint, logs
 from train.choices import settle
 from train.config import SKIP_WINDOW, Config, ConfigError, Optimizer
-from train.data import Pairs, load_pairs
+from train.data import Pairs, describe_bad, load_pairs
 from train.engine_files import EngineFiles
 from train.files import explain
 from train.launch import ElsewhereError, World, on_each, on_first
@@ -103,7 +103,8 @@ def _set_up(config: Config, run: Path, world: World, progress: Progress, stop_af
     if found is not None:
         _load(engine, found)
     first = world.rank == 0
-    log = on_each(world, lambda: logs.Log(run, state.step, config.optimizer.steps) if first else None)
+    bad = sum(pairs.bad.values())
+    log = on_each(world, lambda: logs.Log(run, state.step, config.optimizer.steps, bad) if first else None)
     return Job(config, choices, run, world, progress, engine, sampler, tokenizer, heldout, log, state, now)
 
 
@@ -361,8 +362,8 @@ def _finish(job: Job) -> None:
         assert job.log is not None and job.heldout is not None
         folder = checkpoint.find(job.run)
         results = evaluate.evaluate_checkpoint(folder, job.heldout, stop.check)
-        job.log.say(f"\n{evaluate.table(results)}\n")  # first, for the disk may be full
-        evaluate.write(job.run, folder, results)
+        job.log.say(f"\n{evaluate.report(results, job.heldout)}\n")  # first, for the disk may be full
+        evaluate.write(job.run, folder, results, job.heldout)
         job.log.say(f"{job.run / evaluate.TABLE}, {logs.plot(job.run)}")
 
     on_first(job.world, run)
@@ -370,8 +371,10 @@ def _finish(job: Job) -> None:
 
 def _describe(job: Job) -> str:
     count = sum(parameter.numel() for parameter in Clip(job.config.model, job.tokenizer.get_vocab_size()).parameters())
+    pairs = job.sampler.pairs
     return (
-        f"{count / 1e6:.2f} M parameters, {len(job.sampler.pairs)} pairs, {job.world.size} × {job.world.device.type}, "
+        f"{count / 1e6:.2f} M parameters, {len(pairs)} pairs (bad samples left out: {describe_bad(pairs.bad)}), "
+        f"{job.world.size} × {job.world.device.type}, "
         f"ZeRO-{job.config.job.zero_stage}, {job.choices}"
     )
 

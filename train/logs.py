@@ -23,12 +23,13 @@ BAR_SECONDS = {True: 1.0, False: 30.0}  # between updates on a terminal, and in 
 
 
 class Log:
-    """Appends rows from step `start` on; rows of later steps, which a crash left behind the checkpoint, go first."""
+    """Appends rows from step `start` on; rows of later steps, which a crash left behind the checkpoint, go first.
+    `bad_samples`: so many were left out of the training data, which the bar and every step's row say."""
 
-    def __init__(self, run: Path, start: int, steps: int) -> None:
+    def __init__(self, run: Path, start: int, steps: int, bad_samples: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._run = run
+        self._run, self._bad_samples = run, bad_samples
         for name in (METRICS, NONFINITE):
             _keep_before(run / name, start)
         self._files = {name: _Lines(run / name) for name in (METRICS, NONFINITE)}
@@ -61,8 +62,11 @@ class Log:
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """A row, and one step on the progress bar."""
-        self.row(step, values)
-        self._bar.set_postfix({name: f"{values[name]:.3f}" for name in BAR}, refresh=False)
+        self.row(step, {**values, "bad_samples": self._bad_samples})
+        shown = {name: f"{values[name]:.3f}" for name in BAR}
+        self._bar.set_postfix(
+            shown | ({"bad_samples": str(self._bad_samples)} if self._bad_samples else {}), refresh=False
+        )
         self._bar.update()
 
     def nonfinite(self, step: int, keys: tuple[str, ...]) -> None:

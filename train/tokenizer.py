@@ -35,7 +35,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> Tensor:
-    """(n, length) int64 token ids, cut or padded with PAD_ID."""
+    """(n, length) int64 token ids, cut or padded with PAD_ID. A caption that spells a special token is text: its
+    "[PAD]" would else hide it from the tower, and its "[END]" end it."""
+    tokenizer.encode_special_tokens = True
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=PAD_ID, pad_token=PAD)
     return torch.tensor([one.ids for one in tokenizer.encode_batch(list(captions))], dtype=torch.int64).view(-1, length)

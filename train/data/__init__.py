@@ -6,8 +6,18 @@ loaded by ``load_pairs``. The splits and their rules are described in ``train.da
 
 from train.data.batches import augment, batch_indices, composite
 from train.data.manifest import DataError
-from train.data.pairs import Pairs, load_pairs
+from train.data.pairs import Pairs, describe_bad, load_pairs
 from train.data.prepare import prepare_emoji
 from train.data.sources import SetupError
 
-__all__ = ["DataError", "Pairs", "SetupError", "augment", "batch_indices", "composite", "load_pairs", "prepare_emoji"]
+__all__ = [
+    "DataError",
+    "Pairs",
+    "SetupError",
+    "augment",
+    "batch_indices",
+    "composite",
+    "describe_bad",
+    "load_pairs",
+    "prepare_emoji",
+]

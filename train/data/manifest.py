@@ -58,13 +58,18 @@ def read_manifest(folder: Path) -> Manifest:
         DataError: there is none, or it names a shard that is not a plain tar file of the folder.
     """
     path = folder / MANIFEST_NAME
-    way_out = "run `python -m train.data` (delete the folder first if it was altered)"
+    way_out = (
+        "give a folder that `python -m train.data` made or that is laid out like it; the emoji set itself is made "
+        "anew, where it was altered, by running that once more"
+    )
     try:
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise DataError(f"{path} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} allowed; {way_out}")
         raw = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no {MANIFEST_NAME}, so its set-up did not finish; {way_out}") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); {way_out}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not readable JSON ({error}); {way_out}") from error
     try:

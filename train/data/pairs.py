@@ -46,6 +46,14 @@ class Pairs:
         return len(self.keys)
 
 
+def describe_bad(bad: dict[str, int]) -> str:
+    """Skipped samples in words, by reason, the most frequent first."""
+    if not bad:
+        return "none"
+    reasons = sorted(bad.items(), key=lambda entry: -entry[1])
+    return f"{sum(bad.values())} ({', '.join(f'{reason} {count}' for reason, count in reasons)})"
+
+
 def corruption_sources(concepts: Sequence[int], share: float, seed: int) -> np.ndarray:
     """(n,) int64: whose captions each sample gets, itself where it is left alone.
 
@@ -113,7 +121,7 @@ def load_pairs(
             else:
                 bad.add("unknown_group")
     if not samples:
-        raise DataError(f"the split {split!r} of {folder} holds no sample; delete it and run `python -m train.data`")
+        raise DataError(f"the split {split!r} of {folder} holds no sample; give a folder where it holds some")
     source = corruption_sources([sample.concept for sample in samples], corrupt, seed)
     images = torch.from_numpy(np.stack([sample.image for sample in samples]))
     return Pairs(

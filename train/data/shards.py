@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from PIL import Image
 
+from train.data.captions import BadCaptionError, clean, is_writable
 from train.data.manifest import DataError, Shard
 from train.files import sha256_of
 
@@ -28,7 +29,6 @@ SUFFIXES = ("png", "txt", "json")
 MAX_MEMBER_BYTES = 4 << 20
 MAX_PIXELS = 1 << 20
 MAX_CAPTIONS = 256
-MAX_CAPTION_CHARS = 1000
 MAX_CONCEPT = 2**62
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 
@@ -67,8 +67,8 @@ class BadCount:
         total = self.reasons.total()
         if total > self._limit:
             raise DataError(
-                f"{self._message}, and {total} are already: {dict(self.reasons)}; delete the folder and run "
-                "`python -m train.data`, or raise max_bad_fraction"
+                f"{self._message}, and {total} are already: {dict(self.reasons)}; repair or leave out these samples, "
+                "or raise max_bad_fraction"
             )
 
 
@@ -132,7 +132,7 @@ def decode_sample(key: str, members: dict[str, bytes | None], size: int) -> Samp
     if png is None or text is None or table is None:
         raise BadSampleError("member_too_large")
     try:
-        canonical = text.decode("utf-8").strip()
+        canonical = text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadSampleError("broken_text") from error
     try:
@@ -145,23 +145,25 @@ def decode_sample(key: str, members: dict[str, bytes | None], size: int) -> Samp
         isinstance(captions, list)
         and 0 < len(captions) <= MAX_CAPTIONS
         and all(isinstance(item, str) for item in (*captions, group, vendor))
+        and is_writable(vendor)
         and type(concept) is int
         and 0 <= concept < MAX_CONCEPT
     )
     if not shaped:
         raise BadSampleError("broken_json")
-    if not canonical or not all(caption.strip() for caption in captions):
-        raise BadSampleError("empty_caption")
-    if max(map(len, (canonical, *captions))) > MAX_CAPTION_CHARS:
-        raise BadSampleError("caption_too_long")
-    # dict.fromkeys puts the canonical caption first and keeps one of each.
-    every = tuple(dict.fromkeys((canonical, *captions)))
+    try:
+        # dict.fromkeys puts the canonical caption first and keeps one of each.
+        every = tuple(dict.fromkeys(map(clean, (canonical, *captions))))
+    except BadCaptionError as error:
+        raise BadSampleError(*error.args) from error
     return Sample(key, decode_image(png, size), every, concept, group, vendor)
 
 
 def _safe_key(name: str) -> tuple[str, str] | None:
-    """(key, suffix) of a member name, or None where a path could leave the archive."""
+    """(key, suffix) of a member name, or None where a path could leave the archive or no log could hold it."""
     if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        return None
+    if not is_writable(name) or any(ord(char) < 32 for char in name):
         return None
     folder, _, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
@@ -224,6 +226,23 @@ def _read_groups(file: BinaryIO, bad: BadCount) -> Iterator[tuple[str, dict[str,
         yield key, members
 
 
+def _check_file(path: Path, shard: Shard) -> None:
+    """A shard is read wholly once before its samples are: what changed since its manifest was written is found then,
+    and not as some samples that are odd. A manifest that gives no sum (an empty one) asks for no check."""
+    if not path.exists():
+        raise DataError(
+            f"{path.parent} lacks the shard {shard.name!r} of its manifest; bring it back, or leave it out there"
+        )
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise DataError(f"the shard {path} is no file; allowed: a plain tar file")
+    found = sha256_of(path) if shard.sha256 else ""
+    if found != shard.sha256:
+        raise DataError(
+            f"the shard {path} is not what its manifest describes (SHA-256 {found}, there {shard.sha256}): it was "
+            "changed or damaged since; bring the old one back, or, if the change was meant, write the new sum there"
+        )
+
+
 def read_shard(folder: Path, shard: Shard, size: int, seen: set[str], bad: BadCount) -> Iterator[Sample]:
     """Stream the good samples of a shard; bad ones are counted in ``bad``, and keys already in ``seen`` are bad.
 
@@ -231,9 +250,11 @@ def read_shard(folder: Path, shard: Shard, size: int, seen: set[str], bad: BadCo
     ``truncated_tar``.
 
     Raises:
-        DataError: the shard is missing, or more samples are bad than ``bad`` allows.
+        DataError: the shard is missing, no file, or not the one that the manifest knows, or more samples are bad than
+            ``bad`` allows.
     """
     path = folder / shard.name
+    _check_file(path, shard)
     read = 0
     try:
         with path.open("rb") as file:
@@ -250,10 +271,6 @@ def read_shard(folder: Path, shard: Shard, size: int, seen: set[str], bad: BadCo
                     yield decode_sample(key, members, size)
                 except BadSampleError as error:
                     bad.add(str(error.args[0]))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{folder} lacks the shard {shard.name!r} of its manifest; run `python -m train.data`"
-        ) from error
     except DataError:
         raise
     except (tarfile.TarError, ValueError, OverflowError, RecursionError):

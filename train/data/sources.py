@@ -11,13 +11,20 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 NPM_TIMEOUT_SECONDS = 900
+# Before the packages, which may take their time where the network is slow, a small question that npm gives up soon: by
+# itself it tries for minutes to reach a registry that is not there.
+PROBE = ["--fetch-timeout=15000", "--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--prefer-online"]
+PROBE_TIMEOUT_SECONDS = 60
+WORD_SECONDS = 10.0  # between words while one waits
 SCRATCH_PREFIX = "npm-scratch-"
 
 
@@ -131,21 +138,50 @@ def _npm_command() -> list[str]:
 
 def _install(target: Path) -> None:
     """Have npm install every pinned package under ``target/node_modules``; package scripts never run."""
+    say(f"fetching the emoji set with npm: {len(PACKAGES)} packages, once")
+    first = PACKAGES[0]
+    probe = ["view", f"{first.name}@{first.version}", "version", *PROBE]
+    _npm(probe, target, PROBE_TIMEOUT_SECONDS, "waiting for npm's registry: is there a network?")
     options = ["--ignore-scripts", "--no-audit", "--no-fund", "--no-save", "--omit=peer", "--omit=dev"]
     wanted = [f"{package.name}@{package.version}" for package in PACKAGES]
-    command = [*_npm_command(), "install", *options, "--prefix", str(target), *wanted]
+    install = ["install", *options, "--prefix", str(target), *wanted]
+    _npm(install, target, NPM_TIMEOUT_SECONDS, "fetching the emoji set with npm")
+
+
+def _npm(arguments: list[str], folder: Path, seconds: float, what: str) -> None:
+    """Run npm, saying once in a while that it still runs, and `what` for."""
+    command, began = [*_npm_command(), *arguments], time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    said = ""
     try:
-        done = subprocess.run(command, cwd=target, capture_output=True, text=True, timeout=NPM_TIMEOUT_SECONDS)
-    except subprocess.TimeoutExpired as error:
+        while True:
+            try:
+                _, said = process.communicate(timeout=WORD_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                waited = time.monotonic() - began
+                if waited > seconds:
+                    raise SetupError(
+                        f"npm {arguments[0]} did not finish in {seconds:.0f} s; check the network or npm's registry "
+                        "setting and run `python -m train.data` again"
+                    ) from None
+                say(f"still {what} ({waited:.0f} s)")
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    if process.returncode != 0:
         raise SetupError(
-            f"npm install did not finish in {NPM_TIMEOUT_SECONDS} s; check the network or npm's registry setting "
-            "and run `python -m train.data` again"
-        ) from error
-    if done.returncode != 0:
-        raise SetupError(
-            f"npm install ended with status {done.returncode}; check the network or npm's registry setting and run "
-            f"`python -m train.data` again. npm said:\n{done.stderr.strip()[-2000:]}"
+            f"npm {arguments[0]} ended with status {process.returncode}; check the network or npm's registry setting "
+            f"and run `python -m train.data` again. npm said:\n{said.strip()[-2000:]}"
         )
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _checked(path: Path, package: Package, file: str) -> bytes:
@@ -157,7 +193,8 @@ def _checked(path: Path, package: Package, file: str) -> bytes:
     if found != package.files[file]:
         raise SetupError(
             f"{file!r} of {package.name}@{package.version} has SHA-256 {found}, expected {package.files[file]}: the "
-            "package was altered on its way here; delete the cache folder and run `python -m train.data` again"
+            "package was altered on its way here; run `npm cache verify` and `python -m train.data` again, or use "
+            "another registry"
         )
     return data
 

@@ -1,0 +1,48 @@
+"""What a caption may hold. Text of the world comes with characters that no tokenizer or log should meet:
+
+- what UTF-8 cannot write (a lone surrogate, which JSON may spell): the sample is skipped, as ``broken_text``;
+- NUL and other control characters, line breaks among them, and runs of white space: one space;
+- invisible marks that only turn the direction of what is shown, and byte-order marks: taken out. (The joiners of
+  emoji and of some scripts are letters' business and stay.);
+- nothing but that: the sample is skipped, as ``empty_caption``; more than MAX_CAPTION_CHARS: as ``caption_too_long``.
+
+The text of special tokens ("[PAD]") is text like any other; see train.tokenizer.encode.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+MAX_CAPTION_CHARS = 1000
+_DIRECTION_AND_ORDER_MARKS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff"
+_TAKEN_OUT = str.maketrans("", "", _DIRECTION_AND_ORDER_MARKS)
+
+
+class BadCaptionError(ValueError):
+    """A caption that no rule can clean; ``args[0]`` is the reason."""
+
+
+def clean(text: str) -> str:
+    """The caption as the rules above leave it.
+
+    Raises:
+        BadCaptionError: broken_text, empty_caption or caption_too_long.
+    """
+    if not is_writable(text):
+        raise BadCaptionError("broken_text")
+    if len(text) > MAX_CAPTION_CHARS:
+        raise BadCaptionError("caption_too_long")
+    spaced = "".join(" " if unicodedata.category(char) == "Cc" else char for char in text.translate(_TAKEN_OUT))
+    cleaned = " ".join(spaced.split())
+    if not cleaned:
+        raise BadCaptionError("empty_caption")
+    return cleaned
+
+
+def is_writable(text: str) -> bool:
+    """Whether UTF-8 can write it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
