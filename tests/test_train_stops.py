@@ -176,15 +176,23 @@ def test_ranks_end_within_10_s_of_their_launcher(data: Path, tmp_path: Path) -> 
 
 
 def test_a_long_evaluation_and_a_slow_disk_are_no_hang(data: Path, tmp_path: Path) -> None:
+    """Longer than the budget of 5 s each. The evaluation at the end is left when asked to, since all steps are kept."""
     run = tmp_path / "run"
-    file = configuration(tmp_path, data, timeout_seconds=5, evaluate_every=1)
-    job = start("--config", str(file), "--folder", str(run), "--stop-after", "1", fault="slow_evaluation_and_saving")
+    file = configuration(tmp_path, data, steps=1, timeout_seconds=5, evaluate_every=1)
+    job = start("--config", str(file), "--folder", str(run), fault="slow_evaluation_and_saving")
     moments = []
-    for phase in ("evaluation", "saving", "done"):
+    for phase in ("evaluation", "saving", "evaluation"):
         wait_for(run, 1, lambda place: place.phase == phase)  # noqa: B023
         moments.append(time.monotonic())
+    job.send_signal(signal.SIGTERM)
     status, said = finish(job)
-    assert status == 0, said
+    assert status == STOPPED, said
+    assert (
+        f"stopped by SIGTERM in the evaluation at the end; all steps are done and kept; go on with --resume {run}"
+        in (said.splitlines())
+    )
+    assert said.count("stopped by") == 1 and "Traceback" not in said
+    assert checkpoint.find(run).name == "step-000001"
     assert moments[1] - moments[0] > 5 and moments[2] - moments[1] > 5, "no test of a budget of 5 s"
 
 

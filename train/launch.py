@@ -229,6 +229,13 @@ def on_each(world: World, act: Callable[[], T]) -> T:
     raise ElsewhereError(f"rank {failed}: {reports[failed]}")
 
 
+def asked_to_stop(world: World) -> int:
+    """The request of any rank (see signals.Stop), the same on all of them; 0 where there is none."""
+    request = torch.tensor([stop.request], device=world.device)
+    dist.all_reduce(request, dist.ReduceOp.MAX, group=world.group)
+    return int(request)
+
+
 def _ranks_on_this_machine() -> int:
     """Not every launcher tells (LOCAL_WORLD_SIZE is torchrun's), so the ranks count their host names."""
     hosts: list[str | None] = [None] * dist.get_world_size()
