@@ -79,7 +79,7 @@ def test_each_signal_stops_the_job_with_a_checkpoint_that_the_next_job_goes_on_f
     file = configuration(tmp_path, data, steps=LONG_RUN, checkpoint_every=LONG_RUN, evaluate_every=0)
 
     # To the launcher. Options stand in any order.
-    job = start("job.keep_checkpoints=3", "--config", str(file), "job.max_skipped=7", "--folder", str(run))
+    job = start("job.keep_checkpoints=3", "--config", str(file), "data.max_bad_fraction=0.02", "--folder", str(run))
     wait_for(run, 1, lambda place: place.step >= 2)
     # A second job on the run is refused, by name, and disturbs nothing.
     assert main(["--resume", str(run)]) == 2
