@@ -10,8 +10,10 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from train_data import make_data
@@ -194,6 +196,33 @@ def test_a_long_evaluation_and_a_slow_disk_are_no_hang(data: Path, tmp_path: Pat
     assert said.count("stopped by") == 1 and "Traceback" not in said
     assert checkpoint.find(run).name == "step-000001"
     assert moments[1] - moments[0] > 5 and moments[2] - moments[1] > 5, "no test of a budget of 5 s"
+
+
+@pytest.mark.parametrize(
+    ("rank", "writable", "ends"), ((0, True, True), (1, True, True), (0, False, True), (1, False, False))
+)
+def test_who_ends_the_job_where_nobody_moves(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: int,
+    writable: bool,
+    ends: bool,
+) -> None:
+    """Without heartbeats a rank cannot tell whether rank 0 works for all, which watches itself."""
+    ended = threading.Event()
+    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(progress.faulthandler, "dump_traceback", lambda all_threads: None)
+    monkeypatch.setattr(progress.os, "_exit", lambda status: ended.set())
+    if not writable:
+        (tmp_path / progress.FOLDER).touch()
+    watch = progress.Progress(tmp_path, rank, SimpleNamespace(timeout_seconds=0.3))  # type: ignore[arg-type]
+    watch.enter(4, "evaluation")
+    assert ended.wait(60 if ends else 2) is ends
+    watch.close()
+    said = capsys.readouterr().err
+    assert said.count("no heartbeat can be written") == (not writable)
+    assert (f"error: rank {rank}, step 4, evaluation: no progress of any rank for " in said) is ends
 
 
 def test_a_rank_that_hangs_in_set_up_ends_the_job(data: Path, tmp_path: Path) -> None:
