@@ -10,8 +10,10 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from train_data import make_data
@@ -79,7 +81,7 @@ def test_each_signal_stops_the_job_with_a_checkpoint_that_the_next_job_goes_on_f
     file = configuration(tmp_path, data, steps=LONG_RUN, checkpoint_every=LONG_RUN, evaluate_every=0)
 
     # To the launcher. Options stand in any order.
-    job = start("job.keep_checkpoints=3", "--config", str(file), "job.max_skipped_in_a_row=7", "--folder", str(run))
+    job = start("job.keep_checkpoints=3", "--config", str(file), "data.max_bad_fraction=0.02", "--folder", str(run))
     wait_for(run, 1, lambda place: place.step >= 2)
     # A second job on the run is refused, by name, and disturbs nothing.
     assert main(["--resume", str(run)]) == 2
@@ -176,16 +178,51 @@ def test_ranks_end_within_10_s_of_their_launcher(data: Path, tmp_path: Path) -> 
 
 
 def test_a_long_evaluation_and_a_slow_disk_are_no_hang(data: Path, tmp_path: Path) -> None:
+    """Longer than the budget of 5 s each. The evaluation at the end is left when asked to, since all steps are kept."""
     run = tmp_path / "run"
-    file = configuration(tmp_path, data, timeout_seconds=5, evaluate_every=1)
-    job = start("--config", str(file), "--folder", str(run), "--stop-after", "1", fault="slow_evaluation_and_saving")
+    file = configuration(tmp_path, data, steps=1, timeout_seconds=5, evaluate_every=1)
+    job = start("--config", str(file), "--folder", str(run), fault="slow_evaluation_and_saving")
     moments = []
-    for phase in ("evaluation", "saving", "done"):
+    for phase in ("evaluation", "saving", "evaluation"):
         wait_for(run, 1, lambda place: place.phase == phase)  # noqa: B023
         moments.append(time.monotonic())
+    job.send_signal(signal.SIGTERM)
     status, said = finish(job)
-    assert status == 0, said
+    assert status == STOPPED, said
+    assert (
+        f"stopped by SIGTERM in the evaluation at the end; all steps are done and kept; go on with --resume {run}"
+        in (said.splitlines())
+    )
+    assert said.count("stopped by") == 1 and "Traceback" not in said
+    assert checkpoint.find(run).name == "step-000001"
     assert moments[1] - moments[0] > 5 and moments[2] - moments[1] > 5, "no test of a budget of 5 s"
+
+
+@pytest.mark.parametrize(
+    ("rank", "writable", "ends"), ((0, True, True), (1, True, True), (0, False, True), (1, False, False))
+)
+def test_who_ends_the_job_where_nobody_moves(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    rank: int,
+    writable: bool,
+    ends: bool,
+) -> None:
+    """Without heartbeats a rank cannot tell whether rank 0 works for all, which watches itself."""
+    ended = threading.Event()
+    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(progress.faulthandler, "dump_traceback", lambda all_threads: None)
+    monkeypatch.setattr(progress.os, "_exit", lambda status: ended.set())
+    if not writable:
+        (tmp_path / progress.FOLDER).touch()
+    watch = progress.Progress(tmp_path, rank, SimpleNamespace(timeout_seconds=0.3))  # type: ignore[arg-type]
+    watch.enter(4, "evaluation")
+    assert ended.wait(60 if ends else 2) is ends
+    watch.close()
+    said = capsys.readouterr().err
+    assert said.count("no heartbeat can be written") == (not writable)
+    assert (f"error: rank {rank}, step 4, evaluation: no progress of any rank for " in said) is ends
 
 
 def test_a_rank_that_hangs_in_set_up_ends_the_job(data: Path, tmp_path: Path) -> None:

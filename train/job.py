@@ -13,7 +13,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from train.config import SKIP_WINDOW, Config, ConfigError, Optimizer
 from train.data import Pairs, describe_bad, load_pairs
 from train.engine_files import EngineFiles
 from train.files import explain
-from train.launch import ElsewhereError, World, on_each, on_first
+from train.launch import ElsewhereError, World, asked_to_stop, on_each, on_first
 from train.model import Clip
 from train.progress import Progress
 from train.samples import Sampler, all_captions
@@ -64,7 +63,7 @@ def train(config: Config, run: Path, world: World, progress: Progress, stop_afte
     last = min(steps, stop_after or steps)
     # From here on a request waits for the end of a step. One that ended a rank before this line shows in this exchange.
     stop.act_at_once(None)
-    _asked_to_stop(job)
+    asked_to_stop(job.world)
     if job.log is not None:
         ready = time.perf_counter() - began
         job.log.say(f"run {run}: {_describe(job)}, steps {job.state.step} to {last}; ready in {ready:.1f} s")
@@ -228,21 +227,14 @@ def _loop(job: Job, last: int) -> str | None:
             job.progress.enter(step, "evaluation")
             _evaluate_on_the_way(job, step)
         due = (step + 1) % options.checkpoint_every == 0 or step + 1 == last
-        request = _asked_to_stop(job)
+        request = asked_to_stop(job.world)
         if due or request:
             job.progress.enter(step, "saving")
             save(job)
-        if request or (due and (request := _asked_to_stop(job))):  # it takes a while to save
+        if request or (due and (request := asked_to_stop(job.world))):  # it takes a while to save
             folder = job.run / checkpoint.FOLDER / checkpoint.name_of(step + 1)
             return f"stopped by {name_of(request)} after step {step}: {folder}; go on with --resume {job.run}"
     return None
-
-
-def _asked_to_stop(job: Job) -> int:
-    """The request of any rank (see signals.Stop), the same on all of them; 0 where there is none."""
-    request = torch.tensor([stop.request], device=job.world.device)
-    dist.all_reduce(request, dist.ReduceOp.MAX, group=job.world.group)
-    return int(request)
 
 
 def _check_skipped(job: Job, step: int) -> None:

@@ -61,11 +61,11 @@ def process_count(job: Job) -> int:
     return job.processes or (torch.cuda.device_count() if _on_gpu(job) else CPU_PROCESSES)
 
 
-def launch(count: int, run: Path, arguments: Sequence[str], lock: TextIO) -> int:
+def launch(count: int, run: Path, arguments: Sequence[str], held: TextIO) -> int:
     """Run `python -m train` with `arguments` in `count` processes; returns the exit status. Where one fails the others
     are killed, and the message names the rank and its step. Asked to stop, it asks them and waits for their checkpoint.
 
-    ``lock``: the run's, which every process inherits, so that it holds until the last of them has ended.
+    ``held``: the run's lock, which every process inherits, so that it holds until the last of them has ended.
     """
     stop.act_at_once(None)
     progress.clear(run)
@@ -84,7 +84,7 @@ def launch(count: int, run: Path, arguments: Sequence[str], lock: TextIO) -> int
     stop.hurry = lambda: _kill(ranks)
     for rank in map(str, range(count)):
         own = {**shared, "RANK": rank, "LOCAL_RANK": rank}
-        ranks.append(subprocess.Popen(command, env=own, pass_fds=[lock.fileno()]))
+        ranks.append(subprocess.Popen(command, env=own, pass_fds=[held.fileno()]))
     statuses = _follow(ranks)
     failed = {rank: status for rank, status in statuses.items() if status not in (0, STOPPED)}
     if INTERRUPTED in failed.values():
@@ -227,6 +227,13 @@ def on_each(world: World, act: Callable[[], T]) -> T:
     if failed == world.rank and failure is not None:
         raise failure
     raise ElsewhereError(f"rank {failed}: {reports[failed]}")
+
+
+def asked_to_stop(world: World) -> int:
+    """The request of any rank (see signals.Stop), the same on all of them; 0 where there is none."""
+    request = torch.tensor([stop.request], device=world.device)
+    dist.all_reduce(request, dist.ReduceOp.MAX, group=world.group)
+    return int(request)
 
 
 def _ranks_on_this_machine() -> int:

@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         if launch.is_launched():
             return _ranked(settings, run, options)
         count = launch.process_count(settings.job)
-        lock = _take(settings, run, options)
+        held = _take(settings, run, options)
         # The run's folder carries the configuration, so that every process reads one and the same.
         stop_after = [] if options.stop_after is None else ["--stop-after", str(options.stop_after)]
-        return launch.launch(count, run, ["--resume", str(run), *stop_after], lock)
+        return launch.launch(count, run, ["--resume", str(run), *stop_after], held)
     except (*USER_ERRORS, OSError) as error:
         _say(error)
         return launch.BAD_REQUEST

@@ -52,7 +52,7 @@ class Progress:
         self._place = Place(rank, os.getpid(), 0, SET_UP, 0, time.time())
         self._moved = time.monotonic()
         self._others: dict[int, int] | None = None  # their moves, as last seen by a rank that stands still
-        self._writable = True
+        self._writable, self._said = True, False
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._write()
         self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
@@ -91,7 +91,8 @@ class Progress:
     def _watch(self) -> None:
         while not self._closed.wait(BEAT_SECONDS):
             self._write()
-            if self.phase == FAILED:
+            # Without heartbeats nobody sees rank 0 at the long work that it does for all; it watches itself.
+            if self.phase == FAILED or not (self._writable or self.rank == 0):
                 continue
             option = "setup_timeout_seconds" if self.phase == SET_UP else "timeout_seconds"
             budget = getattr(self._budgets, option)
@@ -124,9 +125,11 @@ class Progress:
                 path.parent.mkdir(exist_ok=True)
                 scratch.write_text(json.dumps({**asdict(self._place), "alive": time.time()}), encoding="utf-8")
                 scratch.replace(path)
+                self._writable = True
             except OSError as error:
-                if self._writable:
-                    self._writable = False
+                self._writable = False
+                if not self._said:
+                    self._said = True
                     print(
                         f"warning: rank {self._place.rank}: no heartbeat can be written to {path} ({error.strerror}); "
                         "the run goes on, but others cannot see where this rank is",
