@@ -16,6 +16,7 @@ from softclip_kernels import SlowerBackendWarning, backends, info, softclip_loss
 from softclip_kernels.backends import native, triton
 from softclip_kernels.problem import Problem
 from softclip_kernels.testing import unit_rows
+from train import choices
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,9 +99,13 @@ def test_compiled_calls_warn_too(monkeypatch):
     assert len(messages) == 1 and "not float64" in messages[0]
 
 
-def test_the_report_is_no_fallback():
-    _, messages = warned(info.report)
-    assert not messages
+def test_those_that_say_the_choice_themselves_do_not_warn(monkeypatch):
+    """The report, and the trainer, whose first line holds the reasons."""
+    missing(monkeypatch, "native")
+    (name, words), messages = warned(lambda: choices.backend("auto", 4, 8, torch.device("cpu")))
+    assert name == "chunked" and "native: its extension is not there" in words and not messages
+    monkeypatch.undo()
+    assert not warned(info.report)[1]
 
 
 def test_its_class_can_be_filtered():
