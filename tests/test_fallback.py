@@ -16,6 +16,7 @@ from softclip_kernels import SlowerBackendWarning, backends, info, softclip_loss
 from softclip_kernels.backends import native, triton
 from softclip_kernels.problem import Problem
 from softclip_kernels.testing import unit_rows
+from train import choices
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -98,31 +99,46 @@ def test_compiled_calls_warn_too(monkeypatch):
     assert len(messages) == 1 and "not float64" in messages[0]
 
 
-def test_the_report_is_no_fallback():
-    _, messages = warned(info.report)
-    assert not messages
+def test_those_that_say_the_choice_themselves_do_not_warn(monkeypatch):
+    """The report, and the trainer, whose first line holds the reasons."""
+    missing(monkeypatch, "native")
+    (name, words), messages = warned(lambda: choices.backend("auto", 4, 8, torch.device("cpu")))
+    assert name == "chunked" and "native: its extension is not there" in words and not messages
+    monkeypatch.undo()
+    assert not warned(info.report)[1]
 
 
-FILTERED = """
-import sys, warnings
+def test_its_class_can_be_filtered():
+    """Ignored, it is not shown; as an error it is one at every call."""
+    x = unit_rows(4, 3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", SlowerBackendWarning)
+        softclip_loss(x, x, torch.ones(()))
+    assert not caught
+    backends._warned.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowerBackendWarning)
+        for _ in range(2):
+            with pytest.raises(SlowerBackendWarning, match="not float64"):
+                softclip_loss(x, x, torch.ones(()))
+
+
+WITHOUT_BUILDS = """
+import sys
 sys.modules["softclip_kernels._native"] = sys.modules["triton"] = None
 import torch, softclip_kernels
-{filters}
 x = torch.eye(3)
 for _ in range(3):
-    softclip_kernels.softclip_loss(x, x, torch.ones(())).isfinite()
+    assert softclip_kernels.softclip_loss(x, x, torch.ones(())).isfinite()
 """
-IGNORE = "warnings.filterwarnings('ignore', category=softclip_kernels.SlowerBackendWarning)"
-ERROR = "warnings.filterwarnings('error', category=softclip_kernels.SlowerBackendWarning)"
 
 
-# By default, and where its class is filtered.
-@pytest.mark.parametrize(("filters", "shown", "status"), (("", 1, 0), (IGNORE, 0, 0), (ERROR, 1, 1)))
-def test_python_shows_it_by_default(filters, shown, status):
-    """Without triton and the native build, in a process of its own with Python's own filters."""
-    command = [sys.executable, "-c", FILTERED.format(filters=filters)]
+def test_python_shows_it_by_default():
+    """Without triton and the native build, in a process of its own with Python's own filters: once."""
+    command = [sys.executable, "-c", WITHOUT_BUILDS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == status, done.stderr
+    assert done.returncode == 0, done.stderr
     said = "SlowerBackendWarning: the loss is computed by the backend 'chunked', slower than 'native'"
-    assert done.stderr.count(said) == shown
-    assert ("install the package where a C++ compiler is" in done.stderr) == bool(shown)
+    assert done.stderr.count(said) == 1
+    assert "install the package where a C++ compiler is" in done.stderr
