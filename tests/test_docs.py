@@ -66,3 +66,12 @@ def test_there_are_examples():
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+def test_every_test_that_shows_a_promise_exists():
+    file, named = "", 0
+    for path, name in re.findall(r"(\w+\.py)?::(test_\w+)", (ROOT / "docs" / "promises.md").read_text()):
+        file = path or file
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{name}"
+        named += 1
+    assert named > 150
