@@ -117,8 +117,11 @@ def problem(folder: Path, target: str, steps: int, batch: int = 96) -> Problem:
     sections = tiny(data)
     sections["optimizer"] = {"steps": steps, "batch_size": batch, "warmup_steps": steps // 10, "lr": 3e-3}
     sections["loss"] = {"target": target, "hard_steps": steps // 5, "rise_steps": steps // 2, "alpha_end": 0.5}
-    config = Config.from_dict(sections)
-    pairs = load_pairs(data, "train")
+    return problem_of(Config.from_dict(sections), data)
+
+
+def problem_of(config: Config, data: Path) -> Problem:
+    pairs, batch = load_pairs(data, "train"), config.optimizer.batch_size
     tokenizer = train_tokenizer(all_captions(pairs), config.model.vocab_size)
     sampler = Sampler(pairs, tokenizer, config.model.context_length, batch, config.job.seed)
     return Problem(config, sampler, tokenizer, {name: load_pairs(data, name) for name in ("heldout", "vendor")})

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import parity
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,9 +18,11 @@ from torch import Tensor
 from train_data import make_data, tiny
 from train_jobs import configuration, finish, start, training_rows, wait_for
 
+from softclip_kernels import Hard
 from train import checkpoint
 from train.config import Config
 from train.model import Clip
+from train.step import target_at
 
 STEPS, RESUMED = 40, 20  # RESUMED: at least so many come after a resume
 FEW = 8  # for jobs that are compared over numbers of processes, whose rounding differs
@@ -119,6 +122,21 @@ def test_any_number_of_processes_trains_the_same_model(
     found = disagreement(job(processes=processes, stage=stage, micro_batches=micro_batches), job())
     print(found)
     assert exceeded(found) == {}
+
+
+def test_a_job_trains_with_the_dense_loss_of_the_share_that_it_logs(job: Job, data: Path) -> None:
+    """Against a few lines of PyTorch in this process: the batch, α, learning rate and clipping of every step."""
+    run = job()
+    config = checkpoint.read_config(checkpoint.find(run))
+    plain, rows = parity.train(parity.problem_of(config, data), parity.exact), training_rows(run)
+    for logged, values in (("loss", plain.losses), ("grad_norm", plain.grad_norms), ("scale", plain.scales)):
+        assert [row[logged] for row in rows] == pytest.approx(values, rel=CLOSE[logged]), logged
+    for step, row in enumerate(rows):
+        assert row["alpha"] == config.loss.alpha()(step)
+        target = target_at(step, 16, config.loss, config.job.seed).target  # type: ignore[attr-defined]
+        soft = 0 if isinstance(target, Hard) else target.alpha.sum()
+        assert soft == round(row["alpha"] * 16)
+    assert rows[-1]["alpha"] > 0.3
 
 
 @pytest.mark.long
