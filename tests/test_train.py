@@ -307,6 +307,10 @@ def test_held_out_data_are_checked_before_training(data: Path, tmp_path: Path, p
     (tmp_path / "vendor-000000.tar").write_bytes(b"")
     with pytest.raises(DataError, match="is not what its manifest describes"):
         evaluate.read_data(config, tmp_path, pairs)
+    unchecked = tuple(replace(shard, sha256="") for shard in manifest.shards["vendor"])
+    write_manifest(tmp_path, replace(manifest, shards={**manifest.shards, "vendor": unchecked}))
+    with pytest.raises(DataError, match="truncated_tar"):
+        evaluate.read_data(config, tmp_path, pairs)
     generous = replace(config, data=replace(config.data, max_bad_fraction=1.0))
     with pytest.raises(DataError, match=r"the split 'vendor' .* holds no sample"):
         evaluate.read_data(generous, tmp_path, pairs)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from PIL import Image, ImageFile
+from tokenizers import Tokenizer
 
 from train.data import DataError, load_pairs
 from train.data.manifest import Manifest, Shard, read_manifest, write_manifest
@@ -138,7 +139,9 @@ def test_captions_are_cleaned_by_rule(tmp_path: Path) -> None:
     pairs = load_pairs(folder_with(tmp_path, shard, 1), "train")
     assert pairs.captions == [("a red cat \u200d [PAD] [END]",)]
     assert not pairs.bad
-    tokenizer = train_tokenizer(["a red cat", "pad end"], 300)
+    tokenizer = Tokenizer.from_str(
+        train_tokenizer(["a red cat", "pad end"], 300).to_str()
+    )  # as ranks and resumed runs do
     special = {tokenizer.token_to_id(token) for token in (PAD, START, END)}
     tokens = encode(tokenizer, pairs.captions[0], 40)[0].tolist()
     length = tokens.index(PAD_ID)
@@ -212,6 +215,15 @@ def test_bomb_is_refused_before_any_decoding(tmp_path: Path, monkeypatch: pytest
 def test_a_jpeg_is_read_where_a_png_is_expected(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, tar_of(sample("x", png=picture("RGB", form="JPEG"))), 1)
     assert load_pairs(folder, "train").images.shape == (1, 4, SIZE, SIZE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "form"),
+    (("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGB", "PNG"), ("I;16", "PNG"), ("CMYK", "JPEG")),
+)
+def test_pictures_of_any_mode_become_rgba(tmp_path: Path, mode: str, form: str) -> None:
+    pairs = load_pairs(folder_with(tmp_path, tar_of(sample("x", png=picture(mode, form=form))), 1), "train")
+    assert pairs.images.shape == (1, 4, SIZE, SIZE)
 
 
 def test_compressed_archive_is_refused(tmp_path: Path) -> None:

@@ -67,7 +67,10 @@ def _write(folder: Path, packages: Path, size: int, seed: int) -> None:
     """Write all shards of one (size, seed), then their manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     # What a killed set-up or an older version left is worthless without its manifest, which goes first.
-    for stale in [folder / MANIFEST_NAME, *folder.glob("*.tar"), *folder.glob("*.tmp")]:
+    own = [
+        path for split in SPLITS for path in folder.glob(f"{split}-??????.tar*")
+    ]  # and nothing that others put there
+    for stale in [folder / MANIFEST_NAME, *own]:
         stale.unlink(missing_ok=True)
     concepts, group_names = read_concepts(packages, seed)
     pictures, blank = render(read_drawings(packages, concepts, size), size)
