@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_data import make_data, tiny
+from train_data import CONCEPTS, make_data, tiny
 from train_jobs import configuration, finish, start, training_rows, wait_for
+from train_saved import rewrite_manifest
 
 from train import checkpoint, evaluate, logs, progress
 from train.config import Config
@@ -104,17 +106,59 @@ def test_a_killed_run_says_who_and_resumes_bitwise_from_the_last_good_checkpoint
     assert figures[0] == figures[1]
 
 
-def test_resume_refuses_another_number_of_processes(whole_run: Path, tmp_path: Path) -> None:
-    settings = (whole_run / "config.yaml").read_text()
-    run = tmp_path / "run"
+def altered(whole_run: Path, run: Path, before: str, after: str) -> Path:
+    """The run's checkpoints under a configuration in which `after` stands for `before`."""
     run.mkdir()
-    (run / "config.yaml").write_text(settings.replace("processes: 0", "processes: 1"))
+    (run / "config.yaml").write_text((whole_run / "config.yaml").read_text().replace(before, after))
     (run / checkpoint.FOLDER).symlink_to(whole_run / checkpoint.FOLDER)
-    status, said = finish(start("--resume", str(run)))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    (
+        ("processes: 0", "processes: 1", "written with job.processes=2 and this job has 1"),
+        (
+            "initial_scale: 14.3",
+            "initial_scale: 10.0",
+            "with other options than it was trained with: model.initial_scale",
+        ),
+    ),
+)
+def test_what_a_run_cannot_go_on_with_is_named_once(
+    whole_run: Path, tmp_path: Path, before: str, after: str, named: str
+) -> None:
+    status, said = finish(start("--resume", str(altered(whole_run, tmp_path / "run", before, after))))
     assert status == 2
-    assert "written with job.processes=2 and this job has 1" in said
-    assert said.count("job.processes=2") == 1
-    assert "was the first to fail" not in said
+    assert said.count(named) == 1
+    assert "was the first to fail" not in said and "Traceback" not in said
+
+
+def test_other_data_are_refused_and_damaged_ones_named(whole_run: Path, data: Path, tmp_path: Path) -> None:
+    other = make_data(tmp_path / "other", concepts=CONCEPTS + 1, without_caption=1)
+    status, said = finish(start("--resume", str(altered(whole_run, tmp_path / "run", str(data), str(other)))))
+    assert status == 2
+    assert said.count("was trained on other data (fingerprint ") == 1
+    with (other / "vendor-000000.tar").open("ab") as shard:
+        shard.write(b"?")
+    status, said = finish(start("--resume", str(tmp_path / "run")))
+    assert status == 2
+    assert said.count("vendor-000000.tar is not what its manifest describes") == 1
+    assert "Traceback" not in said
+
+
+def test_other_versions_are_named_and_the_run_goes_on(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    found = checkpoint.find(run)
+    written = json.loads((found / checkpoint.FINGERPRINT).read_text())
+    written["versions"]["torch"] = "1.0"
+    (found / checkpoint.FINGERPRINT).write_text(json.dumps(written))
+    rewrite_manifest(found)
+    status, said = finish(start("--resume", str(run)))
+    assert status == 0, said
+    assert said.count(f"{found.name} was written by other software") == 1
+    assert "torch 1.0, now " in said
 
 
 def test_resume_refuses_to_stop_before_the_steps_that_are_done(whole_run: Path) -> None:
