@@ -217,7 +217,7 @@ def _why_not_whole(folder: Path) -> str | None:
 
 def steps_done(run: Path) -> int:
     """Of the newest checkpoint, whole or not; 0 where there is none."""
-    return int(next(iter(_names(run)), "step-0").removeprefix("step-"))
+    return _step(next(iter(_names(run)), name_of(0)))
 
 
 def read_state(folder: Path) -> State:
