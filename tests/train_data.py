@@ -28,8 +28,8 @@ def picture(concept: int, vendor: str) -> bytes:
 
 
 def make_data(folder: Path, concepts: int = CONCEPTS, without_caption: int = 0) -> Path:
-    """`concepts` seen concepts and 10 unseen ones, in all four splits; the captions of the first `without_caption`
-    samples of each are empty."""
+    """`concepts` seen concepts and 10 unseen ones, in all four splits; the first `without_caption` samples of each have
+    nothing for captions but characters that are taken out."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = {}
     for split, vendors in VENDORS.items():
@@ -50,7 +50,7 @@ def make_data(folder: Path, concepts: int = CONCEPTS, without_caption: int = 0) 
             for vendor in vendors
         ]
         for _, _, record in samples[:without_caption]:
-            record["captions"] = [""]
+            record["captions"] = ["\0\ufeff"]
         shards[split] = (write_shard(folder / f"{split}-000000.tar", samples),)
     write_manifest(folder, Manifest(SIZE, 0, {}, GROUPS, shards, {}, {}, "none"))
     return folder
