@@ -240,7 +240,7 @@ class Standard:
         single row. There it is dense PyTorch's error alone that limits a result's.
 
         Raises:
-            InsensitiveError: what would be allowed exceeds LARGEST_TOLERANCE.
+            InsensitiveError: what would be allowed exceeds LARGEST_TOLERANCE, or without a signal is not finite.
         """
         dense, exact = Result.of(_dense(target), x, y, scale.to(x.dtype)), truth(x, y, scale, target)
         matrices = dense_target(target or Hard(), x.double(), y.double(), scale.double())
@@ -252,6 +252,8 @@ class Standard:
             # Where dense PyTorch overflows in 16 bits its error is no limit.
             allowed = {name: min(own[name], allowed[name]) if allowed[name] >= 0 else own[name] for name in FIELDS}
             check_sensitive(allowed, exact, x, scale)
+        elif not all(map(math.isfinite, allowed.values())):
+            raise InsensitiveError(f"dense PyTorch overflows in {x.dtype}, and nothing else limits an error here")
         return Standard(exact, allowed)
 
     def check(self, result: Result) -> None:

@@ -48,6 +48,9 @@ def test_what_carries_no_signal_is_not_compared():
         with pytest.raises(InsensitiveError, match=r"loss: an error of .* would be allowed .*contested_rows"):
             Standard.of(x, y, scale)
         Standard.of(x, y, scale, signal=False).check(truth(x, y, scale))
+    large = (300 * x).half()
+    with pytest.raises(InsensitiveError, match=r"dense PyTorch overflows in torch\.float16"):
+        Standard.of(large, -large, scale, signal=False)
 
 
 def test_nan_is_refused():
