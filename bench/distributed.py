@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from softclip_kernels import Exchange, Mix, Target, Teacher, agreement, distributed, softclip_loss
-from softclip_kernels.testing import Result, assert_as_accurate_as_dense, matching_rows, unit_rows
+from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
 
 from . import common
 
@@ -39,7 +39,6 @@ PLANS = ("gather", "ring")
 CASES = (("hard", None), ("hard", torch.bfloat16), ("psd", None))
 ROUNDED_LOSSES = ("hard", "psd", "psd_teacher")
 SCALES = (14.3, 100.0)
-FIELDS = ("loss", "dx", "dy", "dscale")
 
 
 def main(arguments: list[str]) -> None:

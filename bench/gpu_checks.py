@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from softclip_kernels import softclip_loss
-from softclip_kernels.testing import Result
+from softclip_kernels.testing import FIELDS, Result
 
 from . import common, rehearsal
 
 Row = dict[str, Any]
-FIELDS = ("loss", "dx", "dy", "dscale")
 # "Memory beyond inputs and gradients", both in their own dtype: bytes, and bytes a row. 16-bit gradients are summed in
 # fp32 before they are rounded; these sums are memory beyond, and the row says how much of it they are.
 MEMORY = (64 * 2**20, 64)

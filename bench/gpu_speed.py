@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softclip_kernels.testing import Result
+from softclip_kernels.testing import FIELDS, Result
 
 from . import common
-from .gpu_checks import FIELDS, check_close
+from .gpu_checks import check_close
 
 Row = dict[str, Any]
 PRODUCTS = {"hard": 8, "psd": 8, "psd_teacher": 12}  # multiples of N² D floating-point operations, forward + backward

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from softclip_kernels import (
     Weighted,
     schedules,
 )
-from softclip_kernels.backends import native
+from softclip_kernels.backends import chunked, native
 from softclip_kernels.testing import matching_rows, unit_rows
 
 TargetMaker = Callable[[int, int], Target]
@@ -111,9 +113,25 @@ def backend(request, monkeypatch):
     return name
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny data set for the trainer."""
+    from train_data import make_data  # the library's own tests run without what the trainer needs
+
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data: Path) -> Any:
+    """The trainer's, of the training captions in `data`."""
+    from train.data import load_pairs
+    from train.samples import all_captions
+    from train.tokenizer import train_tokenizer
+
+    return train_tokenizer(all_captions(load_pairs(data, "train")), 300)
+
+
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blocks, so that small problems have inner, edge and corner blocks."""
-    from softclip_kernels.backends import chunked
-
     monkeypatch.setitem(chunked.BLOCK, "cpu", 48)

@@ -6,19 +6,14 @@ VmHWM belongs to the address space, which is new at exec, and starts again where
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import interpreter
+
 # glibc gives what is freed back to the system at once: what is resident is what is alive.
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of PyTorch's that spin while they wait starve a busy machine
 
 
 def growth(work: Callable[[], object]) -> int:
@@ -32,19 +27,8 @@ def growth(work: Callable[[], object]) -> int:
 
 
 def in_a_new_process(function: str, *arguments: Any, plant: str = "", allocator: dict[str, str] = AT_ONCE) -> Any:
-    """What `function` of this module returns for these arguments in a new interpreter, one value of JSON. `plant`:
-    lines that run first, for a test of the test."""
-    lines = [plant, "import json, sys, memory", f"print(json.dumps(memory.{function}(*json.loads(sys.argv[1]))))"]
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines), json.dumps(arguments)],
-        cwd=ROOT,
-        env={**os.environ, **allocator, **PASSIVE, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    """interpreter.result_of a function of this module."""
+    return interpreter.result_of("memory", function, *arguments, plant=plant, **allocator)
 
 
 def loss_growth(

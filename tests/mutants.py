@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
+import test_loss
 import torch
 from torch import Tensor
 
-from softclip_kernels import Target, backends, ops, softclip_loss
+from softclip_kernels import Target, backends, ops
 from softclip_kernels.testing import DenseTarget, Result, Standard, dense_row_losses, dense_target
 
+SCALES = (1.0, 14.3, 100.0, 300.0)
 TILE = (slice(32, 64), slice(0, 32))  # of the smallest tile that a kernel computes, off the diagonal
 REFUSED, MISSED, NONE = "refused", "MISSED", "–"  # none: the target has no positive, or no teacher
 
@@ -73,10 +75,6 @@ class _TeachersWeigh:
         return self._backend.backward(problem, statistics, weight * grad_rows, weight * grad_columns)
 
 
-def _run(x: Tensor, y: Tensor, scale: Tensor, target: Target, backend: str) -> Result:
-    return Result.of(lambda *leaves: softclip_loss(*leaves, target, backend=backend), x, y, scale)
-
-
 @contextmanager
 def _teachers_weigh(weight: float, backend: str):
     wrapped = _TeachersWeigh(backends.registered()[backend], weight)
@@ -102,14 +100,14 @@ def refusals(x: Tensor, y: Tensor, scale: Tensor, target: Target, backend: str) 
     """What becomes of each mutant of `NAMES`: REFUSED, MISSED, or NONE where the target has nothing to mutate. The
     unmutated result passes, or AssertionError is raised; InsensitiveError where the problem proves nothing."""
     standard = Standard.of(x, y, scale, target)
-    result = _run(x, y, scale, target, backend)
+    result = test_loss.fused(x, y, scale, target, backend)
     standard.check(result)
     matrices = dense_target(target, x.double(), y.double(), scale.double())
     mutated: dict[str, Result | None] = {name: mutate(result) for name, mutate in RESULT_MUTANTS.items()}
     mutated["a tile"] = without_tile(result, x, y, scale, matrices)
     for name, broken in BACKEND_MUTANTS.items():
         with broken(backend) as applies:
-            wrong = _run(x, y, scale, target, backend)
+            wrong = test_loss.fused(x, y, scale, target, backend)
             mutated[name] = wrong if applies() else None
     return {name: _verdict(standard, one) for name, one in mutated.items()}
 

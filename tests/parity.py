@@ -22,7 +22,7 @@ from train_data import make_data, tiny
 
 from softclip_kernels import Target, softclip_loss
 from softclip_kernels.targets import ForBatch, Mix
-from softclip_kernels.testing import Result, dense_loss
+from softclip_kernels.testing import FIELDS, Result, dense_loss
 from train import evaluate
 from train.config import Config
 from train.data import Pairs, load_pairs
@@ -182,7 +182,7 @@ class Beside:
         self._steepest = max(self._steepest, true.dscale.abs().item())
         for name, way in self._ways.items():
             found, errors = self._result(way, x, y, scale, target), self._errors[name]
-            for part in ("loss", "dx", "dy", "dscale"):
+            for part in FIELDS:
                 right = getattr(true, part).double()
                 error = (getattr(found, part).double() - right).abs().max().item()
                 unit = 1.0 if part == "dscale" else right.abs().max().item()

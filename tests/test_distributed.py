@@ -29,6 +29,7 @@ from softclip_kernels import (
 from softclip_kernels.backends import chunked
 from softclip_kernels.targets import ForBatch
 from softclip_kernels.testing import (
+    FIELDS,
     Result,
     Standard,
     assert_as_accurate_as_dense,
@@ -40,7 +41,6 @@ from softclip_kernels.testing import (
     unit_rows,
 )
 
-FIELDS = ("loss", "dx", "dy", "dscale")
 PLANS = ("gather", "ring")
 WIDTH = 16
 

@@ -11,7 +11,7 @@ from conftest import ALL_TARGETS, SQUARE_TARGETS
 from softclip_kernels import Hard, Mix, SelfTeacher, backends, softclip_loss
 from softclip_kernels.backends import native, registered
 from softclip_kernels.problem import Problem, Source, Statistics, TeacherOperand
-from softclip_kernels.testing import Result, assert_as_accurate_as_dense, contested_rows, unit_rows
+from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, contested_rows, unit_rows
 
 LEVELS = native.levels()
 pytestmark = pytest.mark.skipif(not LEVELS, reason=str(native.why_missing()))
@@ -384,9 +384,9 @@ def test_threads_change_rounding_only(level, name, threads):
         threads(count)
         results.append(fused(x, y, scale, target))
         again = fused(x, y, scale, target)
-        assert all(torch.equal(getattr(results[-1], f), getattr(again, f)) for f in ("loss", "dx", "dy", "dscale"))
+        assert all(torch.equal(getattr(results[-1], f), getattr(again, f)) for f in FIELDS)
     for result in results[1:]:
-        for field in ("loss", "dx", "dy", "dscale"):
+        for field in FIELDS:
             torch.testing.assert_close(getattr(result, field), getattr(results[0], field), rtol=1e-5, atol=1e-7)
 
 

@@ -14,7 +14,7 @@ from softclip_kernels.agreement import make_layout
 from softclip_kernels.backends import chunked, native
 from softclip_kernels.problem import Problem
 from softclip_kernels.targets import Context
-from softclip_kernels.testing import Result, matching_rows, unit_rows
+from softclip_kernels.testing import FIELDS, Result, matching_rows, unit_rows
 
 BACKENDS = ("reference", "chunked", *(["native"] if native.levels() else []))
 
@@ -117,7 +117,7 @@ def test_autocast_leaves_the_loss_in_full_precision(name, backend):
             return loss(*leaves)
 
     outer, inner = (Result.of(function, x, y, torch.tensor(50.0)) for function in (loss, inside))
-    for field in ("loss", "dx", "dy", "dscale"):
+    for field in FIELDS:
         assert torch.equal(getattr(inner, field), getattr(outer, field)), field
 
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import interpreter
 import pytest
 import torch
 from conftest import ALL_TARGETS
@@ -16,7 +11,6 @@ from softclip_kernels import softclip_loss
 from softclip_kernels.backends import chunked, native
 from softclip_kernels.testing import Result, unit_rows
 
-ROOT = Path(__file__).resolve().parent.parent
 REPEATS = 250
 N, D, BLOCK = 300, 112, 192  # a block and the embeddings hold enough entries for PyTorch to share them among threads
 # labels, indices and groups: rows that share a column are summed. In bfloat16 only the kernels' own sums are others.
@@ -55,20 +49,14 @@ def test_one_thread(case, monkeypatch):
         torch.set_num_threads(before)
 
 
-TWO_THREADS = """
-import json, torch, test_repeats
-torch.set_num_threads(2)
-print(json.dumps({" ".join(case): test_repeats.first_difference(*case) for case in test_repeats.CASES}))
-"""
+def differences(threads: int) -> dict[str, int | None]:
+    """Every case's first difference."""
+    torch.set_num_threads(threads)
+    return {" ".join(case): first_difference(*case) for case in CASES}
 
 
 def test_two_threads():
     """In a process of its own, whose OpenMP threads sleep while they wait: spinning, two of them on a busy core each
     take a hundred times as long."""
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", TWO_THREADS]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr
-    differences = json.loads(done.stdout)
-    assert len(differences) == len(CASES) and not any(differences.values()), differences
+    found = interpreter.result_of("test_repeats", "differences", 2, OMP_NUM_THREADS="2")
+    assert len(found) == len(CASES) and not any(found.values()), found

@@ -29,7 +29,7 @@ from softclip_kernels import (
 )
 from softclip_kernels.agreement import make_layout
 from softclip_kernels.targets import Context
-from softclip_kernels.testing import Result, dense_loss, unit_rows
+from softclip_kernels.testing import FIELDS, Result, dense_loss, unit_rows
 
 sizes = st.integers(1, 70)
 widths = st.integers(1, 20)
@@ -48,7 +48,7 @@ def result(x, y, scale, target=None):
 
 
 def assert_equal(a: Result, b: Result, **tolerance: float):
-    for name in ("loss", "dx", "dy", "dscale"):
+    for name in FIELDS:
         torch.testing.assert_close(getattr(a, name), getattr(b, name), **(tolerance or {"rtol": 1e-10, "atol": 1e-12}))
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from tokenizers import Tokenizer
-from train_data import CONCEPTS, make_data, tiny
+from train_data import CONCEPTS, tiny
 
 from softclip_kernels import backends
 from train import choices, evaluate, logs
@@ -28,11 +28,6 @@ from train.samples import Batch, Sampler, all_captions
 from train.tokenizer import PAD_ID, encode, train_tokenizer
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

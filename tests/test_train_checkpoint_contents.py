@@ -17,29 +17,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from train_data import make_data, picture, tiny
+from train_data import picture, tiny
 from train_saved import FINGERPRINT, Payload, rewrite_manifest, write_checkpoint
 
 from train import checkpoint, engine_files, evaluate, fingerprint, job
 from train.config import SKIP_WINDOW, Config, ConfigError, load
-from train.data import load_pairs
 from train.data.manifest import read_manifest, write_manifest
 from train.data.shards import write_shard
-from train.samples import all_captions
-from train.tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
 OPTIMIZER_FILE = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(data: Path) -> Tokenizer:
-    return train_tokenizer(all_captions(load_pairs(data, "train")), 300)
 
 
 def engine(folder: Path) -> None:

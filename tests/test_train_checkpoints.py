@@ -17,24 +17,9 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from train_data import make_data
 from train_saved import names, weights, write_checkpoint
 
 from train import checkpoint
-from train.data import load_pairs
-from train.samples import all_captions
-from train.tokenizer import train_tokenizer
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(data: Path) -> Tokenizer:
-    return train_tokenizer(all_captions(load_pairs(data, "train")), 300)
-
 
 # ----------------------------------------------------------------------------------------------- crashes and full disks
 

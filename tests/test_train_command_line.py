@@ -9,16 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_data import make_data, tiny
+from train_data import tiny
 
 from train import launch, lock
 from train.config import Config, load
 from train.main import main, parse
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def run_main(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_data import make_data, tiny
+from train_data import tiny
 from train_jobs import ROOT, TIMEOUT, configuration, environment, finish, start, wait_for
 
 from train import checkpoint, launch, logs, progress
@@ -24,11 +24,6 @@ from train.samples import Sampler
 from train.tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 # ------------------------------------------------------------------------------------------------ lost and stuck ranks

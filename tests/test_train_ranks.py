@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from train_data import make_data, tiny
+from train_data import tiny
 from train_jobs import configuration, finish, start, training_rows, wait_for
 
 from softclip_kernels import Hard
@@ -27,11 +27,6 @@ from train.step import target_at
 STEPS, RESUMED = 40, 20  # RESUMED: at least so many come after a resume
 FEW = 8  # for jobs that are compared over numbers of processes, whose rounding differs
 Job = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def options(processes: int = 1, stage: int = 1, micro_batches: int = 1, steps: int = FEW) -> dict[str, object]:

@@ -10,16 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_data import make_data
 from train_jobs import configuration, finish, start
 from train_saved import Payload, names, rewrite_manifest
 
 from train import checkpoint, evaluate, logs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def test_moments_that_are_not_finite_are_never_saved(data: Path, tmp_path: Path) -> None:

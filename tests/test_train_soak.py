@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from train_data import make_data
 from train_jobs import configuration, finish, start
 
 from train import progress
@@ -91,11 +90,6 @@ def growing(grown: dict[str, float], steps: int) -> set[str]:
     between = (sum(LATE) - sum(EARLY)) / 2 * steps
     allowed = {"memory": ALLOWED_BYTES_PER_STEP * between, "handles": 0, "threads": 0}
     return {name for name, value in grown.items() if value > allowed[name]}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.mark.long

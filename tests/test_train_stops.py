@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from train_data import make_data
 from train_jobs import TIMEOUT, configuration, finish, read_terminal, start, start_in_terminal, wait_for
 
 from train import checkpoint, config, lock, logs, progress
@@ -25,11 +24,6 @@ from train.signals import INTERRUPTED, STOPPED
 
 LONG_RUN = 5000  # steps that no test waits for
 PROMISE = 10.0  # seconds after which no rank lives on without its launcher
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def pids(run: Path) -> list[int]:

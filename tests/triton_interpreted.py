@@ -19,7 +19,7 @@ from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
 from softclip_kernels import Hard, backends, softclip_loss, softclip_loss_with_ranks
 from softclip_kernels.kernels import launch
 from softclip_kernels.problem import Problem
-from softclip_kernels.testing import Result, assert_as_accurate_as_dense, matching_rows, unit_rows
+from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
 
 # Tiles are 32 x 64 or 64 x 32 in the interpreter, steps along the width 32: one entry, less than a tile, a tile, many
 # with ragged edges; widths below, at and between multiples of a step. One size a target in turn, all sizes for the
@@ -27,7 +27,6 @@ from softclip_kernels.testing import Result, assert_as_accurate_as_dense, matchi
 SQUARE_SIZES = ((97, 40), (64, 64), (1, 3), (33, 32), (2, 1), (129, 70))
 SCALES = (1.0, 100.0, 300.0)
 RECTANGULAR_SIZES = ((70, 130, 33), (64, 128, 64), (1, 2, 3), (129, 63, 1), (2, 1, 70), (65, 49, 32))
-FIELDS = ("loss", "dx", "dy", "dscale")
 
 
 def check(name, n, m, d, scale=14.3):

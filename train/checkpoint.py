@@ -28,6 +28,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from tokenizers import Tokenizer
 
+from train import progress
 from train.config import CHANGEABLE, REPLACED, SKIP_WINDOW, Config, ConfigError, changes
 from train.files import explain, sha256_of, sync_file, sync_folder, write_atomically, write_new
 from train.fingerprint import Fingerprint
@@ -127,6 +128,7 @@ def commit(
     entries = {}
     for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
         entries[path.relative_to(scratch).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+        progress.tick()  # many files are no hang
         sync_file(path)
     at("files flushed")
     write_atomically(scratch / MANIFEST, json.dumps(entries, indent=1).encode())

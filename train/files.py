@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from train import progress
-
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path`, flush to disk, rename, and flush the folder, which holds the new name."""
@@ -62,7 +60,6 @@ def explain(error: OSError) -> str:
 
 
 def sync_file(path: Path) -> None:
-    progress.tick()  # a checkpoint of many files is no hang
     with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -84,10 +84,10 @@ def train(config: Config, run: Path, world: World, progress: Progress, stop_afte
 
 def _set_up(config: Config, run: Path, world: World, progress: Progress, stop_after: int | None) -> Job:
     _quiet()
-    pairs, heldout = on_each(world, lambda: _read_data(config, world))
+    folder, pairs, heldout = on_each(world, lambda: _read_data(config, world))
     progress.tick()
     config, choices = on_first(world, lambda: settle(config, world.size, world.device))
-    now = on_first(world, lambda: fingerprint.take(evaluate.data_folder(config), world.device))
+    now = on_first(world, lambda: fingerprint.take(folder, world.device))
     found = on_first(world, lambda: _checkpoint_to_resume(config, run, world, stop_after, now))
     if found is None:
         text = on_first(world, lambda: train_tokenizer(all_captions(pairs), config.model.vocab_size).to_str())
@@ -107,13 +107,14 @@ def _set_up(config: Config, run: Path, world: World, progress: Progress, stop_af
     return Job(config, choices, run, world, progress, engine, sampler, tokenizer, heldout, log, state, now)
 
 
-def _read_data(config: Config, world: World) -> tuple[Pairs, evaluate.Data | None]:
-    """The training pairs, and on rank 0, which evaluates, the held-out ones too: what is wrong with them is said before
-    the first step, and they are read once. Every rank asks for the data; a lock lets one prepare them."""
+def _read_data(config: Config, world: World) -> tuple[Path, Pairs, evaluate.Data | None]:
+    """The prepared folder, the training pairs, and on rank 0, which evaluates, the held-out ones too: what is wrong
+    with them is said before the first step, and they are read once. Every rank asks for the data; a lock lets one
+    prepare them."""
     _check_share(config.optimizer, world.size)
     folder, data = evaluate.data_folder(config), config.data
     pairs = load_pairs(folder, "train", corrupt=data.corrupt, seed=data.seed, max_bad_fraction=data.max_bad_fraction)
-    return pairs, evaluate.read_data(config, folder, pairs) if world.rank == 0 else None
+    return folder, pairs, evaluate.read_data(config, folder, pairs) if world.rank == 0 else None
 
 
 def _check_share(options: Optimizer, processes: int) -> None:

@@ -35,31 +35,38 @@ def hold(run: Path, patience: float = 0.0) -> TextIO:
         raise LockedError(
             f"{run / FILE} cannot be written ({error.strerror}); a run needs a folder that it can write to"
         ) from error
-    end = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError as error:
-            if time.monotonic() >= end:
-                raise LockedError(
-                    f"the run {run} is in use by {_holder(file)}; wait for it, end it, or choose another --folder"
-                ) from error
-            time.sleep(0.2)
-        except OSError as error:
-            if error.errno not in UNKNOWN_TO_THE_FILE_SYSTEM:
-                raise
-            print(
-                f"warning: the file system of {run} has no locks ({error.strerror}): nothing keeps a second job from "
-                "working on this run",
-                file=sys.stderr,
+    try:
+        if not take(file, patience):
+            raise LockedError(
+                f"the run {run} is in use by {_holder(file)}; wait for it, end it, or choose another --folder"
             )
-            break
+    except OSError as error:
+        if error.errno not in UNKNOWN_TO_THE_FILE_SYSTEM:
+            raise
+        print(
+            f"warning: the file system of {run} has no locks ({error.strerror}): nothing keeps a second job from "
+            "working on this run",
+            file=sys.stderr,
+        )
     file.truncate(0)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
     file.flush()
     return file
+
+
+def take(file: TextIO, patience: float) -> bool:
+    """Whether the file's lock, which the kernel frees however its holders end, could be had within so many seconds.
+    Raises OSError where the file system has none."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(0.2)
 
 
 def _holder(file: TextIO) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +11,15 @@ from typing import Any
 
 import resvg_py
 
+from train import lock
 from train.data.concepts import read_concepts
 from train.data.drawings import Rendered, read_drawings, render
 from train.data.manifest import MANIFEST_NAME, DataError, Manifest, Shard, read_manifest, write_manifest
 from train.data.shards import MAX_PIXELS, write_shard
-from train.data.sources import WORD_SECONDS, SetupError, default_root, fetch_packages, pins, say
+from train.data.sources import WORD_SECONDS, SetupError, default_root, fetch_packages, pins
 from train.data.splits import SPLITS, split_pictures
 from train.files import sha256_of
+from train.signals import say
 
 SHARD_SAMPLES = 1000
 
@@ -39,16 +40,9 @@ def _locked(root: Path) -> Iterator[None]:
     """Hold ``<root>/.lock``. The kernel frees it when the process ends, however it ends. Who waits for it long says so:
     another job may be fetching."""
     with (root / ".lock").open("w") as file:
-        speak_at: float | None = time.monotonic() + WORD_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if speak_at is not None and time.monotonic() > speak_at:
-                    say(f"waiting for another process that prepares {root}")
-                    speak_at = None
-                time.sleep(0.2)
+        if not lock.take(file, WORD_SECONDS):
+            say(f"waiting for another process that prepares {root}")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

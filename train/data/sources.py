@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.signals import say
+
 NPM_TIMEOUT_SECONDS = 900
 # Before the packages, which may take their time where the network is slow, a small question that npm gives up soon: by
 # itself it tries for minutes to reach a registry that is not there.
@@ -178,10 +180,6 @@ def _npm(arguments: list[str], folder: Path, seconds: float, what: str) -> None:
             f"npm {arguments[0]} ended with status {process.returncode}; check the network or npm's registry setting "
             f"and run `python -m train.data` again. npm said:\n{said.strip()[-2000:]}"
         )
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _checked(path: Path, package: Package, file: str) -> bytes:
