@@ -2,8 +2,8 @@
 # make test    lint, types and every test but the long ones
 # make test-long: the tests marked long (soaks, whole training runs compared), which take minutes each
 # make lint    ruff and mypy alone
-# make bench   the CPU benchmark; make sanitize: the native code under AddressSanitizer and UndefinedBehaviorSanitizer
-# Each sets up .venv by itself and re-uses it while constraints.txt, pyproject.toml and the native sources stay the same.
+# make bench   the CPU benchmark; make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# Each sets up .venv by itself and re-uses it while constraints.txt, pyproject.toml and the C++ sources stay the same.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
@@ -11,7 +11,7 @@ ARGS ?=
 TRITON = 3.7.0
 VENV = .venv
 RUN = $(VENV)/bin/python
-NATIVE = $(wildcard csrc/*)
+KERNELS = $(wildcard csrc/*)
 
 .PHONY: train test test-long lint bench sanitize clean
 
@@ -47,8 +47,8 @@ $(VENV)/dependencies: constraints.txt pyproject.toml
 	  print(*extras['train'], *extras['bench'], *extras['dev'])")
 	touch $@
 
-$(VENV)/package: $(VENV)/dependencies setup.py $(NATIVE)
-	@echo "== installing softclip_kernels in place, with its native extension where a compiler is at hand"
+$(VENV)/package: $(VENV)/dependencies setup.py $(KERNELS)
+	@echo "== installing softclip_kernels in place, with its CPU extension where a compiler is at hand"
 	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The native CPU kernels against dense eager PyTorch: speed, share of the machine's peak, memory, growth with N.
+"""The CPU kernels against dense eager PyTorch: speed, share of the machine's peak, memory, growth with N.
 
 python -m bench cpu             everything but the long runs
 python -m bench cpu --long      also N = 32768 and 65536 (together about a quarter of an hour on two quiet cores)
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softclip_kernels.backends import native
+from softclip_kernels.backends import cpu
 from softclip_kernels.testing import Result
 
 from . import common
@@ -53,17 +53,17 @@ def _dtype(dtype: torch.dtype) -> str:
 
 
 def speed(n: int, d: int, rounds: int) -> list[Row]:
-    """Goals 1 to 3: every loss and dtype, native and dense, interleaved; correctness first."""
+    """Goals 1 to 3: every loss and dtype, ours and dense, interleaved; correctness first."""
     contenders: dict[str, Callable[[], object]] = {}
     cases: list[tuple[str, torch.dtype, str, float, str]] = []
     for loss in common.LOSSES:
         for dtype in (F32, BF16):
-            common.check(loss, d, dtype, backend="native")
+            common.check(loss, d, dtype, backend="cpu")
             timed = [("forward + backward", common.forward_backward)]
             if loss == "hard":
                 timed.append(("forward", common.forward_only))
             dense = common.dense(loss, n, d, dtype)
-            fused = common.fused(common.target(loss, n, d, dtype), "native")
+            fused = common.fused(common.target(loss, n, d, dtype), "cpu")
             for scale in SCALES:
                 x, y, s = common.operands(n, d, dtype, scale=scale)
                 _check_timed_size(loss, fused, x.detach(), y.detach(), s.detach())
@@ -91,7 +91,7 @@ def speed(n: int, d: int, rounds: int) -> list[Row]:
                 "n": n,
                 "d": d,
                 "scale": scale,
-                "native": timings[key],
+                "cpu": timings[key],
                 "dense": timings[f"dense {loss} {dtype} {name}"],
                 "over dense": timings[f"dense {loss} {dtype} {name}"].median / timings[key].median,
                 "over dense float32": over_float32,
@@ -109,12 +109,12 @@ def speed(n: int, d: int, rounds: int) -> list[Row]:
 
 def _check_timed_size(loss: str, fused: common.Loss, x: Tensor, y: Tensor, scale: Tensor) -> None:
     dense = common.dense(loss, x.shape[0], x.shape[1], F32, rounded=x.dtype)
-    results = {"dense": Result.of(dense, x.float(), y.float(), scale), "native": Result.of(fused, x, y, scale)}
+    results = {"dense": Result.of(dense, x.float(), y.float(), scale), "cpu": Result.of(fused, x, y, scale)}
     common.check_equal(results, x, y, scale)
 
 
 def _measure_peak(dtype: torch.dtype, found: list[float]) -> None:
-    found.append(native.peak(native.level(), torch.get_num_threads(), dtype == BF16))
+    found.append(cpu.peak(cpu.level(), torch.get_num_threads(), dtype == BF16))
 
 
 def peak(n: int, widths: tuple[int, ...], rounds: int) -> list[Row]:
@@ -126,7 +126,7 @@ def peak(n: int, widths: tuple[int, ...], rounds: int) -> list[Row]:
             shares: dict[str, Callable[[], object]] = {}
             for loss in ("hard", "psd"):
                 x, y, s = common.operands(n, d, dtype)
-                fused = common.fused(common.target(loss, n, d, dtype), "native")
+                fused = common.fused(common.target(loss, n, d, dtype), "cpu")
                 shares[loss] = common.forward_backward(fused, x, y, s)
                 if loss == "hard":
                     shares["forward"] = common.forward_only(fused, x, y, s)
@@ -180,9 +180,9 @@ def _growth(loss: str, n: int, d: int, dtype_name: str, threads: int) -> float:
     """MiB of peak resident memory of one forward + backward, less the two gradients."""
     torch.set_num_threads(threads)
     dtype = getattr(torch, dtype_name)
-    fused = common.fused(common.target(loss, n, d, dtype), "native")
+    fused = common.fused(common.target(loss, n, d, dtype), "cpu")
     small = common.operands(256, d, dtype)
-    common.forward_backward(common.fused(common.target(loss, 256, d, dtype), "native"), *small)()  # libraries load
+    common.forward_backward(common.fused(common.target(loss, 256, d, dtype), "cpu"), *small)()  # libraries load
     x, y, scale = common.operands(n, d, dtype)
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
@@ -203,11 +203,11 @@ def growth(sizes: tuple[int, ...], d: int, rounds: int) -> list[Row]:
     rows: list[Row] = []
     for n in sizes:
         x, y, scale = common.operands(n, d, F32)
-        fused = common.fused(common.target("hard", n, d, F32), "native")
+        fused = common.fused(common.target("hard", n, d, F32), "cpu")
         few = n >= 32768
         timing = common.interleaved(
-            {"native": common.forward_backward(fused, x, y, scale)}, 1 if few else rounds, warm_up=0 if few else 1
-        )["native"]
+            {"cpu": common.forward_backward(fused, x, y, scale)}, 1 if few else rounds, warm_up=0 if few else 1
+        )["cpu"]
         per_pair = timing.median / n**2
         relative = per_pair / rows[0]["ns per pair"] * 1e9 if rows else 1.0
         goal = GROWTH_GOAL if n <= GROWTH_UP_TO else None  # beyond, it is to complete
@@ -237,8 +237,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--long", action="store_true", help="also N = 32768 and 65536")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    if not native.levels():
-        raise SystemExit(f"nothing to measure: {native.why_missing()}")
+    if not cpu.levels():
+        raise SystemExit(f"nothing to measure: {cpu.why_missing()}")
     n, d = options.n, options.d
     runs: dict[str, Callable[[], list[Row]]] = {
         "speed": lambda: speed(n, d, options.rounds),
@@ -246,7 +246,7 @@ def main(arguments: list[str]) -> None:
         "memory": lambda: memory(2 * n, d),
         "growth": lambda: growth((n, 2 * n, *((4 * n, 8 * n) if options.long else ())), d, 3),
     }
-    print(f"{common.environment('cpu')}\nlevel {native.level()}")
+    print(f"{common.environment('cpu')}\nlevel {cpu.level()}")
     rows: list[Row] = []
     for part in options.only:
         found = runs[part]()

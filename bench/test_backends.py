@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from bench import common
-from softclip_kernels.backends import native
+from softclip_kernels.backends import cpu
 
 pytest.importorskip("pytest_benchmark")
 
 N, D = 2048, 256
-CONTENDERS = ("dense", "chunked", *(["native"] if native.levels() else []))
+CONTENDERS = ("dense", "chunked", *(["cpu"] if cpu.levels() else []))
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

@@ -1,5 +1,5 @@
-// The Python module softclip_kernels._native. Tensors arrive as addresses, sizes and strides, so that one build serves
-// every version of PyTorch; softclip_kernels/backends/native.py is the only caller and has checked everything.
+// The Python module softclip_kernels._cpu. Tensors arrive as addresses, sizes and strides, so that one build serves
+// every version of PyTorch; softclip_kernels/backends/cpu.py is the only caller and has checked everything.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -48,7 +48,7 @@ void interruptible(const Operation& operation) {
 
 }  // namespace
 
-PYBIND11_MODULE(_native, module) {
+PYBIND11_MODULE(_cpu, module) {
   py::class_<Matrix>(module, "Matrix")
       .def(py::init([](Address data, int64_t rows, int64_t width, int64_t row_step, int64_t column_step,
                        bool bfloat16) {

@@ -1,6 +1,6 @@
-"""Builds softclip_kernels._native with the system's C++ compiler: every instruction-set level in its own file, with
+"""Builds softclip_kernels._cpu with the system's C++ compiler: every instruction-set level in its own file, with
 its own flags, chosen at run time. A level that the compiler does not know is left out, and a machine without a compiler
-gets the package without the extension. Either is said in one line; what the compiler said goes to build/native.log."""
+gets the package without the extension. Either is said in one line; what the compiler said goes to build/cpu.log."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent
-LOG = CSRC.parent / "build" / "native.log"
+LOG = CSRC.parent / "build" / "cpu.log"
 COMMON = ("bindings", "forward", "backward", "plan", "schedule", "team", "level_portable")
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
@@ -28,7 +28,7 @@ FLAGS = ("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-
 # gcc's own intrinsics headers start results from deliberately uninitialised registers.
 LEVEL_FLAGS = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
 
-EXTENSION = Extension("softclip_kernels._native", sources=[])
+EXTENSION = Extension("softclip_kernels._cpu", sources=[])
 
 
 class CannotBuildError(Exception):
@@ -43,15 +43,15 @@ class RefusedError(CannotBuildError):
     """The compiler ran and failed."""
 
 
-class BuildNative(build_ext):
-    """`SOFTCLIP_NATIVE_FLAGS` adds flags to every compilation and to the link (sanitizers)."""
+class BuildCpu(build_ext):
+    """`SOFTCLIP_CPU_FLAGS` adds flags to every compilation and to the link (sanitizers)."""
 
     def build_extension(self, extension: Extension) -> None:
         target = Path(self.get_ext_fullpath(extension.name))
         try:
-            _build(target, Path(self.build_temp).resolve() / "native")
+            _build(target, Path(self.build_temp).resolve() / "cpu")
         except (CannotBuildError, ImportError) as error:
-            _report(f"the native CPU kernels were not built: {error}{_logged(getattr(error, 'output', ''))}")
+            _report(f"the CPU kernels were not built: {error}{_logged(getattr(error, 'output', ''))}")
 
     def copy_extensions_to_source(self) -> None:
         """An editable install looks for the library in the source tree; it may be missing."""
@@ -86,7 +86,7 @@ def _compiler() -> list[str]:
 def _build(target: Path, objects: Path) -> None:
     import pybind11
 
-    extra = shlex.split(os.environ.get("SOFTCLIP_NATIVE_FLAGS", ""))
+    extra = shlex.split(os.environ.get("SOFTCLIP_CPU_FLAGS", ""))
     levels = LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {}
     units: dict[str, Sequence[str]] = dict.fromkeys(COMMON, ())
     units["bindings"] = ("-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include())
@@ -111,7 +111,7 @@ def _build(target: Path, objects: Path) -> None:
             outputs.append(results[f"level_{name}"].result())
             built.append(name)
         except RefusedError as error:
-            _report(f"the native CPU kernels lack the level {name}: {error}{_logged(error.output)}")
+            _report(f"the CPU kernels lack the level {name}: {error}{_logged(error.output)}")
     outputs.append(compile_unit("levels", [f"-DSOFTCLIP_HAS_{name.upper()}" for name in built]))
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     _run("linking", [*_compiler(), *shared, "-pthread", *extra, *outputs, "-o", str(target)])

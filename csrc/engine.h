@@ -8,7 +8,7 @@
 
 namespace softclip {
 
-enum class Source : int { embeddings = 0, logits = 1, logits_transposed = 2 };  // as in softclip_kernels/problem.py
+enum class Source : int { embeddings = 0, logits = 1, transposed = 2 };  // as in softclip_kernels/problem.py
 
 struct Teacher {
   Source source = Source::logits;

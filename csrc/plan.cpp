@@ -18,7 +18,7 @@ constexpr int64_t kAlignment = 16;        // floats: a cache line
 
 bool any_transposed(const Problem& problem) {
   return std::any_of(problem.teachers.begin(), problem.teachers.end(),
-                     [](const Teacher& teacher) { return teacher.source == Source::logits_transposed; });
+                     [](const Teacher& teacher) { return teacher.source == Source::transposed; });
 }
 
 double multiply_adds(const Problem& problem) {
@@ -66,7 +66,7 @@ Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in,
     const bool own = teacher.source == Source::embeddings;
     if (own) products.push_back(product_of(kernels, teacher.x, teacher.y));
     distributions.push_back(distribution(own ? static_cast<int>(products.size()) - 1 : 0,
-                                         teacher.source == Source::logits_transposed,
+                                         teacher.source == Source::transposed,
                                          own ? teacher.scale : teacher.scale * problem.scale));
     if (teacher.row_bias == nullptr && teacher.column_bias == nullptr) {
       const bool same = distributions.back().swapped && teacher.scale == 1 && problem.row_segment == nullptr;

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, then the threaded ones under ThreadSanitizer.
+# The tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then the threaded ones under ThreadSanitizer.
 # Everything is built and run in a temporary copy; PYTHON names the interpreter, CXX (gcc or clang) the compiler.
 set -eu
 cd "$(dirname "$0")/.."
@@ -18,7 +18,7 @@ check() {
   shift 3
   echo "== $name"
   rm -rf build
-  SOFTCLIP_NATIVE_FLAGS="-g -O1 -fno-omit-frame-pointer $flags" "$python" setup.py -q build_ext --inplace
+  SOFTCLIP_CPU_FLAGS="-g -O1 -fno-omit-frame-pointer $flags" "$python" setup.py -q build_ext --inplace
   # PyTorch is not instrumented: its own allocations at exit are not leaks of ours, its OpenMP threads not our races.
   LD_PRELOAD=$libraries OMP_NUM_THREADS=1 \
     ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0" \
@@ -27,6 +27,6 @@ check() {
 
 check "AddressSanitizer and UndefinedBehaviorSanitizer" libasan.so \
   "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined" \
-  tests/test_native.py tests/test_native_process.py -k "not cannot_be_had"  # the sanitizer needs the address space
-check "ThreadSanitizer" libtsan.so "-fsanitize=thread" tests/test_native.py \
+  tests/test_cpu.py tests/test_cpu_process.py -k "not cannot_be_had"  # the sanitizer needs the address space
+check "ThreadSanitizer" libtsan.so "-fsanitize=thread" tests/test_cpu.py \
   -k "threads_change or more_threads or float32_against"

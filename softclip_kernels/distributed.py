@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .agreement import all_gather_into, failure_told, in_phase, over_gloo, wait
+from .indexing import scatter_sum
 from .layout import Layout
-from .rows import sum_rows
 
 Visit = Callable[[int, list[Tensor]], list[Tensor]]
 Merge = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
@@ -149,7 +149,7 @@ def sum_to_columns(values: Tensor, index: Tensor, layout: Layout, own: bool = Fa
     """The sum of the values (n_local,) of all ranks' rows whose index (n_local,) names each of this rank's columns:
     (m_local,), differentiable. `own`: every rank's rows name its own columns only, so nothing needs to travel."""
     if own or layout.exchange is None:
-        return sum_rows(layout.m_local, index - layout.column_start, values)
+        return scatter_sum(layout.m_local, index - layout.column_start, values)
     return _SumToColumns.apply(values, index, layout)
 
 
@@ -179,7 +179,7 @@ class _SumToColumns(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, index: Tensor, layout: Layout) -> Tensor:
         ctx.layout = layout
         ctx.save_for_backward(index)
-        return sum_columns(sum_rows(layout.m, index, values), layout)
+        return sum_columns(scatter_sum(layout.m, index, values), layout)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

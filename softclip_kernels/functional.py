@@ -136,7 +136,7 @@ def _prepare(
 ) -> tuple[Problem, LoweredTarget, Layout]:
     def check() -> None:
         checks.one_of("reduction", reduction, REDUCTIONS)
-        backends.check_name(backend)
+        backends.canonical(backend)
         checks.embeddings(x, y)
         if target is not None:
             check_target("target", target)

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from . import checks, distributed
+from .indexing import row_slices, scatter_sum, take_rows
 from .layout import Layout
 from .problem import LossParts, Problem, TeacherOperand
-from .rows import parts, sum_rows, take_rows
 
 if TYPE_CHECKING:
     from .targets import Context
@@ -117,7 +117,7 @@ class IndexTerm(HardTerm):
         index = self.index - start
         column = index.clamp(0, len(y) - 1)
         z = torch.where(column == index, scale * (x.to(scale.dtype) * take_rows(y, column).to(scale.dtype)).sum(1), 0.0)
-        return z, sum_rows(len(y), column, z)
+        return z, scatter_sum(len(y), column, z)
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ class GroupTerm(HardTerm):
     ) -> tuple[Tensor, Tensor]:
         x, y = x.to(scale.dtype), y.to(scale.dtype)
         row_group, column_group, groups = _places(self.row_id, operands[0])
-        x_of_group = sum_rows(groups, row_group, x)
-        y_of_group = sum_rows(groups, column_group, y)
+        x_of_group = scatter_sum(groups, row_group, x)
+        y_of_group = scatter_sum(groups, column_group, y)
         row_dot = scale * (x * take_rows(y_of_group, row_group)).sum(1)
         column_dot = scale * (y * take_rows(x_of_group, column_group)).sum(1)
         return row_dot, column_dot
@@ -241,7 +241,7 @@ class LoweredTarget:
         return next((term for term in self.hard if isinstance(term, IndexTerm)), None)
 
     @property
-    def positive(self) -> Tensor | None:
+    def positive_column(self) -> Tensor | None:
         """The index of every row's positive (N,)."""
         return None if self.indexed is None else self.indexed.index
 
@@ -253,7 +253,7 @@ class LoweredTarget:
     def problem(self, x: Tensor, y: Tensor, scale: Tensor) -> Problem:
         row_segment, column_segment = self.segments or (None, None)
         operands = tuple(term.operand for term in self.teachers)
-        return Problem(x, y, scale, self.positive, row_segment, column_segment, operands)
+        return Problem(x, y, scale, self.positive_column, row_segment, column_segment, operands)
 
     def losses(self, parts: LossParts, layout: Layout) -> tuple[Tensor, Tensor]:
         """Row losses (N,) and column losses (M,); the target must be complete."""
@@ -263,7 +263,7 @@ class LoweredTarget:
         linear_dots = zip(parts.row_dots, parts.column_dots, strict=True)
         for hard in self.hard:
             if isinstance(hard, IndexTerm) and hard is self.indexed:
-                positive = statistics.positive
+                positive = statistics.positive_logit
                 dots = positive, distributed.sum_to_columns(positive, hard.index, layout, hard.own)
             else:
                 dots = next(linear_dots)
@@ -302,13 +302,13 @@ def _weighted_loss(weight: Tensor | None, mass: Tensor, log_sum_exp: Tensor, dot
 def positive_logits(problem: Problem, own: bool, layout: Layout) -> tuple[Tensor, Tensor]:
     """`z[i, positive[i]]` (N,) without the kernel, and the size its rounding is relative to,
     `scale * norm(x[i]) * norm(y[positive[i]])` (N,). `own`: see IndexTerm; otherwise it takes a lap of its own."""
-    assert problem.positive is not None
-    positive, dtype = problem.positive, problem.accumulation_dtype
+    assert problem.positive_column is not None
+    positive, dtype = problem.positive_column, problem.accumulation_dtype
     logits, sizes = (problem.x.new_zeros(problem.rows, dtype=dtype) for _ in range(2))
 
     def visit(start: int, operands: list[Tensor]) -> list[Tensor]:
         block = operands[0].to(problem.y.dtype)
-        for part in parts(problem.x) if len(block) else ():
+        for part in row_slices(problem.x) if len(block) else ():
             column = (positive[part] - start).clamp(0, len(block) - 1)
             inside, x, y = column == positive[part] - start, problem.x[part].to(dtype), block[column].to(dtype)
             logits[part] += torch.where(inside, problem.scale * (x * y).sum(1), 0.0)

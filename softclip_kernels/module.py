@@ -28,7 +28,7 @@ class SoftClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         checks.one_of("reduction", reduction, REDUCTIONS)
-        backends.check_name(backend)
+        backends.canonical(backend)
         if target is not None:
             check_target("target", target)
         self.target = target

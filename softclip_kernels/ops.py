@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .indexing import row_slices, scatter_add
 from .problem import Problem, Source, Statistics, TeacherOperand, accumulation_dtype
-from .rows import add_rows, parts
 
 FIELDS_PER_TEACHER = 5  # TeacherOperand.tensors()
 
@@ -29,7 +29,7 @@ def pack(problem: Problem) -> tuple[list[Any], list[int]]:
         problem.x,
         problem.y,
         problem.scale,
-        problem.positive,
+        problem.positive_column,
         problem.row_segment,
         problem.column_segment,
         problem.row_threshold,
@@ -67,7 +67,7 @@ def block_backward(
     be added before anything is rounded."""
     with torch.autocast(problem.x.device.type, enabled=False):
         gx, gy = backends.select(backend, problem).backward(problem, statistics, grad_rows, grad_columns)
-        if problem.positive is not None:
+        if problem.positive_column is not None:
             coefficient = _positive_gradient(problem, statistics, grad_rows, grad_columns, grad_positive)
             _add_positive(problem, coefficient, gx, gy)
         grad_scale = _inner_product(problem.x, gx)
@@ -199,9 +199,9 @@ def _positive_gradient(
     """∂loss/∂z at every row's positive, (N,), 0 where it is in another block: what the backends leave out of G, so that
     it never passes through a low precision. A probability near 1 enters as `expm1(z - lse)`, and its 1 first joins the
     hard target's gradient, with which it cancels: near convergence p - 1 keeps its digits."""
-    assert problem.positive is not None
+    assert problem.positive_column is not None
     inside, column = problem.positives_inside()
-    z = statistics.positive
+    z = statistics.positive_logit
     gradients = [grad_rows[0], grad_columns[0][column]]
     log_probabilities = [z - statistics.rows[0], z - statistics.columns[0][column]]
     for k, teacher in enumerate(problem.teachers):
@@ -229,9 +229,9 @@ def _log_ratio(logit: Tensor, log_sum_exp: Tensor) -> Tensor:
 
 def _teacher_logit_at_positive(problem: Problem, teacher: TeacherOperand, z: Tensor) -> Tensor:
     x, y, (_, column) = problem.x, problem.y, problem.positives_inside()
-    if teacher.source == Source.LOGITS or (teacher.source == Source.LOGITS_TRANSPOSED and _is_diagonal(column)):
+    if teacher.source == Source.LOGITS or (teacher.source == Source.TRANSPOSED and _is_diagonal(column)):
         t = z
-    elif teacher.source == Source.LOGITS_TRANSPOSED:
+    elif teacher.source == Source.TRANSPOSED:
         # As a difference, so that a positive on the diagonal has bit for bit the student's logit.
         t = z + problem.scale * (_pairwise_dot(x, y, column, swap=True) - _pairwise_dot(x, y, column))
     else:
@@ -249,7 +249,7 @@ def _pairwise_dot(x: Tensor, y: Tensor, column: Tensor, swap: bool = False) -> T
     """`x_i · y_column[i]`, or with swap `x_column[i] · y_i`: (N,), accumulation dtype."""
     dtype = accumulation_dtype(x.dtype)
     result = x.new_empty(len(column), dtype=dtype)
-    for part in parts(column):
+    for part in row_slices(column):
         left, right = (x[column[part]], y[part]) if swap else (x[part], y[column[part]])
         result[part] = (left.to(dtype) * right.to(dtype)).sum(1)
     return result
@@ -258,15 +258,15 @@ def _pairwise_dot(x: Tensor, y: Tensor, column: Tensor, swap: bool = False) -> T
 def _add_positive(problem: Problem, coefficient: Tensor, gx: Tensor, gy: Tensor) -> None:
     """`gx_i += c_i y_column[i]` and `gy_column[i] += c_i x_i`, in place."""
     _, positive = problem.positives_inside()
-    for part in parts(problem.x):
+    for part in row_slices(problem.x):
         column = positive[part]
         gx[part] += coefficient[part, None] * problem.y[column]
-        add_rows(gy, column, coefficient[part, None] * problem.x[part])
+        scatter_add(gy, column, coefficient[part, None] * problem.x[part])
 
 
 def _inner_product(x: Tensor, gx: Tensor) -> Tensor:
     """`sum_i x_i · gx_i`: the scale's gradient, for free, because z is linear in both x and scale."""
     total = gx.new_zeros(())
-    for part in parts(x):
+    for part in row_slices(x):
         total += (x[part] * gx[part]).sum()
     return total

@@ -20,7 +20,7 @@ class Source(IntEnum):
 
     EMBEDDINGS = 0  # t = scale * x @ y.T, from the teacher's own embeddings
     LOGITS = 1  # t = scale * z, the student's own logits (scale None: 1, "tied")
-    LOGITS_TRANSPOSED = 2  # t = scale * z.T, the student's own logits of the swapped pair; needs N == M
+    TRANSPOSED = 2  # t = scale * z.T, the student's own logits of the swapped pair; needs N == M
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TeacherOperand:
     """One teacher. Its row distribution is `softmax_j(t_ij + column_bias_j)`, its column distribution
     `softmax_i(t_ij + row_bias_i)`; a bias of -inf excludes that column (row). Never differentiated.
 
-    scale        0-d, accumulation dtype; None with LOGITS and LOGITS_TRANSPOSED: exactly 1
+    scale        0-d, accumulation dtype; None with LOGITS and TRANSPOSED: exactly 1
     x, y         (N, E) and (M, E), only with Source.EMBEDDINGS
     row_bias     (N,) accumulation dtype, or None: zero
     column_bias  (M,) accumulation dtype, or None: zero
@@ -61,7 +61,7 @@ class Problem:
 
     x, y              (N, D) and (M, D), same floating dtype, any strides
     scale             0-d, accumulation dtype
-    positive          (N,) int64: the column of each row's positive. A value outside [0, M) means that the positive is
+    positive_column   (N,) int64: the column of each row's positive. A value outside [0, M) means that the positive is
                       not in this block
     row_segment       (N,) int64 } a pair of unequal segments is excluded: from both softmaxes and from both
     column_segment    (M,) int64 } distributions of every teacher (both given or neither)
@@ -72,7 +72,7 @@ class Problem:
     x: Tensor
     y: Tensor
     scale: Tensor
-    positive: Tensor | None = None
+    positive_column: Tensor | None = None
     row_segment: Tensor | None = None
     column_segment: Tensor | None = None
     teachers: tuple[TeacherOperand, ...] = ()
@@ -94,18 +94,18 @@ class Problem:
     def positives_inside(self) -> tuple[Tensor, Tensor]:
         """Which rows (N,) have their positive in this block, and a column (N,) that is safe to index with for those
         that do not."""
-        assert self.positive is not None
-        inside = (self.positive >= 0) & (self.positive < self.columns)
-        return inside, self.positive.clamp(0, self.columns - 1)
+        assert self.positive_column is not None
+        inside = (self.positive_column >= 0) & (self.positive_column < self.columns)
+        return inside, self.positive_column.clamp(0, self.columns - 1)
 
     def block(self, rows: slice, columns: slice) -> Problem:
-        """The sub-problem of these rows and columns. A LOGITS_TRANSPOSED teacher keeps its source: whoever computes the
+        """The sub-problem of these rows and columns. A TRANSPOSED teacher keeps its source: whoever computes the
         block must supply the logits of the swapped block."""
         return replace(
             self,
             x=self.x[rows],
             y=self.y[columns],
-            positive=None if self.positive is None else self.positive[rows] - columns.start,
+            positive_column=None if self.positive_column is None else self.positive_column[rows] - columns.start,
             row_segment=_sliced(self.row_segment, rows),
             column_segment=_sliced(self.column_segment, columns),
             teachers=tuple(teacher.block(rows, columns) for teacher in self.teachers),
@@ -125,14 +125,14 @@ class Statistics(NamedTuple):
                    logits `t_ij + column_bias_j`, and `sum_j softmax_j(t_ij + column_bias_j) * z_ij`, the student's mean
                    logit under the teacher's row distribution
     columns        (1 + 2K, M): the same over rows
-    positive       (N,) the positive's logit as this block computed it, 0 where it is not in the block; (0,) without
+    positive_logit (N,) the positive's logit as this block computed it, 0 where it is not in the block; (0,) without
     row_ranks      (N,) int64, how many logits exceed row_threshold; (0,) without thresholds
     column_ranks   (M,) int64
     """
 
     rows: Tensor
     columns: Tensor
-    positive: Tensor
+    positive_logit: Tensor
     row_ranks: Tensor
     column_ranks: Tensor
 

@@ -75,5 +75,5 @@ class ProgressiveSelfDistillation:
             return SelfTeacher(self.teacher_scale, self.swap)
         teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher)
         if self.swap == "paired":
-            teachers = [one.swapped() for one in teachers]
+            teachers = [one.transposed() for one in teachers]
         return teachers[0] if len(teachers) == 1 else Average(teachers)

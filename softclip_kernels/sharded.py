@@ -63,7 +63,7 @@ class Columns:
         block = replace(
             problem,
             y=y,
-            positive=None if problem.positive is None else problem.positive - start,
+            positive_column=None if problem.positive_column is None else problem.positive_column - start,
             column_segment=segment,
             column_threshold=threshold,
             teachers=tuple(teachers),
@@ -90,7 +90,7 @@ class _ShardedStatistics(torch.autograd.Function):
         problem, teachers = columns.problem, len(columns.problem.teachers)
         like = x.new_empty(0, dtype=problem.accumulation_dtype)
         rows = stats.empty(teachers, len(x), like)
-        positive = like.new_zeros(len(x) if problem.positive is not None else 0)
+        positive = like.new_zeros(len(x) if problem.positive_column is not None else 0)
         ranked = problem.row_threshold is not None
         row_ranks = torch.zeros(len(x) if ranked else 0, dtype=torch.int64, device=x.device)
         row_dots = [like.new_zeros(len(x)) for _ in columns.terms]
@@ -99,7 +99,7 @@ class _ShardedStatistics(torch.autograd.Function):
             block, term_operands = columns.block(start, operands)
             part = _statistics(block, backend)
             rows.copy_(stats.merge(rows, part.rows))
-            positive.add_(part.positive)
+            positive.add_(part.positive_logit)
             row_ranks.add_(part.row_ranks)
             column_dots = like.new_zeros(block.columns, len(columns.terms))
             for k, (term, known) in enumerate(zip(columns.terms, term_operands, strict=True)):
@@ -177,7 +177,7 @@ def _statistics(block: Problem, backend: str) -> Statistics:
     return Statistics(
         stats.empty(len(block.teachers), block.rows, like),
         stats.empty(len(block.teachers), block.columns, like),
-        like.new_zeros(0 if block.positive is None else block.rows),
+        like.new_zeros(0 if block.positive_column is None else block.rows),
         *(torch.zeros(n if ranked else 0, dtype=torch.int64, device=like.device) for n in (block.rows, block.columns)),
     )
 

@@ -147,7 +147,7 @@ class Teacher(SoftTarget):
         super().__post_init__()
         checks.teacher_scale("teacher scale", self.scale)
 
-    def swapped(self) -> Teacher:
+    def transposed(self) -> Teacher:
         """Row i is taught by the teacher's text→image distribution of pair i, and the other way round."""
         return replace(self, a=self.b, b=self.a)
 
@@ -190,7 +190,7 @@ class SelfTeacher(SoftTarget):
         layout = context.layout
         if layout.exchange is None:
             checks.square('swap="paired"', layout.n_local, layout.m_local)
-            return TeacherOperand(Source.LOGITS_TRANSPOSED, ratio)
+            return TeacherOperand(Source.TRANSPOSED, ratio)
         if not layout.aligned:
             raise ValueError(
                 f'swap="paired" needs both sides of a pair on one rank; the ranks have {layout.row_counts} rows and '

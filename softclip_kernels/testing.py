@@ -212,7 +212,7 @@ def truth(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None) -> 
 
 
 # How far a result may be from the exact one, relative to its largest entry: about twice to ten times what was measured
-# on problems of `contested_rows` (1e-5 in float32 at scale 300, 5.7e-3 in bfloat16, where the native kernels round the
+# on problems of `contested_rows` (1e-5 in float32 at scale 300, 5.7e-3 in bfloat16, where the CPU kernels round the
 # probabilities, and 5e-4 in float16). float64 is held to what a logit's rounding may cost, and so is every loss.
 RELATIVE = {torch.float64: 0.0, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LOSS_ROUNDINGS = 2  # of `tolerances`; measured: 0.15 in every dtype

@@ -24,7 +24,7 @@ from softclip_kernels import (
     Weighted,
     schedules,
 )
-from softclip_kernels.backends import chunked, native
+from softclip_kernels.backends import chunked, cpu
 from softclip_kernels.testing import matching_rows, unit_rows
 
 TargetMaker = Callable[[int, int], Target]
@@ -99,17 +99,17 @@ def _segments(n: int) -> torch.Tensor:
 
 # Triton, in its interpreter, has tests of its own.
 FLOAT64_BACKENDS = ("reference", "chunked")
-NATIVE = [f"native {level}" for level in native.levels()] or [
-    pytest.param("native", marks=pytest.mark.skip(reason="the native extension is not built"))
+CPU = [f"cpu {level}" for level in cpu.levels()] or [
+    pytest.param("cpu", marks=pytest.mark.skip(reason="the CPU extension is not built"))
 ]
 
 
-@pytest.fixture(params=(*FLOAT64_BACKENDS, *NATIVE))
+@pytest.fixture(params=(*FLOAT64_BACKENDS, *CPU))
 def backend(request, monkeypatch):
-    """Every backend; the native one at every instruction-set level of this machine."""
+    """Every backend; the one of C++ kernels at every instruction-set level of this machine."""
     name, _, level = request.param.partition(" ")
     if level:
-        monkeypatch.setenv(native.ISA_VARIABLE, level)
+        monkeypatch.setenv(cpu.ISA_VARIABLE, level)
     return name
 
 

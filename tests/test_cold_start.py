@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from softclip_kernels.backends import native
+from softclip_kernels.backends import cpu
 from softclip_kernels.testing import dense_loss, unit_rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ import hashlib, json, sys, warnings
 import torch
 warnings.simplefilter("ignore")
 from softclip_kernels import softclip_loss
-from softclip_kernels.backends import native
+from softclip_kernels.backends import cpu
 from softclip_kernels.testing import unit_rows
 x, y = (unit_rows(300, 16, seed=seed, dtype=torch.float32).requires_grad_() for seed in (0, 1))
 loss = softclip_loss(x, y, torch.tensor(10.0))
@@ -49,7 +49,7 @@ if sys.argv[1] == "triton":
     from softclip_kernels.kernels import aot
     plain = aot.Variant("coefficients", "none", shapes[0], features=frozenset())
     code = hashlib.sha256(aot.compile_variant(plain, "sm_90").asm["ptx"].encode()).hexdigest()
-print(json.dumps([native.why_missing() is None, loss.item(), bits, tile, code]))
+print(json.dumps([cpu.why_missing() is None, loss.item(), bits, tile, code]))
 """
 
 
@@ -88,7 +88,7 @@ def assert_whole(cache: Path) -> None:
 
 
 def test_empty_caches(tmp_path):
-    assert_right(start_at_once(ROOT, tmp_path), built=bool(native.levels()))
+    assert_right(start_at_once(ROOT, tmp_path), built=bool(cpu.levels()))
     if TRITON:
         assert_whole(tmp_path)
 
@@ -98,7 +98,7 @@ def test_poisoned_caches_and_a_broken_build(tmp_path):
     did not finish."""
     package, cache = tmp_path / "package" / "softclip_kernels", tmp_path / "cache"
     shutil.copytree(ROOT / "softclip_kernels", package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-    (package / f"_native{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF" + bytes(100))
+    (package / f"_cpu{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF" + bytes(100))
     (cache / "softclip_kernels").mkdir(parents=True)
     (cache / "softclip_kernels" / "tiles.json").write_text(CUT_OFF)
     assert_right(start_at_once(package.parent, cache), built=False)

@@ -13,7 +13,7 @@ from ranks import Pool, run_interpreters, shares
 from test_distributed import PLANS, check, local_target, operands
 
 from softclip_kernels import Dense, Exchange, Hard, agreement, distributed, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.backends import native
+from softclip_kernels.backends import cpu
 from softclip_kernels.layout import Layout
 from softclip_kernels.problem import Problem
 from softclip_kernels.testing import unit_rows
@@ -118,12 +118,12 @@ def test_autocast_changes_nothing(pool, plan, name):
     pool.run(under_autocast, plan, name)
 
 
-@pytest.mark.skipif(not native.levels(), reason=str(native.why_missing()))
+@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
 @pytest.mark.parametrize("plan", PLANS)
-def test_native_kernels(pool, plan):
+def test_cpu_kernels(pool, plan):
     names = ("hard", "psd", "psd_block", "psd_external", "labels")
-    check(pool, names, (33, 32), (33, 32), plan, torch.float32, "native")
-    check(pool, names, (0, 50), (0, 50), plan, torch.float32, "native")
+    check(pool, names, (33, 32), (33, 32), plan, torch.float32, "cpu")
+    check(pool, names, (0, 50), (0, 50), plan, torch.float32, "cpu")
 
 
 TRITON = """

@@ -1,5 +1,5 @@
 """A slower fallback is never silent: what `auto` takes and what it warns of, with and without a GPU's operands, triton
-and the native build."""
+and the CPU build."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from softclip_kernels import SlowerBackendWarning, backends, info, softclip_loss
-from softclip_kernels.backends import native, triton
+from softclip_kernels import SlowerBackendWarning, SoftClipLoss, backends, info, softclip_loss
+from softclip_kernels.backends import cpu, triton
 from softclip_kernels.problem import Problem
 from softclip_kernels.testing import unit_rows
 from train import choices
@@ -31,8 +31,8 @@ def fresh(monkeypatch):
 def missing(monkeypatch, *names):
     """Present or absent whatever this machine has."""
     monkeypatch.setattr(triton, "_installed", lambda: "triton" not in names)
-    monkeypatch.setattr(native, "_native", None if "native" in names else SimpleNamespace(levels=lambda: ["portable"]))
-    monkeypatch.setattr(native, "_MISSING", "its extension is not there" if "native" in names else None)
+    monkeypatch.setattr(cpu, "_cpu", None if "cpu" in names else SimpleNamespace(levels=lambda: ["portable"]))
+    monkeypatch.setattr(cpu, "_MISSING", "its extension is not there" if "cpu" in names else None)
 
 
 def warned(function):
@@ -50,18 +50,18 @@ def operand(device, dtype):
 
 # Device, dtype, what is missing: the backend, and the one whose absence slows the loss down (none: no warning).
 MATRIX = (
-    ("cpu", torch.float32, (), "native", None),
-    ("cpu", torch.bfloat16, (), "native", None),
-    ("cpu", torch.float32, ("triton",), "native", None),
-    ("cpu", torch.float32, ("native",), "chunked", "native"),
-    ("cpu", torch.float32, ("native", "triton"), "chunked", "native"),
-    ("cpu", torch.float16, (), "chunked", "native"),
-    ("cpu", torch.float64, (), "chunked", "native"),
+    ("cpu", torch.float32, (), "cpu", None),
+    ("cpu", torch.bfloat16, (), "cpu", None),
+    ("cpu", torch.float32, ("triton",), "cpu", None),
+    ("cpu", torch.float32, ("cpu",), "chunked", "cpu"),
+    ("cpu", torch.float32, ("cpu", "triton"), "chunked", "cpu"),
+    ("cpu", torch.float16, (), "chunked", "cpu"),
+    ("cpu", torch.float64, (), "chunked", "cpu"),
     ("cuda", torch.float32, (), "triton", None),
-    ("cuda", torch.float16, ("native",), "triton", None),
+    ("cuda", torch.float16, ("cpu",), "triton", None),
     ("cuda", torch.float64, (), "chunked", "triton"),
     ("cuda", torch.float32, ("triton",), "chunked", "triton"),
-    ("cuda", torch.bfloat16, ("native", "triton"), "chunked", "triton"),
+    ("cuda", torch.bfloat16, ("cpu", "triton"), "chunked", "triton"),
     ("mps", torch.float32, (), "chunked", None),  # no backend has kernels for it
 )
 
@@ -101,9 +101,9 @@ def test_compiled_calls_warn_too(monkeypatch):
 
 def test_those_that_say_the_choice_themselves_do_not_warn(monkeypatch):
     """The report, and the trainer, whose first line holds the reasons."""
-    missing(monkeypatch, "native")
+    missing(monkeypatch, "cpu")
     (name, words), messages = warned(lambda: choices.backend("auto", 4, 8, torch.device("cpu")))
-    assert name == "chunked" and "native: its extension is not there" in words and not messages
+    assert name == "chunked" and "cpu: its extension is not there" in words and not messages
     monkeypatch.undo()
     assert not warned(info.report)[1]
 
@@ -126,7 +126,7 @@ def test_its_class_can_be_filtered():
 
 WITHOUT_BUILDS = """
 import sys
-sys.modules["softclip_kernels._native"] = sys.modules["triton"] = None
+sys.modules["softclip_kernels._cpu"] = sys.modules["triton"] = None
 import torch, softclip_kernels
 x = torch.eye(3)
 for _ in range(3):
@@ -135,10 +135,35 @@ for _ in range(3):
 
 
 def test_python_shows_it_by_default():
-    """Without triton and the native build, in a process of its own with Python's own filters: once."""
+    """Without triton and the CPU build, in a process of its own with Python's own filters: once."""
     command = [sys.executable, "-c", WITHOUT_BUILDS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    said = "SlowerBackendWarning: the loss is computed by the backend 'chunked', slower than 'native'"
+    said = "SlowerBackendWarning: the loss is computed by the backend 'chunked', slower than 'cpu'"
     assert done.stderr.count(said) == 1
     assert "install the package where a C++ compiler is" in done.stderr
+
+
+@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+def test_the_former_name_of_the_cpu_backend_still_works_and_says_the_new_one():
+    x = unit_rows(8, 4, dtype=torch.float32)
+    with pytest.warns(DeprecationWarning, match="backend='native' is now called 'cpu'") as caught:
+        loss = softclip_loss(x, x, torch.tensor(9.0), backend="native")
+    assert loss == softclip_loss(x, x, torch.tensor(9.0), backend="cpu")
+    assert [one.filename for one in caught] == [__file__]  # where it is written, so that Python shows it there
+    with pytest.warns(DeprecationWarning, match="now called 'cpu'") as caught:
+        module = SoftClipLoss(backend="native")
+    assert module.backend == "cpu" and [one.filename for one in caught] == [__file__]
+
+
+@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+def test_the_former_name_of_the_variable_that_forces_a_level_still_works(monkeypatch):
+    monkeypatch.setenv(cpu.FORMER_ISA_VARIABLE, "portable")
+    with pytest.warns(DeprecationWarning, match="SOFTCLIP_NATIVE_ISA is now called SOFTCLIP_CPU_ISA"):
+        assert cpu.level() == "portable"
+    monkeypatch.setenv(cpu.ISA_VARIABLE, cpu.levels()[0])
+    assert cpu.level() == cpu.levels()[0]  # the new name wins
+    monkeypatch.delenv(cpu.ISA_VARIABLE)
+    monkeypatch.setenv(cpu.FORMER_ISA_VARIABLE, "avx1024")
+    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="SOFTCLIP_NATIVE_ISA='avx1024'"):
+        cpu.level()

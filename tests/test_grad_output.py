@@ -7,15 +7,15 @@ import torch
 from conftest import ALL_TARGETS
 
 from softclip_kernels import softclip_loss
-from softclip_kernels.backends import native
+from softclip_kernels.backends import cpu
 from softclip_kernels.testing import dense_row_losses, dense_target, unit_rows
 
-N, D = 241, 16  # two blocks of every native level, six of the chunked backend in these tests
+N, D = 241, 16  # two blocks of every CPU level, six of the chunked backend in these tests
 NAMES = ("dx", "dy", "dscale")
 # No teacher, one from the same pass, one with own embeddings, and a hard term whose gradient is added to the kernel's.
 TARGETS = ("hard", "psd", "psd_external", "groups_smoothing")
 CASES = [("chunked", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-CASES += [("native", dtype) for dtype in native.DTYPES] if native.levels() else []
+CASES += [("cpu", dtype) for dtype in cpu.DTYPES] if cpu.levels() else []
 # Of the largest exact entry: a gradient's rounding to its dtype, or that of a 16-bit G.
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -42,9 +42,9 @@ def target(request):
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {str(case[1]).removeprefix('torch.')}")
 def case(request, monkeypatch):
-    """A backend and a dtype; the native one with two threads."""
+    """A backend and a dtype; the one of C++ kernels with two threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(native, "MULTIPLY_ADDS_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
     return request.param
 
 

@@ -26,11 +26,11 @@ def python(code: str) -> str:
 
 
 def test_import_needs_no_triton_and_no_build():
-    """Where triton and the native extension cannot be imported, the loss still works, and the report says why not."""
+    """Where triton and the CPU extension cannot be imported, the loss still works, and the report says why not."""
     blocked = """
 import sys
 sys.modules["triton"] = None
-sys.modules["softclip_kernels._native"] = None
+sys.modules["softclip_kernels._cpu"] = None
 import torch, softclip_kernels, softclip_kernels.info as info
 x = torch.eye(3)
 assert softclip_kernels.softclip_loss(x, x, torch.ones(())).isfinite()
@@ -39,7 +39,7 @@ print(json.dumps(info.report()))
 """
     report = json.loads(python(blocked))
     assert report["auto"]["cpu"]["float32"] == "chunked"
-    for name in {"native", "triton"} & set(report["backends"]):
+    for name in {"cpu", "triton"} & set(report["backends"]):
         assert all(report["backends"][name]["why_not"]["cpu"].values()), name
 
 

@@ -20,13 +20,13 @@ from softclip_kernels import (
     softclip_loss,
     softclip_loss_with_ranks,
 )
-from softclip_kernels.backends import native
+from softclip_kernels.backends import cpu
 from softclip_kernels.testing import unit_rows
 
 X, Y = (unit_rows(65, 8, seed=seed, dtype=torch.float32) for seed in (0, 1))
 SCALE = torch.tensor(10.0)
 NOT_FINITE, NOT_POSITIVE = (math.nan, math.inf, -math.inf), (0.0, -1.0)
-BACKENDS = ("reference", "chunked", *(["native"] if native.levels() else []))
+BACKENDS = ("reference", "chunked", *(["cpu"] if cpu.levels() else []))
 
 
 def of_two_passes(scale):

@@ -17,7 +17,7 @@ from softclip_kernels import (
     softclip_loss,
     softclip_loss_with_ranks,
 )
-from softclip_kernels.backends import native
+from softclip_kernels.backends import cpu
 from softclip_kernels.testing import (
     FIELDS,
     RELATIVE,
@@ -55,7 +55,7 @@ def operands(n, m, d, dtype=torch.float32, scale=14.3):
 
 def dtypes_of(backend):
     """Without float64, in which every target is exact (test_float64_is_exact)."""
-    return native.DTYPES if backend == "native" else (torch.float32, torch.bfloat16, torch.float16)
+    return cpu.DTYPES if backend == "cpu" else (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_worthwhile(n, dtype, backend):
@@ -66,7 +66,7 @@ def is_worthwhile(n, dtype, backend):
 def check(target, n, m, d, dtype, backend):
     x, y, scale = operands(n, m, d, dtype)
     result, signal = fused(x, y, scale, target, backend), has_signal(n, m, d)
-    if signal or backend != "native" or dtype == torch.float32:
+    if signal or backend != "cpu" or dtype == torch.float32:
         assert_as_accurate_as_dense(result, x, y, scale, target, signal=signal)
     else:
         assert_within_rounding_of_terms(result, x, y, scale, target)
@@ -99,7 +99,7 @@ def test_rectangular_targets(name, backend):
                 check(RECTANGULAR_TARGETS[name](n, m), n, m, d, dtype, backend)
 
 
-# The backends whose own gradient is not rounded within: the native and Triton kernels multiply a 16-bit G.
+# The backends whose own gradient is not rounded within: the CPU and Triton kernels multiply a 16-bit G.
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("name", ("groups_smoothing", "smoothing", "dense", "two_indices"))
 def test_half_precision_gradients_are_rounded_once(name, backend):
@@ -239,7 +239,7 @@ def test_memory_around_the_operands_is_left_alone(name, backend, monkeypatch):
         patched.setattr(torch, "zeros", fenced(0.0))
         result = fused(*inside, scale, target, backend)
     assert all((one == one[0]).all() and one[0] in (canary, -123) for one in fences)
-    assert fences or backend != "native"
+    assert fences or backend != "cpu"
     for field in FIELDS:
         torch.testing.assert_close(getattr(result, field), getattr(expected, field), rtol=2e-6, atol=1e-7)
 

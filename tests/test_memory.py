@@ -8,13 +8,13 @@ import sys
 import memory
 import pytest
 
-from softclip_kernels.backends import native
+from softclip_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 
 MIB = 1 << 20
-THREADS = 2  # of the native kernels
-BLOCK = {"avx2": 240}  # of the native levels; 224 at the others
+THREADS = 2  # of the CPU kernels
+BLOCK = {"avx2": 240}  # of the CPU levels; 224 at the others
 TARGETS = ("hard", "psd", "psd_external")  # no teacher, a self teacher of the swapped pair, one with own embeddings
 TEACHER_WIDTH = 24  # conftest's
 
@@ -32,9 +32,9 @@ def chunked_formula(n: int, width: int, target: str) -> int:
     return 2 * n * width * 4 + 1024**2 * (4 * (5 if target == "hard" else 6) + 1)
 
 
-def native_formula(n: int, width: int, target: str, pairs: bool) -> int:
-    """docs/performance.md, section Memory. `pairs`: bfloat16 at a level that multiplies it."""
-    block, size, sides = BLOCK.get(native.level(), 224), 2 if pairs else 4, 2 if target == "psd" else 1
+def cpu_formula(n: int, width: int, target: str, pairs: bool) -> int:
+    """docs/cpu.md, section Memory. `pairs`: bfloat16 at a level that multiplies it."""
+    block, size, sides = BLOCK.get(cpu.level(), 224), 2 if pairs else 4, 2 if target == "psd" else 1
     teacher = TEACHER_WIDTH if target == "psd_external" else 0
     panels = sides * size * block * (2 * width + teacher)
     group = max(1, min(10 * MIB, 20 * MIB // THREADS) // panels)
@@ -69,32 +69,32 @@ def test_chunked_as_the_allocator_keeps_it():
 
 
 # Widths at which a thread's share of the rows fills its group of packed blocks from the first size on.
-@pytest.mark.skipif(not native.levels(), reason=str(native.why_missing()))
+@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
 @pytest.mark.parametrize(("dtype", "width", "targets"), (("float32", 2048, TARGETS), ("bfloat16", 4096, ("psd",))))
-def test_native(dtype, width, targets):
+def test_cpu(dtype, width, targets):
     sizes = [1024, 2048, 3072]
     cases = [(target, dtype) for target in targets]
-    pairs = dtype == "bfloat16" and native.level() == "avx512bf16"
-    measured = memory.in_a_new_process("loss_growth", "native", cases, sizes, width, THREADS)
+    pairs = dtype == "bfloat16" and cpu.level() == "avx512bf16"
+    measured = memory.in_a_new_process("loss_growth", "cpu", cases, sizes, width, THREADS)
     for case, growth in measured.items():
-        assert_follows(growth, [native_formula(n, width, case.split()[0], pairs) for n in sizes])
+        assert_follows(growth, [cpu_formula(n, width, case.split()[0], pairs) for n in sizes])
 
 
 # Regressions: a doubled block, operands copied whole, one byte for each pair.
 LARGER_BLOCK = "from softclip_kernels.backends import chunked; chunked.BLOCK['cpu'] *= 2"
 COPIED_OPERANDS = """
-from softclip_kernels.backends import native
-packed = native._Call._matrix
-native._Call._matrix = lambda call, tensor: packed(call, tensor.clone())
+from softclip_kernels.backends import cpu
+packed = cpu._Call._matrix
+cpu._Call._matrix = lambda call, tensor: packed(call, tensor.clone())
 """
 ALL_PAIRS = """
 import torch
-from softclip_kernels.backends import native
-add_gradients = native.NativeBackend.add_gradients
+from softclip_kernels.backends import cpu
+add_gradients = cpu.CpuBackend.add_gradients
 def with_a_mask(backend, problem, *arguments):
     mask = torch.ones(problem.rows, problem.columns, dtype=torch.bool)
     add_gradients(backend, problem, *arguments)
-native.NativeBackend.add_gradients = with_a_mask
+cpu.CpuBackend.add_gradients = with_a_mask
 """
 
 
@@ -105,12 +105,12 @@ def test_a_regression_of_chunked_is_seen():
         assert_follows(growth, [chunked_formula(n, 512, "hard") for n in sizes])
 
 
-@pytest.mark.skipif(not native.levels(), reason=str(native.why_missing()))
+@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
 @pytest.mark.parametrize("plant", (COPIED_OPERANDS, ALL_PAIRS), ids=("copied operands", "all pairs"))
-def test_a_regression_of_native_is_seen(plant):
+def test_a_regression_of_the_cpu_backend_is_seen(plant):
     sizes = [1024, 2048]
     (growth,) = memory.in_a_new_process(
-        "loss_growth", "native", [("hard", "float32")], sizes, 2048, THREADS, plant=plant
+        "loss_growth", "cpu", [("hard", "float32")], sizes, 2048, THREADS, plant=plant
     ).values()
     with pytest.raises(AssertionError):
-        assert_follows(growth, [native_formula(n, 2048, "hard", pairs=False) for n in sizes])
+        assert_follows(growth, [cpu_formula(n, 2048, "hard", pairs=False) for n in sizes])

@@ -11,16 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softclip_kernels import Hard, SoftClipLoss, ops, softclip_loss, softclip_loss_with_ranks
 from softclip_kernels.agreement import make_layout
-from softclip_kernels.backends import chunked, native
+from softclip_kernels.backends import chunked, cpu
 from softclip_kernels.problem import Problem
 from softclip_kernels.targets import Context
 from softclip_kernels.testing import FIELDS, Result, matching_rows, unit_rows
 
-BACKENDS = ("reference", "chunked", *(["native"] if native.levels() else []))
+BACKENDS = ("reference", "chunked", *(["cpu"] if cpu.levels() else []))
 
 
 def lowered_problem(name: str, backend: str, n: int = 20, d: int = 6) -> Problem:
-    dtype = torch.float32 if backend == "native" else torch.float64
+    dtype = torch.float32 if backend == "cpu" else torch.float64
     x, y = (unit_rows(n, d, seed=seed, dtype=dtype) for seed in (0, 1))
     scale = torch.tensor(10.0, dtype=dtype)
     context = Context(x, y, scale, make_layout(x, y, None), backend)

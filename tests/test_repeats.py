@@ -8,7 +8,7 @@ import torch
 from conftest import ALL_TARGETS
 
 from softclip_kernels import softclip_loss
-from softclip_kernels.backends import chunked, native
+from softclip_kernels.backends import chunked, cpu
 from softclip_kernels.testing import Result, unit_rows
 
 REPEATS = 250
@@ -16,14 +16,14 @@ N, D, BLOCK = 300, 112, 192  # a block and the embeddings hold enough entries fo
 # labels, indices and groups: rows that share a column are summed. In bfloat16 only the kernels' own sums are others.
 TARGETS = ("hard", "labels", "two_indices", "groups", "psd")
 CASES = [("chunked", "float32", name) for name in TARGETS]
-if native.levels():
-    CASES += [("native", "float32", name) for name in TARGETS]
-    CASES += [("native", "bfloat16", name) for name in ("hard", "psd")]
+if cpu.levels():
+    CASES += [("cpu", "float32", name) for name in TARGETS]
+    CASES += [("cpu", "bfloat16", name) for name in ("hard", "psd")]
 
 
 def first_difference(backend: str, dtype: str, name: str) -> int | None:
     """The first call whose bits are others than call 0's."""
-    native.MULTIPLY_ADDS_PER_THREAD = 1  # as many threads as PyTorch, for problems of any size
+    cpu.MULTIPLY_ADDS_PER_THREAD = 1  # as many threads as PyTorch, for problems of any size
     chunked.BLOCK["cpu"] = BLOCK
     x, y = (unit_rows(N, D, seed=seed, dtype=getattr(torch, dtype)) for seed in (0, 1))
     target, scale = ALL_TARGETS[name](N, N), torch.tensor(14.3)
@@ -39,7 +39,7 @@ def first_difference(backend: str, dtype: str, name: str) -> int | None:
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_one_thread(case, monkeypatch):
-    monkeypatch.setattr(native, "MULTIPLY_ADDS_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
     monkeypatch.setitem(chunked.BLOCK, "cpu", BLOCK)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -187,7 +187,7 @@ def test_swapped_column_normalised_teacher_has_other_mass():
     loss = softclip_loss(x, y, scale, SelfTeacher(swap="paired", normalise="column"), reduction="none").rows
     z = scale * x @ y.T
     torch.testing.assert_close(loss, mass * z.logsumexp(1) - (plan.softmax(0) * z).sum(1))
-    assert lowered.positive is None
+    assert lowered.positive_column is None
 
 
 def test_paired_swap_of_an_external_teacher():

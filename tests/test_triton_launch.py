@@ -193,7 +193,7 @@ def plain(value):
 
 n = 2500
 x, y = (torch.zeros(n, 64, dtype=torch.bfloat16) for _ in range(2))
-pair = TeacherOperand(Source.LOGITS_TRANSPOSED)
+pair = TeacherOperand(Source.TRANSPOSED)
 external = TeacherOperand(Source.EMBEDDINGS, torch.tensor(5.0), x, y, None, torch.zeros(n))
 for teachers in ((), (pair,), (external, external)):
     problem = Problem(x, y, torch.tensor(10.0), torch.arange(n), teachers=teachers)

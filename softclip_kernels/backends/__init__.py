@@ -53,6 +53,8 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
+RENAMED = {"native": "cpu"}  # former names that still work
+
 _registry: dict[str, Backend] = {}
 _announced: set[tuple[str, str]] = set()
 _warned: set[str] = set()
@@ -67,16 +69,24 @@ def registered() -> dict[str, Backend]:
     return dict(_registry)
 
 
-def check_name(name: str) -> None:
+def canonical(name: str, stacklevel: int = 2) -> str:
+    """The name itself, or the one that took the place of a former name, with a DeprecationWarning for the caller
+    `stacklevel` frames up. ValueError for a name that never was one."""
+    if name in RENAMED:
+        now = RENAMED[name]
+        message = f"backend={name!r} is now called {now!r}; the former name goes with the next release"
+        warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
+        return now
     if name != "auto" and name not in _registry:
         raise ValueError(f"backend={name!r} is not known; allowed: 'auto', {', '.join(map(repr, _registry))}")
+    return name
 
 
 def select(name: str, problem: Problem) -> Backend:
     """The backend to use. A backend asked for by name that cannot run raises RuntimeError saying why. `auto` takes the
     first that can, logs each distinct choice once with the reasons against those it passed over, and warns
     (SlowerBackendWarning) where one of these has kernels for this kind of device."""
-    check_name(name)
+    name = canonical(name)
     if name != "auto":
         reason = _registry[name].why_not(problem)
         if reason is not None:
@@ -122,9 +132,9 @@ def _warn(name: str, other: str, reason: str) -> None:
         _warned.add(message)  # not before: where a filter makes it an error, it is one at every call
 
 
-from . import chunked, native, reference, triton  # noqa: E402  registration, in order of preference
+from . import chunked, cpu, reference, triton  # noqa: E402  registration, in order of preference
 
 register(triton.TritonBackend())
-register(native.NativeBackend())
+register(cpu.CpuBackend())
 register(chunked.ChunkedBackend())
 register(reference.ReferenceBackend())

@@ -40,19 +40,19 @@ def student_logits(problem: Problem) -> Tensor:
     return problem.scale * (problem.x.to(dtype) @ problem.y.to(dtype).T)
 
 
-def dense_statistics(problem: Problem, z: Tensor, z_swapped: Tensor) -> Statistics:
-    """Statistics of a block from its logits z (N, M) and, for LOGITS_TRANSPOSED teachers, the logits of the swapped
-    pairs `z_swapped[i, j] = z[j, i]` (N, M)."""
+def dense_statistics(problem: Problem, z: Tensor, z_transposed: Tensor) -> Statistics:
+    """Statistics of a block from its logits z (N, M) and, for TRANSPOSED teachers, the logits of the swapped
+    pairs `z_transposed[i, j] = z[j, i]` (N, M)."""
     excluded = _excluded(problem)
     student = _exclude(z, excluded)
     rows = [student.logsumexp(1)]
     columns = [student.logsumexp(0)]
     for teacher in problem.teachers:
-        row_logits, column_logits = _teacher_logits(teacher, z, z_swapped, excluded)
+        row_logits, column_logits = _teacher_logits(teacher, z, z_transposed, excluded)
         rows += _log_sum_exp_and_mean(row_logits, z, 1)
         columns += _log_sum_exp_and_mean(column_logits, z, 0)
     positive = z.new_empty(0)
-    if problem.positive is not None:
+    if problem.positive_column is not None:
         inside, column = problem.positives_inside()
         positive = torch.where(inside, z.gather(1, column[:, None])[:, 0], 0.0)
     row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=z.device) for _ in range(2))
@@ -65,7 +65,7 @@ def dense_statistics(problem: Problem, z: Tensor, z_swapped: Tensor) -> Statisti
 def dense_gradient(
     problem: Problem,
     z: Tensor,
-    z_swapped: Tensor,
+    z_transposed: Tensor,
     rows: Tensor,
     columns: Tensor,
     grad_rows: Tensor,
@@ -77,10 +77,10 @@ def dense_gradient(
     g = grad_rows[0][:, None] * _shifted_exp(student, rows[0][:, None])
     g += grad_columns[0][None, :] * _shifted_exp(student, columns[0][None, :])
     for k, teacher in enumerate(problem.teachers):
-        row_logits, column_logits = _teacher_logits(teacher, z, z_swapped, excluded)
+        row_logits, column_logits = _teacher_logits(teacher, z, z_transposed, excluded)
         g += grad_rows[1 + k][:, None] * _shifted_exp(row_logits, rows[1 + 2 * k][:, None])
         g += grad_columns[1 + k][None, :] * _shifted_exp(column_logits, columns[1 + 2 * k][None, :])
-    if problem.positive is not None:
+    if problem.positive_column is not None:
         inside, column = problem.positives_inside()
         kept = torch.where(inside, 0.0, g.gather(1, column[:, None])[:, 0])
         g.scatter_(1, column[:, None], kept[:, None])
@@ -88,14 +88,14 @@ def dense_gradient(
 
 
 def _teacher_logits(
-    teacher: TeacherOperand, z: Tensor, z_swapped: Tensor, excluded: Tensor | None
+    teacher: TeacherOperand, z: Tensor, z_transposed: Tensor, excluded: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The teacher's (N, M) logits for the row direction and for the column direction, biases added."""
     if teacher.source == Source.EMBEDDINGS:
         assert teacher.x is not None and teacher.y is not None
         t = teacher.x.to(z.dtype) @ teacher.y.to(z.dtype).T
     else:
-        t = z if teacher.source == Source.LOGITS else z_swapped
+        t = z if teacher.source == Source.LOGITS else z_transposed
     if teacher.scale is not None:
         t = teacher.scale * t
     t = _exclude(t, excluded)

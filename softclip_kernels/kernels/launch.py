@@ -32,7 +32,7 @@ def forward(problem: Problem) -> Statistics:
     n, m, teachers = problem.rows, problem.columns, len(problem.teachers)
     like = problem.x.new_empty(0, dtype=torch.float32)
     rows, columns = like.new_empty(1 + 2 * teachers, n), like.new_empty(1 + 2 * teachers, m)
-    positive = like.new_zeros(n if problem.positive is not None else 0)
+    positive = like.new_zeros(n if problem.positive_column is not None else 0)
     row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=like.device) for _ in range(2))
     for k, one in enumerate(passes(problem)):
         row_sums, column_sums = _centred_sums(one, positive)
@@ -84,7 +84,7 @@ class _StatisticsLaunch:
         arguments |= {
             "row_weight": one.row_weight,
             "column_weight": one.column_weight,
-            "positive": problem.positive if one.student else None,
+            "positive": problem.positive_column if one.student else None,
             "row_threshold": problem.row_threshold if ranked else None,
             "column_threshold": problem.column_threshold if ranked else None,
             "positive_logit": positive,
@@ -245,7 +245,7 @@ def _gradient_arguments(
         "column_bias": one.column_bias,
         "row_weight": one.row_weight,
         "column_weight": one.column_weight,
-        "positive": one.problem.positive,
+        "positive": one.problem.positive_column,
         "TIED": one.tied,
         "GROUP": GROUP,
     }

@@ -1,4 +1,4 @@
-"""The native CPU backend in the process around it: interruption, the interpreter lock, threads that cannot be had,
+"""The CPU backend in the process around it: interruption, the interpreter lock, threads that cannot be had,
 forked children and the data loader's workers."""
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import signals
 import torch
 
 from softclip_kernels import softclip_loss
-from softclip_kernels.backends import native, registered
+from softclip_kernels.backends import cpu, registered
 from softclip_kernels.problem import Problem
 from softclip_kernels.testing import unit_rows
 
-pytestmark = pytest.mark.skipif(not native.levels(), reason=str(native.why_missing()))
+pytestmark = pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
 
 ROOT = Path(__file__).resolve().parent.parent
-NATIVE = registered()["native"]
+CPU = registered()["cpu"]
 
 
 @pytest.fixture
 def threads(monkeypatch):
     """Two threads for problems of any size, without touching PyTorch's own."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(native, "MULTIPLY_ADDS_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
 
 
 def run_python(code):
@@ -45,7 +45,7 @@ import os, signal, threading, time, torch
 from softclip_kernels.backends import registered
 from softclip_kernels.problem import Problem, Statistics
 torch.set_num_threads(2)
-native = registered()["native"]
+backend = registered()["cpu"]
 x = torch.randn(60000, 512)
 problem, zeros = Problem(x, x, torch.ones(())), torch.zeros(1, 60000)
 threading.Timer(1.0, lambda: (print(time.time(), flush=True), os.kill(os.getpid(), signal.SIGINT))).start()
@@ -68,8 +68,8 @@ def started_in_the_background():
 @pytest.mark.parametrize(
     "call",
     (
-        "native.forward(problem)",
-        "native.backward(problem, Statistics(zeros, zeros, zeros[0], zeros[0], zeros[0]), zeros, zeros)",
+        "backend.forward(problem)",
+        "backend.backward(problem, Statistics(zeros, zeros, zeros[0], zeros[0], zeros[0]), zeros, zeros)",
     ),
 )
 def test_interrupt_within_a_second(call, started_in_the_background):
@@ -85,10 +85,10 @@ def test_threads_that_cannot_be_had():
 import resource, torch
 from pathlib import Path
 from softclip_kernels import softclip_loss
-from softclip_kernels.backends import native
-native.MULTIPLY_ADDS_PER_THREAD = 1
+from softclip_kernels.backends import cpu
+cpu.MULTIPLY_ADDS_PER_THREAD = 1
 x = torch.nn.functional.normalize(torch.randn(500, 64))
-loss = lambda: softclip_loss(x, x, torch.tensor(9.0), backend="native").item()
+loss = lambda: softclip_loss(x, x, torch.tensor(9.0), backend="cpu").item()
 expected = loss()
 size = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line)
 count = torch.get_num_threads()
@@ -119,7 +119,7 @@ def test_other_python_threads_run_meanwhile(threads):
     ticker = threading.Thread(target=tick)
     ticker.start()
     start = time.perf_counter()
-    NATIVE.forward(Problem(x, x, torch.ones(())))
+    CPU.forward(Problem(x, x, torch.ones(())))
     end = time.perf_counter()
     stop.set()
     ticker.join()
@@ -128,13 +128,13 @@ def test_other_python_threads_run_meanwhile(threads):
 
 def _loss_in_child(queue):
     x = unit_rows(300, 16, dtype=torch.float32)
-    queue.put(softclip_loss(x, x, torch.tensor(10.0), backend="native").item())
+    queue.put(softclip_loss(x, x, torch.tensor(10.0), backend="cpu").item())
 
 
 def test_forked_children(threads):
     """A forked child computes after its parent has, as data-loader workers do."""
     x = unit_rows(300, 16, dtype=torch.float32)
-    expected = softclip_loss(x, x, torch.tensor(10.0), backend="native").item()
+    expected = softclip_loss(x, x, torch.tensor(10.0), backend="cpu").item()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     child = context.Process(target=_loss_in_child, args=(queue,))
@@ -155,8 +155,8 @@ class _Losses(torch.utils.data.Dataset):
     def __getitem__(self, index):
         x = unit_rows(300, 16, seed=index, dtype=torch.float32)
         problem = Problem(x, x, torch.tensor(9.0), torch.arange(300))
-        statistics = NATIVE.forward(problem)
-        gx, _ = NATIVE.backward(problem, statistics, torch.ones(1, 300), torch.ones(1, 300))
+        statistics = CPU.forward(problem)
+        gx, _ = CPU.backward(problem, statistics, torch.ones(1, 300), torch.ones(1, 300))
         return torch.stack([statistics.rows.sum(), gx.abs().sum()])
 
 
@@ -164,7 +164,7 @@ def test_data_loader_workers(threads):
     """Forked while another thread is within a call."""
     expected = torch.stack([_Losses()[index] for index in range(6)])
     x = unit_rows(3000, 128, dtype=torch.float32)
-    busy = threading.Thread(target=lambda: NATIVE.forward(Problem(x, x, torch.tensor(9.0))))
+    busy = threading.Thread(target=lambda: CPU.forward(Problem(x, x, torch.tensor(9.0))))
     busy.start()
     loader = torch.utils.data.DataLoader(
         _Losses(), batch_size=3, num_workers=2, multiprocessing_context="fork", timeout=60

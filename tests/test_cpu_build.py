@@ -1,4 +1,4 @@
-"""How the native extension comes to be: the source distribution holds it, and no compiler or an older one costs the
+"""How the CPU extension comes to be: the source distribution holds it, and no compiler or an older one costs the
 extension or a level of it, never the installation."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def build(sources, kind, **environment):
     run = subprocess.run(
         [sys.executable, "-c", code],
         cwd=sources,
-        env={**os.environ, "SOFTCLIP_NATIVE_FLAGS": "-O0", **environment},
+        env={**os.environ, "SOFTCLIP_CPU_FLAGS": "-O0", **environment},
         capture_output=True,
         text=True,
         timeout=300,
@@ -55,10 +55,10 @@ def levels_in(wheel, directory):
     """What the wheel's extension offers on this machine; None where it has none."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(directory)
-    libraries = [path for path in (directory / "softclip_kernels").glob("_native*") if path.suffix in (".so", ".pyd")]
+    libraries = [path for path in (directory / "softclip_kernels").glob("_cpu*") if path.suffix in (".so", ".pyd")]
     if not libraries:
         return None
-    code = "import json, _native; print(json.dumps(_native.levels()))"
+    code = "import json, _cpu; print(json.dumps(_cpu.levels()))"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=libraries[0].parent, capture_output=True, text=True, check=True
     )
@@ -97,7 +97,7 @@ def test_no_compiler_costs_the_extension_alone(sources, tmp_path, compiler):
     wheel, lines = build(sources, "wheel", CXX=compiler)
     assert levels_in(wheel, tmp_path / "wheel") is None
     (line,) = lines
-    assert "the native CPU kernels were not built" in line and ("no C++ compiler" in line or "native.log" in line)
+    assert "the CPU kernels were not built" in line and ("no C++ compiler" in line or "cpu.log" in line)
 
 
 @needs_compiler
@@ -120,4 +120,4 @@ exec {COMPILER} "$@"
     if lines:  # on x86
         (line,) = lines
         assert "lack the level avx512bf16" in line and refusal in line
-        assert refusal in (sources / "build" / "native.log").read_text()
+        assert refusal in (sources / "build" / "cpu.log").read_text()

@@ -1,6 +1,6 @@
-"""The native CPU backend at every instruction-set level of this machine: against float64 at the level of the Backend
+"""The CPU backend at every instruction-set level of this machine: against float64 at the level of the Backend
 protocol, against the library's standard at the level of the loss, and what native code alone can get wrong: strides and
-offsets, memory beside the operands, references that move, threads. (The process around it: test_native_process.py.)"""
+offsets, memory beside the operands, references that move, threads. (The process around it: test_cpu_process.py.)"""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from conftest import ALL_TARGETS, SQUARE_TARGETS
 
 from softclip_kernels import Hard, Mix, SelfTeacher, backends, softclip_loss
-from softclip_kernels.backends import native, registered
+from softclip_kernels.backends import cpu, registered
 from softclip_kernels.problem import Problem, Source, Statistics, TeacherOperand
 from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, contested_rows, unit_rows
 
-LEVELS = native.levels()
-pytestmark = pytest.mark.skipif(not LEVELS, reason=str(native.why_missing()))
+LEVELS = cpu.levels()
+pytestmark = pytest.mark.skipif(not LEVELS, reason=str(cpu.why_missing()))
 
-NATIVE, REFERENCE = (registered()[name] for name in ("native", "reference"))
+CPU, REFERENCE = (registered()[name] for name in ("cpu", "reference"))
 
 
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch):
-    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
     return request.param
 
 
@@ -31,7 +31,7 @@ def threads(monkeypatch):
 
     def set_threads(count):
         monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-        monkeypatch.setattr(native, "MULTIPLY_ADDS_PER_THREAD", 1)
+        monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
 
     set_threads(2)
     return set_threads
@@ -60,13 +60,13 @@ def random_problem(n, m, d, dtype=torch.float32, *, scale=14.3, norm=1.0, width=
         TeacherOperand(Source.LOGITS, torch.tensor(0.7), row_bias=uniform(n)),
     ]
     if n == m:
-        teachers.append(TeacherOperand(Source.LOGITS_TRANSPOSED, torch.tensor(1.5), column_bias=with_holes(uniform(m))))
-        teachers.append(TeacherOperand(Source.LOGITS_TRANSPOSED))
+        teachers.append(TeacherOperand(Source.TRANSPOSED, torch.tensor(1.5), column_bias=with_holes(uniform(m))))
+        teachers.append(TeacherOperand(Source.TRANSPOSED))
     return Problem(
         (norm * unit_rows(n, d, seed=seed)).to(dtype),
         (norm * unit_rows(m, d, seed=seed + 1)).to(dtype),
         torch.tensor(scale),
-        positive=torch.randint(-1, m + 1, (n,), generator=generator),
+        positive_column=torch.randint(-1, m + 1, (n,), generator=generator),
         row_segment=torch.randint(0, 3, (n,), generator=generator) * 10**12,
         column_segment=torch.randint(0, 3, (m,), generator=generator) * 10**12,
         teachers=tuple(teachers),
@@ -85,8 +85,8 @@ def in_float64(problem):
 
 
 def assert_same_forward(problem, tolerance):
-    got, expected = NATIVE.forward(problem), REFERENCE.forward(in_float64(problem))
-    for field in ("rows", "columns", "positive"):
+    got, expected = CPU.forward(problem), REFERENCE.forward(in_float64(problem))
+    for field in ("rows", "columns", "positive_logit"):
         torch.testing.assert_close(getattr(got, field).double(), getattr(expected, field), rtol=1e-6, atol=tolerance)
     # A rank may differ where a logit lies within rounding of its threshold: rare, and then by one.
     for field in ("row_ranks", "column_ranks"):
@@ -99,7 +99,7 @@ def assert_same_backward(problem, expected, tolerance):
     grad_rows, grad_columns = unit_rows(1 + k, n, seed=5), unit_rows(1 + k, m, seed=6)
     exact = REFERENCE.backward(in_float64(problem), expected, grad_rows, grad_columns)
     statistics = Statistics(expected.rows.float(), expected.columns.float(), *expected[2:])
-    got = NATIVE.backward(problem, statistics, grad_rows.float(), grad_columns.float())
+    got = CPU.backward(problem, statistics, grad_rows.float(), grad_columns.float())
     for one, truth in zip(got, exact, strict=True):
         assert one.dtype == torch.float32 and one.is_contiguous()
         torch.testing.assert_close(one.double(), truth, rtol=0.0, atol=tolerance * truth.abs().max().item() + 1e-30)
@@ -144,7 +144,7 @@ def test_rows_far_apart_in_one_block(level):
     expected = assert_same_forward(problem, 0.05)  # |z| reaches 5e5, where fp32's spacing is 0.03
     assert expected.rows.abs().max() > 1e5
     # Where the logits are moderate nothing is lost next to the extreme rows.
-    got = NATIVE.forward(problem)
+    got = CPU.forward(problem)
     calm = expected.rows[0].abs() < 30
     assert calm.any()
     torch.testing.assert_close(got.rows[0][calm].double(), expected.rows[0][calm], rtol=1e-6, atol=1e-4)
@@ -155,11 +155,11 @@ def test_references_that_are_outgrown(level):
     counter shows; in blocks of like rows that never happens."""
     n = 3 * 240
     x, y = unit_rows(n, 16, dtype=torch.float32), unit_rows(n, 16, seed=1, dtype=torch.float32)
-    teachers = (TeacherOperand(Source.LOGITS_TRANSPOSED), TeacherOperand(Source.LOGITS, torch.tensor(0.7)))
-    assert NATIVE.counted_forward(Problem(x, y, torch.tensor(14.3), teachers=teachers))[1] == 0
+    teachers = (TeacherOperand(Source.TRANSPOSED), TeacherOperand(Source.LOGITS, torch.tensor(0.7)))
+    assert CPU.counted_forward(Problem(x, y, torch.tensor(14.3), teachers=teachers))[1] == 0
     y[-1] *= 40  # the last column: a term of 2^500 and more where all so far were below 2^20
     for problem in (Problem(x, y, torch.tensor(14.3)), Problem(x, y, torch.tensor(14.3), teachers=teachers)):
-        assert NATIVE.counted_forward(problem)[1] > 0
+        assert CPU.counted_forward(problem)[1] > 0
         assert_same_backward(problem, assert_same_forward(problem, 1e-3), 1e-3)
 
 
@@ -168,12 +168,12 @@ def test_logits_beyond_all_precision(level):
     -6e28 a pair counts as excluded.)"""
     for size in (1e10, 1e15, 1e20, 1e28):
         x = torch.tensor([[size], [-size], [size / 3]])
-        rows = NATIVE.forward(Problem(x, torch.ones(3, 1), torch.tensor(1.0))).rows[0]
+        rows = CPU.forward(Problem(x, torch.ones(3, 1), torch.tensor(1.0))).rows[0]
         torch.testing.assert_close(rows, x[:, 0], rtol=1e-5, atol=0.0)
 
 
 def fused(x, y, scale, target):
-    return Result.of(lambda *leaves: softclip_loss(*leaves, target, backend="native"), x, y, scale)
+    return Result.of(lambda *leaves: softclip_loss(*leaves, target, backend="cpu"), x, y, scale)
 
 
 @pytest.mark.parametrize("name", ALL_TARGETS)
@@ -182,13 +182,13 @@ def test_every_target(level, name, threads):
     sizes = ((65, 65, 96), (257, 257, 64)) if name in SQUARE_TARGETS else ((63, 250, 70), (257, 64, 33))
     for n, m, d in sizes:
         target = ALL_TARGETS[name](n, m)
-        for dtype in native.DTYPES:
+        for dtype in cpu.DTYPES:
             x = unit_rows(n, d, seed=n + d, dtype=dtype)
             y = contested_rows(x, 14.3) if n == m else unit_rows(m, d, seed=m + d + 1, dtype=dtype)
             assert_as_accurate_as_dense(fused(x, y, torch.tensor(14.3), target), x, y, torch.tensor(14.3), target)
 
 
-@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.parametrize("scale", (1.0, 14.3, 100.0, 300.0))
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_external", "labels_smoothing"))
 def test_dtypes_and_scales(level, name, scale, dtype):
@@ -226,8 +226,8 @@ def assert_same_bits(problem, other):
     """Forward and backward of the two, bit for bit."""
     results = []
     for one in (problem, other):
-        statistics, k = NATIVE.forward(one), len(one.teachers)
-        gradients = NATIVE.backward(one, statistics, torch.ones(1 + k, one.rows), torch.ones(1 + k, one.columns))
+        statistics, k = CPU.forward(one), len(one.teachers)
+        gradients = CPU.backward(one, statistics, torch.ones(1 + k, one.rows), torch.ones(1 + k, one.columns))
         results.append((*statistics, *gradients))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
@@ -314,36 +314,36 @@ def test_shapes_are_checked_once_more(level):
     """A short vector or a swapped pair that is not square would be read past its end."""
     x, y, one = torch.eye(5), torch.eye(5)[:3], torch.ones(())
     for problem in (
-        Problem(x, y, one, teachers=(TeacherOperand(Source.LOGITS_TRANSPOSED),)),
-        Problem(x, y, one, positive=torch.arange(3)),
+        Problem(x, y, one, teachers=(TeacherOperand(Source.TRANSPOSED),)),
+        Problem(x, y, one, positive_column=torch.arange(3)),
         Problem(x, y, one, teachers=(TeacherOperand(Source.LOGITS, column_bias=torch.zeros(5)),)),
         Problem(x, y[:, :4], one),
     ):
         with pytest.raises(AssertionError):
-            NATIVE.forward(problem)
+            CPU.forward(problem)
 
 
 def test_empty_operands(level):
     for n, m in ((0, 3), (3, 0), (0, 0)):
         problem = Problem(torch.zeros(n, 4), torch.zeros(m, 4), torch.ones(()))
-        statistics = NATIVE.forward(problem)
+        statistics = CPU.forward(problem)
         assert (statistics.rows == -torch.inf).all() and statistics.columns.shape == (1, m)
-        gradients = NATIVE.backward(problem, statistics, torch.ones(1, n), torch.ones(1, m))
+        gradients = CPU.backward(problem, statistics, torch.ones(1, n), torch.ones(1, m))
         assert [tuple(one.shape) for one in gradients] == [(n, 4), (m, 4)] and not any(one.any() for one in gradients)
 
 
-@pytest.mark.parametrize("teachers", ((), (TeacherOperand(Source.LOGITS_TRANSPOSED),)))
+@pytest.mark.parametrize("teachers", ((), (TeacherOperand(Source.TRANSPOSED),)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_one_gradient_alone(level, dtype, teachers, threads):
     """Without the other it has the same bits."""
     x, y = (unit_rows(460, 40, seed=seed).to(dtype) for seed in (0, 1))
     problem = Problem(x, y, torch.tensor(9.0), torch.arange(460), teachers=teachers)
-    statistics, ones = NATIVE.forward(problem), torch.ones(1 + len(teachers), 460)
-    gx, gy = NATIVE.backward(problem, statistics, ones, ones)
+    statistics, ones = CPU.forward(problem), torch.ones(1 + len(teachers), 460)
+    gx, gy = CPU.backward(problem, statistics, ones, ones)
     alone = torch.zeros_like(gx), torch.zeros_like(gy)
-    NATIVE.add_gradients(problem, statistics, ones, ones, alone[0], None)
-    NATIVE.add_gradients(problem, statistics, ones, ones, None, alone[1])
-    NATIVE.add_gradients(problem, statistics, ones, ones, None, None)
+    CPU.add_gradients(problem, statistics, ones, ones, alone[0], None)
+    CPU.add_gradients(problem, statistics, ones, ones, None, alone[1])
+    CPU.add_gradients(problem, statistics, ones, ones, None, None)
     assert torch.equal(alone[0], gx) and torch.equal(alone[1], gy)
 
 
@@ -352,7 +352,7 @@ def test_nan_and_infinity_come_back(level, dtype):
     for value in (torch.nan, torch.inf):
         x = unit_rows(250, 8, dtype=dtype)
         x[5, 2] = value
-        statistics = NATIVE.forward(Problem(x, unit_rows(250, 8, seed=1, dtype=dtype), torch.tensor(5.0)))
+        statistics = CPU.forward(Problem(x, unit_rows(250, 8, seed=1, dtype=dtype), torch.tensor(5.0)))
         assert not statistics.rows[0, 5].isfinite()
         # A logit of -inf is a zero share, so of the infinite row's columns only those with +inf must show it.
         assert not (statistics.columns if value != value else statistics.columns[:, :0]).isfinite().any()
@@ -367,9 +367,9 @@ def test_fully_excluded_rows(level):
     alone[7] = 1
     x = unit_rows(n, 8, dtype=torch.float32)
     problem = Problem(x, x, torch.tensor(9.0), None, alone, segment, (TeacherOperand(Source.LOGITS),))
-    statistics = NATIVE.forward(problem)
+    statistics = CPU.forward(problem)
     assert statistics.rows[:, 7].tolist() == [-torch.inf, -torch.inf, 0.0] and statistics.columns.isfinite().all()
-    gx, _ = NATIVE.backward(problem, statistics, torch.ones(2, n), torch.ones(2, n))
+    gx, _ = CPU.backward(problem, statistics, torch.ones(2, n), torch.ones(2, n))
     assert not gx[7].any() and gx[8].any()
 
 
@@ -399,13 +399,13 @@ def test_more_threads_than_rows(level, threads, shape):
 
 def test_auto_takes_it():
     x = unit_rows(8, 4, dtype=torch.float32)
-    for dtype, name in ((torch.float32, "native"), (torch.bfloat16, "native"), (torch.float64, "chunked")):
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "chunked")):
         one = x.to(dtype)
         assert backends.select("auto", Problem(one, one, torch.ones(()))).name == name
-    assert "float16" in str(NATIVE.why_not(Problem(x.half(), x.half(), torch.ones(()))))
+    assert "float16" in str(CPU.why_not(Problem(x.half(), x.half(), torch.ones(()))))
 
 
 def test_unknown_level_is_an_error(monkeypatch):
-    monkeypatch.setenv(native.ISA_VARIABLE, "avx1024")
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "avx1024")
     with pytest.raises(ValueError, match=r"'avx1024'.*allowed: .*portable"):
         softclip_loss(torch.eye(3), torch.eye(3), torch.ones(()))

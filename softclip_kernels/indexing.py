@@ -1,4 +1,4 @@
-"""Work on rows of embeddings: sums of rows that share a place, and a few rows at a time."""
+"""Deterministic scatter-add and gather over rows, and iteration over slices of rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 AT_A_TIME = {"cpu": 1024, "cuda": 8192}  # bounds temporaries of the rows' width
 
 
-def add_rows(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
+def scatter_add(total: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """`total[index[i]] += values[i]`, in place; total (M, ...), index (N,), values (N, ...). Repeats bit for bit: on
     CUDA index_add uses atomics, whose order changes from run to run, while index_put sorts first."""
     if total.device.type == "cpu":
@@ -21,12 +21,12 @@ def take_rows(values: Tensor, index: Tensor) -> Tensor:
     return values.index_select(0, index) if values.device.type == "cpu" else values[index]
 
 
-def sum_rows(length: int, index: Tensor, values: Tensor) -> Tensor:
+def scatter_sum(length: int, index: Tensor, values: Tensor) -> Tensor:
     """The sum of the values (N, ...) at each of `length` places: (length, ...), differentiable."""
-    return add_rows(values.new_zeros(length, *values.shape[1:]), index, values)
+    return scatter_add(values.new_zeros(length, *values.shape[1:]), index, values)
 
 
-def parts(tensor: Tensor) -> list[slice]:
-    """The tensor's rows, some at a time."""
+def row_slices(tensor: Tensor) -> list[slice]:
+    """Slices that cover the rows of the tensor, AT_A_TIME in each."""
     step = AT_A_TIME.get(tensor.device.type, AT_A_TIME["cuda"])
     return [slice(start, start + step) for start in range(0, len(tensor), step)]

@@ -1,13 +1,14 @@
-"""The native CPU backend: blocked kernels in C++ (csrc/), for float32 and bfloat16.
+"""The CPU backend: blocked kernels in C++ (csrc/), for float32 and bfloat16.
 
 The instruction-set level is chosen at run time, the best that the machine has; the environment variable
-SOFTCLIP_NATIVE_ISA forces one of `levels()`.
+SOFTCLIP_CPU_ISA forces one of `levels()`.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -15,21 +16,22 @@ from torch import Tensor
 
 from ..problem import Problem, Source, Statistics, TeacherOperand
 
-_native: Any = None
+_cpu: Any = None
 _MISSING: str | None = None
 try:
-    _native = importlib.import_module("softclip_kernels._native")
+    _cpu = importlib.import_module("softclip_kernels._cpu")
 except ImportError as error:  # not built, or built for another Python
     _MISSING = f"its extension is not there ({error}); install the package where a C++ compiler is"
 
-ISA_VARIABLE = "SOFTCLIP_NATIVE_ISA"
+ISA_VARIABLE = "SOFTCLIP_CPU_ISA"
+FORMER_ISA_VARIABLE = "SOFTCLIP_NATIVE_ISA"  # still read, with a DeprecationWarning, where the other is not set
 DTYPES = (torch.float32, torch.bfloat16)
 MULTIPLY_ADDS_PER_THREAD = 4e6  # about ten times what starting a thread costs
 
 
 def levels() -> list[str]:
     """The instruction-set levels that this machine can run, best first; empty where the extension was not built."""
-    return [] if _native is None else _native.levels()
+    return [] if _cpu is None else _cpu.levels()
 
 
 def why_missing() -> str | None:
@@ -40,22 +42,27 @@ def why_missing() -> str | None:
 def level() -> str:
     """The level in use. Raises ValueError when the environment asks for one that this machine does not have."""
     available = levels()
-    asked = os.environ.get(ISA_VARIABLE)
+    variable = ISA_VARIABLE
+    if ISA_VARIABLE not in os.environ and FORMER_ISA_VARIABLE in os.environ:
+        variable = FORMER_ISA_VARIABLE
+        message = f"{variable} is now called {ISA_VARIABLE}; the former name goes with the next release"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+    asked = os.environ.get(variable)
     if asked is None:
         return available[0]
     if asked not in available:
-        raise ValueError(f"{ISA_VARIABLE}={asked!r} is not possible on this machine; allowed: {', '.join(available)}")
+        raise ValueError(f"{variable}={asked!r} is not possible on this machine; allowed: {', '.join(available)}")
     return asked
 
 
 def peak(name: str, threads: int, bfloat16: bool) -> float:
     """Floating-point operations a second of multiply-adds on registers alone, at this level: what a matrix product
     cannot exceed. Takes some tenths of a second. For benchmarks."""
-    return _native.peak(name, threads, bfloat16, 10_000_000)
+    return _cpu.peak(name, threads, bfloat16, 10_000_000)
 
 
-class NativeBackend:
-    name = "native"
+class CpuBackend:
+    name = "cpu"
     device: str | None = "cpu"
 
     def details(self) -> dict[str, str]:
@@ -63,9 +70,9 @@ class NativeBackend:
         return {"level": level(), "levels": " ".join(levels())} if levels() else {}
 
     def why_not(self, problem: Problem) -> str | None:
-        if _native is None:
+        if _cpu is None:
             return _MISSING
-        level()  # a wrong SOFTCLIP_NATIVE_ISA is an error, not a reason for another backend
+        level()  # a wrong SOFTCLIP_CPU_ISA is an error, not a reason for another backend
         if problem.x.device.type != "cpu":
             return f"it computes on the CPU, not on {problem.x.device}"
         if problem.x.dtype not in DTYPES:
@@ -84,17 +91,17 @@ class NativeBackend:
         result = Statistics(
             torch.empty(statistics, n),
             torch.empty(statistics, m),
-            torch.zeros(n if problem.positive is not None else 0),
+            torch.zeros(n if problem.positive_column is not None else 0),
             torch.zeros(n if ranked else 0, dtype=torch.int64),
             torch.zeros(m if ranked else 0, dtype=torch.int64),
         )
-        redone = _native.forward(
+        redone = _cpu.forward(
             call.problem,
             level(),
             _threads(problem),
             rows=result.rows.data_ptr(),
             columns=result.columns.data_ptr(),
-            positive=result.positive.data_ptr(),
+            positive=result.positive_logit.data_ptr(),
             row_ranks=result.row_ranks.data_ptr(),
             column_ranks=result.column_ranks.data_ptr(),
         )
@@ -125,7 +132,7 @@ class NativeBackend:
         for gradient, operand in ((gx, problem.x), (gy, problem.y)):
             assert gradient is None or (gradient.shape == operand.shape and gradient.is_contiguous())
             assert gradient is None or gradient.dtype == torch.float32
-        _native.backward(
+        _cpu.backward(
             call.problem,
             level(),
             _threads(problem),
@@ -151,19 +158,19 @@ class _Call:
     def __init__(self, problem: Problem) -> None:
         n, m = problem.rows, problem.columns
         assert problem.x.shape[1] == problem.y.shape[1]
-        _assert_lengths(n, problem.positive, problem.row_segment, problem.row_threshold)
+        _assert_lengths(n, problem.positive_column, problem.row_segment, problem.row_threshold)
         _assert_lengths(m, problem.column_segment, problem.column_threshold)
         for teacher in problem.teachers:
-            assert teacher.source != Source.LOGITS_TRANSPOSED or n == m, f"a swapped pair in {n} rows, {m} columns"
+            assert teacher.source != Source.TRANSPOSED or n == m, f"a transposed teacher in {n} rows, {m} columns"
             _assert_lengths(n, teacher.x, teacher.row_bias)
             _assert_lengths(m, teacher.y, teacher.column_bias)
         self._kept: list[Tensor] = []
         row_segment, column_segment = _compact_segments(problem)
-        self.problem = _native.Problem(
+        self.problem = _cpu.Problem(
             x=self._matrix(problem.x),
             y=self._matrix(problem.y),
             scale=problem.scale.item(),
-            positive=self.vector(problem.positive, torch.int64),
+            positive=self.vector(problem.positive_column, torch.int64),
             row_segment=self.vector(row_segment, torch.int32),
             column_segment=self.vector(column_segment, torch.int32),
             teachers=[self._teacher(teacher) for teacher in problem.teachers],
@@ -183,14 +190,12 @@ class _Call:
         if tensor.dtype not in DTYPES:  # a teacher in float16 or float64 multiplies in float32, as in every backend
             tensor = tensor.float()
         self._kept.append(tensor)
-        return _native.Matrix(
-            tensor.data_ptr(), *tensor.shape, *tensor.stride(), bfloat16=tensor.dtype == torch.bfloat16
-        )
+        return _cpu.Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride(), bfloat16=tensor.dtype == torch.bfloat16)
 
     def _teacher(self, teacher: TeacherOperand) -> Any:
         own = teacher.source == Source.EMBEDDINGS
         assert own == (teacher.x is not None) == (teacher.y is not None)
-        return _native.Teacher(
+        return _cpu.Teacher(
             int(teacher.source),
             1.0 if teacher.scale is None else teacher.scale.item(),
             self._matrix(teacher.x) if teacher.x is not None else None,
