@@ -20,7 +20,7 @@ from typing import Any
 
 Row = dict[str, Any]
 ROOT = Path(__file__).parent.parent
-SUITE = ROOT / "tests" / "test_triton_gpu.py"
+SUITE = ROOT / "tests" / "backends" / "test_triton_gpu.py"
 LOG, SHARE = "SOFTCLIP_TEST_LOG", "SOFTCLIP_TEST_SHARE"
 LOST_CONTEXT = ("CUDA error", "Triton Error", "device-side assert")  # later tests of the process would fail as well
 NONE_LEFT = 5  # pytest's exit code

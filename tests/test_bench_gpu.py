@@ -1,4 +1,4 @@
-"""`python -m bench gpu` and tests/test_triton_gpu.py as far as a machine without a GPU goes: every step in Triton's
+"""`python -m bench gpu` and backends/test_triton_gpu.py as far as a machine without a GPU goes: every step in Triton's
 interpreter or with another backend, with stand-ins for the device (bench/rehearsal.py)."""
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import test_triton_gpu
 import torch
+from backends import test_triton_gpu
 from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
 
 from bench import common, gpu, gpu_speed, gpu_tests, rehearsal

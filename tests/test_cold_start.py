@@ -21,7 +21,7 @@ from softclip_kernels.testing import dense_loss, unit_rows
 ROOT = Path(__file__).resolve().parent.parent
 PROCESSES = 3
 TRITON = importlib.util.find_spec("triton") is not None
-CUT_OFF = '{"format": 1, "tiles": {"key": [128, 128, 64'
+CUT_OFF = '{"format": 2, "tiles": {"key": [128, 128, 64'
 
 # The loss through `auto`; then the choice of tiles through the shared file, with a GPU's times made up, and a kernel
 # through Triton's own cache.
@@ -38,23 +38,24 @@ loss.backward()
 bits = hashlib.sha256(x.grad.numpy().tobytes() + y.grad.numpy().tobytes()).hexdigest()
 tile = code = None
 if sys.argv[1] == "triton":
-    from softclip_kernels.kernels import tuning
-    from softclip_kernels.kernels.configs import candidates
+    from softclip_kernels.backends.triton import tuning
+    from softclip_kernels.backends.triton.shapes import candidates
     torch.cuda.is_current_stream_capturing = lambda: False
-    shapes = candidates("statistics", False, False, True, 2, "sm_90")
+    shapes = candidates("forward", False, False, True, 2, "sm_90")
     tuning.measure = lambda launch: 1.0 + (shapes.index(launch) - 2) ** 2
     for key in ("key", *(f"key {index}" for index in range(30))):
         tile = shapes.index(tuning.choose(key, shapes, lambda shape: (shape, 1), 2**30, torch.device("cuda")))
         assert tile == 2, key
-    from softclip_kernels.kernels import aot
-    plain = aot.Variant("coefficients", "none", shapes[0], features=frozenset())
-    code = hashlib.sha256(aot.compile_variant(plain, "sm_90").asm["ptx"].encode()).hexdigest()
+    from bench.aot import variants
+    plain = variants.Variant("coefficients", "none", shapes[0], features=frozenset())
+    code = hashlib.sha256(variants.compile_variant(plain, "sm_90").asm["ptx"].encode()).hexdigest()
 print(json.dumps([cpu.why_missing() is None, loss.item(), bits, tile, code]))
 """
 
 
 def start_at_once(root: Path, cache: Path) -> list[list[object]]:
-    environment = os.environ | {"PYTHONPATH": str(root), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join((str(root), str(ROOT)))  # the package from root, bench from here
+    environment = os.environ | {"PYTHONPATH": path, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
     environment |= {"TRITON_CACHE_DIR": str(cache / "triton")}
     environment.pop("SOFTCLIP_AUTOTUNE", None)
     command = [sys.executable, "-c", START, "triton" if TRITON else ""]
@@ -94,8 +95,8 @@ def test_empty_caches(tmp_path):
 
 
 def test_poisoned_caches_and_a_broken_build(tmp_path):
-    """A file of tiles that is cut off (other rubbish: test_triton_launch.py), and the left-over of a build whose linker
-    did not finish."""
+    """A file of tiles that is cut off (other rubbish: backends/test_triton_launch.py), and the left-over of a build
+    whose linker did not finish."""
     package, cache = tmp_path / "package" / "softclip_kernels", tmp_path / "cache"
     shutil.copytree(ROOT / "softclip_kernels", package, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     (package / f"_cpu{importlib.machinery.EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF" + bytes(100))

@@ -1,6 +1,6 @@
 """A test of the tests: every result that is wrong on purpose (mutants.py) is refused by the library's standard, for
 every target, dtype and scale of the catalogue and every backend of this machine. Interpreted Triton kernels:
-triton_interpreted.py; on a GPU: test_triton_gpu.py. With -s the table of refusals is printed.
+backends/interpreted_triton.py; on a GPU: backends/test_triton_gpu.py. With -s the table of refusals is printed.
 """
 
 from __future__ import annotations

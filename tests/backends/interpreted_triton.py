@@ -1,7 +1,7 @@
-"""The Triton kernels in Triton's interpreter, against float64. tests/test_triton.py runs this file in processes of its
+"""The Triton kernels in Triton's interpreter, against float64. test_triton.py runs this file in processes of its
 own, because the kernels are interpreted or compiled for the whole of a process; by hand:
 
-    TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
+    TRITON_INTERPRET=1 python -m pytest tests/backends/interpreted_triton.py
 
 Only float32: the interpreter multiplies bfloat16 bit patterns as if they were integers, without an error, so the
 backend refuses other dtypes there. In bfloat16 and float16 the same code is compiled ahead of time (test_triton_aot.py)
@@ -17,8 +17,9 @@ import torch
 from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
 
 from softclip_kernels import Hard, backends, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.kernels import launch
-from softclip_kernels.problem import Problem
+from softclip_kernels.backends.triton import coefficients, launch, online, softmax_backward
+from softclip_kernels.backends.triton.shapes import Shape
+from softclip_kernels.problem import Problem, Source, TeacherOperand
 from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
 
 # Tiles are 32 x 64 or 64 x 32 in the interpreter, steps along the width 32: one entry, less than a tile, a tile, many
@@ -45,12 +46,12 @@ def in_turn(names, sizes, everywhere):
 
 
 @pytest.mark.parametrize(("name", "n", "d"), in_turn(SQUARE_TARGETS, SQUARE_SIZES, ("hard", "psd_own_scale")))
-def test_square_targets(name, n, d):
+def test_square_targets_agree_with_float64(name, n, d):
     check(name, n, n, d)
 
 
 @pytest.mark.parametrize(("name", "n", "m", "d"), in_turn(RECTANGULAR_TARGETS, RECTANGULAR_SIZES, ("blend_vectors",)))
-def test_rectangular_targets(name, n, m, d):
+def test_rectangular_targets_agree_with_float64(name, n, m, d):
     check(name, n, m, d)
 
 
@@ -58,11 +59,11 @@ def test_rectangular_targets(name, n, m, d):
 # need a reference (100) and leave the range for some rows (300).
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_block", "psd_several", "paired_column"))
-def test_scales(name, scale):
+def test_any_scale_agrees_with_float64(name, scale):
     check(name, 70, 70, 40, scale)
 
 
-# Two tiles by three; where a target has each kind of teacher and of positive, at the scales of test_scales as well.
+# Two tiles by three; where a target has each kind of teacher and of positive, at each of SCALES as well.
 @pytest.mark.parametrize("name", ALL_TARGETS)
 def test_every_mutant_is_refused(name):
     target, scales = ALL_TARGETS[name](70, 70), SCALES if name in ("hard", "psd", "psd_external") else (14.3,)
@@ -74,7 +75,7 @@ def test_every_mutant_is_refused(name):
 
 # Scratch for two or three tiles: inner, edge and corner super-blocks, on and off the diagonal.
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_block", "psd_several", "blocks"))
-def test_super_blocks(name, monkeypatch):
+def test_several_super_blocks_agree_with_float64(name, monkeypatch):
     monkeypatch.setattr(launch, "SCRATCH", 40_000)
     check(name, 200, 200, 33)
 
@@ -86,7 +87,7 @@ def test_second_tile_shape_agrees(monkeypatch):
         target = SQUARE_TARGETS[name](130, 130)
         usual = test_loss.fused(x, y, scale, target, "triton")
         with monkeypatch.context() as patch:
-            patch.setattr(launch, "candidates", lambda *_: (launch.Config(64, 64, 16, 4, 1),))
+            patch.setattr(launch, "candidates", lambda *_: (Shape(64, 64, 16, 4, 1),))
             other = test_loss.fused(x, y, scale, target, "triton")
         for field in FIELDS:
             torch.testing.assert_close(getattr(usual, field), getattr(other, field), rtol=1e-5, atol=1e-6)
@@ -121,37 +122,38 @@ def test_ranks_over_super_blocks_and_segments(monkeypatch):
 class _Never:
     """Stands for a kernel that returns at once."""
 
+    arg_names = ()
+
     def __getitem__(self, grid):
         return lambda *arguments, **options: None
 
 
-def test_the_exact_kernel_is_what_saves_extreme_rows(monkeypatch):
+def test_the_online_kernel_is_what_saves_extreme_rows(monkeypatch):
     """One long row puts the bound 800 nats above all others, whose centred sums vanish."""
     x = unit_rows(40, 16, dtype=torch.float32)
     y, scale = -x, torch.tensor(400.0)
     x[0] *= 3
     expected = softclip_loss(x, y, scale, backend="reference")
     torch.testing.assert_close(softclip_loss(x, y, scale, backend="triton"), expected)
-    monkeypatch.setattr(launch, "exact_rows_kernel", _Never())
+    monkeypatch.setattr(online, "online_rows_kernel", _Never())
     assert (softclip_loss(x, y, scale, backend="triton") - expected).abs() > 10
 
 
-def test_the_exact_branch_is_what_saves_extreme_gradients(monkeypatch):
-    """The same for the gradient kernel, whose tiles are told that everything is fine."""
+def test_the_branch_out_of_range_is_what_saves_extreme_gradients(monkeypatch):
+    """The same for the backward kernel, whose tiles are told that everything is in range."""
     x = unit_rows(40, 16, dtype=torch.float32)
     y, scale = -x, torch.tensor(400.0)
     x[0] *= 3
     expected = test_loss.fused(x, y, scale, None, "reference")
     torch.testing.assert_close(test_loss.fused(x, y, scale, None, "triton").dx, expected.dx, rtol=1e-3, atol=1e-3)
-    usual = launch._gradient_arguments
+    prepare = coefficients.prepare
 
-    def all_fine(*arguments):
-        found = usual(*arguments)
-        for side in ("row", "column"):
-            found[f"{side}_fine"].fill_(1)
-        return found
+    def all_in_range(launch_pass, k, direction, statistic, grad):
+        arguments = prepare(launch_pass, k, direction, statistic, grad)
+        arguments[f"{direction}_in_range"].fill_(1)
+        return arguments
 
-    monkeypatch.setattr(launch, "_gradient_arguments", all_fine)
+    monkeypatch.setattr(coefficients, "prepare", all_in_range)
     assert not torch.allclose(test_loss.fused(x, y, scale, None, "triton").dx, expected.dx, rtol=0.1, atol=0.1)
 
 
@@ -191,15 +193,65 @@ def test_auto_takes_triton_first():
 def test_float16_gradients_are_taken_in_a_unit_that_holds_them():
     """The largest becomes 2^12; without a gradient, or with an infinite one, nothing is rescaled."""
     rows = torch.tensor([[1e-7, -3e-6]])
-    unit = launch._unit(torch.float16, rows, torch.zeros(1, 3))
+    unit = launch.unit(torch.float16, rows, torch.zeros(1, 3))
     assert unit is not None
     assert (rows / unit).abs().max() == pytest.approx(2**12)
-    assert launch._unit(torch.float16, torch.zeros(1, 2), torch.zeros(1, 3)) == 1
-    assert launch._unit(torch.float16, torch.tensor([[torch.inf]]), torch.zeros(1, 3)) == 1
-    assert launch._unit(torch.bfloat16, rows, rows) is None
+    assert launch.unit(torch.float16, torch.zeros(1, 2), torch.zeros(1, 3)) == 1
+    assert launch.unit(torch.float16, torch.tensor([[torch.inf]]), torch.zeros(1, 3)) == 1
+    assert launch.unit(torch.bfloat16, rows, rows) is None
 
 
 def test_launch_results_have_the_backend_protocol_types():
     x, y, scale = test_loss.operands(40, 40, 16)
     loss = Result.of(lambda *leaves: softclip_loss(*leaves, Hard(), backend="triton"), x, y, scale)
     assert [getattr(loss, field).dtype for field in FIELDS] == [torch.float32] * 4
+
+
+def _teachers(kind, n):
+    own = TeacherOperand(Source.EMBEDDINGS, torch.tensor(9.0), *(unit_rows(n, 5, seed=seed).float() for seed in (3, 4)))
+    return {"hard": (), "mirrored": (TeacherOperand(Source.TRANSPOSED),), "own teacher": (own,)}[kind]
+
+
+# Super-blocks of 64: 3 x 3, or 3 on the diagonal and 3 beside it, each of which fills its mirror too.
+@pytest.mark.parametrize("kind", ("hard", "mirrored", "own teacher"))
+def test_an_operand_without_a_gradient_costs_no_product(kind, monkeypatch):
+    """Of the products G @ y and G.T @ x only those are made whose result is asked for, bit for bit as in both; with
+    neither nothing runs."""
+    n, d = 150, 12
+    x, y = (unit_rows(n, d, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    problem = Problem(x, y, torch.tensor(10.0), torch.arange(n), teachers=_teachers(kind, n))
+    triton = backends.registered()["triton"]
+    statistics = triton.forward(problem)
+    grad_rows, grad_columns = (torch.rand(1 + len(problem.teachers), n) for _ in range(2))
+    monkeypatch.setattr(launch, "backward_edge", lambda *_: 64)
+    products, launched, add_product, call = [], [], launch.add_product, launch.Call.__call__
+
+    def counted_product(total, a, b):
+        products.append(b.untyped_storage().data_ptr())
+        add_product(total, a, b)
+
+    def counted_call(self, programs, **changing):
+        launched.append(self.kernel)
+        call(self, programs, **changing)
+
+    def counts():
+        matrices = (y, x)
+        kernels = (softmax_backward.softmax_backward_kernel, coefficients.coefficients_kernel)
+        counted = [
+            *(products.count(matrix.untyped_storage().data_ptr()) for matrix in matrices),
+            *(launched.count(kernel) for kernel in kernels),
+        ]
+        products.clear()
+        launched.clear()
+        return counted
+
+    monkeypatch.setattr(launch, "add_product", counted_product)
+    monkeypatch.setattr(launch.Call, "__call__", counted_call)
+    gx, gy = triton.backward(problem, statistics, grad_rows, grad_columns)
+    blocks = 6 if kind == "mirrored" else 9
+    assert counts() == [9, 9, blocks, 2]
+    for needed in ((True, False), (False, True), (False, False)):
+        alone = triton.backward(problem, statistics, grad_rows, grad_columns, needed)
+        for result, both, wanted in zip(alone, (gx, gy), needed, strict=True):
+            assert torch.equal(result, both) if wanted else result is None
+        assert counts() == [9 * needed[0], 9 * needed[1], *((blocks, 2) if any(needed) else (0, 0))]

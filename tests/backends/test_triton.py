@@ -17,17 +17,18 @@ from softclip_kernels.problem import Problem
 from softclip_kernels.testing import unit_rows
 
 HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 # Groups for several processors.
 @needs_triton
 @pytest.mark.parametrize("group", ("square_targets", "mutant", "not square_targets and not mutant"))
-def test_interpreted(group):
-    """Interpreted, because a process either compiles or interprets; the tests are in triton_interpreted.py."""
+def test_the_kernels_pass_their_tests_interpreted(group):
+    """In a process of its own, because one either compiles or interprets; the tests are in interpreted_triton.py."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py"), "-k", group]
-    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py"), "-k", group]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) >= 20 and "skipped" not in done.stdout
@@ -65,7 +66,7 @@ def test_too_many_ranks_are_refused(monkeypatch):
 def test_gradient_sums_without_addition_in_place(monkeypatch):
     """Where torch cannot add a product of 16-bit matrices to an fp32 sum (the CPU, some versions), the product is made
     apart; where it can, the sum is the output."""
-    from softclip_kernels.kernels import launch
+    from softclip_kernels.backends.triton import launch
 
     launch._adds_in_place.cache_clear()
     assert not launch._adds_in_place(torch.bfloat16, torch.device("cpu"))
@@ -80,13 +81,13 @@ def test_gradient_sums_without_addition_in_place(monkeypatch):
 
     monkeypatch.setattr(torch, "mm", mm)
     total = torch.ones(5, 5)
-    launch._add_product(total, a, b)
+    launch.add_product(total, a, b)
     torch.testing.assert_close(total, expected)
     launch._adds_in_place.cache_clear()
     monkeypatch.setattr(torch, "addmm", addmm)
     assert launch._adds_in_place(torch.bfloat16, torch.device("cpu"))
     total = torch.ones(5, 5)
-    launch._add_product(total, a, b)
+    launch.add_product(total, a, b)
     torch.testing.assert_close(total, expected)
     launch._adds_in_place.cache_clear()
 
@@ -96,18 +97,18 @@ def test_gradient_sums_without_addition_in_place(monkeypatch):
 @pytest.mark.parametrize("count", (1, 3, 6))
 def test_scratch_is_bounded_whatever_the_batch(n, count):
     """Partial sums (forward) and G (backward) fit in the published scratch for every batch and tile shape."""
-    from softclip_kernels.kernels import launch
-    from softclip_kernels.kernels.aot import ARCHITECTURES
-    from softclip_kernels.kernels.configs import candidates
+    from bench.aot.variants import ARCHITECTURES
+    from softclip_kernels.backends.triton import launch
+    from softclip_kernels.backends.triton.shapes import candidates
 
     for architecture in ARCHITECTURES:
-        for paired in (False, True):
-            for config in candidates("statistics", True, paired, True, 2, architecture):
-                edge = launch._forward_edge(config, count, paired, n)
-                slots = edge // config.block_m + edge // config.block_n
-                assert edge > 0 and edge % config.block_m == edge % config.block_n == 0
-                assert 4 * count * (1 + paired) * slots * edge <= launch.SCRATCH
-                assert edge < n + max(config.block_m, config.block_n)
+        for mirrored in (False, True):
+            for shape in candidates("forward", True, mirrored, True, 2, architecture):
+                edge = launch.forward_edge(shape, count, mirrored, n)
+                slots = edge // shape.block_m + edge // shape.block_n
+                assert edge > 0 and edge % shape.block_m == edge % shape.block_n == 0
+                assert 4 * count * (1 + mirrored) * slots * edge <= launch.SCRATCH
+                assert edge < n + max(shape.block_m, shape.block_n)
     for itemsize in (2, 4):
-        edge = launch._edge(launch.SCRATCH / itemsize, 128, n)
+        edge = launch.largest_edge(launch.SCRATCH / itemsize, 128, n)
         assert edge > 0 and edge * edge * itemsize <= launch.SCRATCH

@@ -24,7 +24,7 @@ LARGE = 2**30  # entries
 @pytest.fixture
 def tuning(monkeypatch, tmp_path):
     """The module with an empty memory, a file of its own and a GPU that is never captured."""
-    from softclip_kernels.kernels import tuning
+    from softclip_kernels.backends.triton import tuning
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SOFTCLIP_AUTOTUNE", raising=False)
@@ -34,11 +34,11 @@ def tuning(monkeypatch, tmp_path):
 
 
 def shapes():
-    from softclip_kernels.kernels.configs import candidates
+    from softclip_kernels.backends.triton.shapes import candidates
 
-    found = candidates("statistics", False, False, True, 2, "sm_90")
-    assert len(found) >= 4
-    return found
+    suitable = candidates("forward", False, False, True, 2, "sm_90")
+    assert len(suitable) >= 4
+    return suitable
 
 
 class Timer:
@@ -103,9 +103,10 @@ def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
         b"{",
         b"[]",
         b'{"format": 99, "tiles": {}}',
-        b'{"format": 1, "tiles": [1]}',
-        b'{"format": 1, "tiles": {"a": [1, 2, 3, 4, 5]}}',
-        b'{"format": 1, "tiles": {"a": {"block_m": 128}}}',
+        b'{"format": 1, "tiles": {"a": [128, 256, 64, 8, 3]}}',  # a candidate, under a key of another meaning
+        b'{"format": 2, "tiles": [1]}',
+        b'{"format": 2, "tiles": {"a": [1, 2, 3, 4, 5]}}',
+        b'{"format": 2, "tiles": {"a": {"block_m": 128}}}',
     ),
 )
 def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, content):
@@ -127,7 +128,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tuning, monkeypatch, tmp_pa
 
 def _write_many(cache, name):
     os.environ["XDG_CACHE_HOME"] = cache
-    from softclip_kernels.kernels import tuning
+    from softclip_kernels.backends.triton import tuning
 
     for index in range(50):
         tuning._to_file(f"{name} {index}", shapes()[0])
@@ -140,7 +141,7 @@ def test_two_processes_that_write_at_once_leave_a_whole_file(tuning, tmp_path):
         writer.start()
     while any(writer.is_alive() for writer in writers):
         if tuning.path().exists():
-            assert json.loads(tuning.path().read_text())["format"] == 1
+            assert json.loads(tuning.path().read_text())["format"] == 2
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(tuning._read()) >= 50
     assert [file.name for file in tuning.path().parent.iterdir()] == ["tiles.json"]
@@ -148,7 +149,7 @@ def test_two_processes_that_write_at_once_leave_a_whole_file(tuning, tmp_path):
 
 # A stand-in for the GPU's driver notes what is launched; kernels are really bound and hashed, and not compiled.
 LAUNCHES = """
-import torch, triton
+import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -167,25 +168,40 @@ class Kernel(CompiledKernel):
     @property
     def run(self): return lambda *arguments: noted.append((self.name, arguments[:3], arguments[9:]))
 
-def compile(self, key, *arguments, **options):
+def compile(self, key, signature, *arguments, **options):
     compiled.append(key)
+    checked(self, signature)
     return self.device_caches[0][0].setdefault(key, Kernel(self.__name__))
+
+def checked(kernel, signature):
+    # What the ordinary launch makes of the arguments is what the table beside the kernel says.
+    module = sys.modules[kernel.fn.__module__]
+    dtypes = {"*student": "*bf16", "*teacher": "*bf16", "*grad": "*bf16"}
+    if signature.get("previous", "constexpr") == "constexpr" and "previous" in signature and len(problem.teachers) > 1:
+        dtypes["*grad"] = "*fp32"  # the first of several teachers
+    for name, kind in module.ARGUMENTS.items():
+        absent = kind.endswith("?") or kind == "i32 step"
+        expected = dtypes.get(kind, kind.removesuffix("?").split()[0])
+        assert signature[name] == expected or absent and signature[name] == "constexpr", (name, kind, signature[name])
+    assert all(of == "constexpr" for name, of in signature.items() if name not in module.ARGUMENTS)
 
 noted, compiled = [], []
 driver.set_active(Driver())
 JITFunction._do_compile = compile
-from softclip_kernels.kernels import calls, launch
+from softclip_kernels.backends.triton import launch
+from softclip_kernels.backends.triton.softmax_backward import backward
+from softclip_kernels.backends.triton.softmax_forward import forward
 from softclip_kernels.problem import Problem, TeacherOperand, Source, Statistics
 launch.architecture = lambda device: "sm_90"
-launch._add_product = lambda *arguments: None
+launch.add_product = lambda *arguments: None
 launch.SCRATCH = 2**21
 
 def run(problem):
     noted.clear()
-    statistics = launch.forward(problem)
+    statistics = forward(problem)
     k = len(problem.teachers)
     n, m = problem.rows, problem.columns
-    launch.backward(problem, statistics, torch.ones(1 + k, n), torch.ones(1 + k, m))
+    backward(problem, statistics, torch.ones(1 + k, n), torch.ones(1 + k, m))
     return [(name, grid, tuple(map(plain, arguments))) for name, grid, arguments in noted]
 
 def plain(value):
@@ -199,21 +215,21 @@ for teachers in ((), (pair,), (external, external)):
     problem = Problem(x, y, torch.tensor(10.0), torch.arange(n), teachers=teachers)
     fast = run(problem)
     count = len(compiled)
-    CompiledKernel, calls.CompiledKernel = calls.CompiledKernel, type(None)  # every launch the ordinary way
+    launch.CompiledKernel = type(None)  # every launch the ordinary way
     assert run(problem) == fast and len(compiled) == count
-    calls.CompiledKernel = CompiledKernel
-    assert sum(name == "gradient_kernel" for name, *_ in fast) >= 3
-    assert sum(name == "statistics_kernel" for name, *_ in fast) >= 1
+    launch.CompiledKernel = CompiledKernel
+    assert sum(name == "softmax_backward_kernel" for name, *_ in fast) >= 3
+    assert sum(name == "softmax_forward_kernel" for name, *_ in fast) >= 1
 print("same", compiled and len(compiled))
 """
 
 
-def test_later_super_blocks_are_launched_like_the_ordinary_way():
+def test_later_super_blocks_are_launched_as_the_first_is():
     """The same kernels with the same arguments, and nothing compiled again for a super-block."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHES],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parent.parent.parent,
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -223,7 +239,7 @@ def test_later_super_blocks_are_launched_like_the_ordinary_way():
 
 
 def test_fp32_products_follow_both_of_torchs_settings(monkeypatch):
-    from softclip_kernels.kernels import launch
+    from softclip_kernels.backends.triton import launch
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
     assert not launch._tf32_allowed()

@@ -1,5 +1,18 @@
-"""The Triton backend: GPUs, and the CPU through Triton's interpreter. Importing this module does not import triton; the
-kernels are imported when the first problem that they can compute arrives."""
+"""The Triton backend: GPUs, and the CPU through Triton's interpreter.
+
+softmax_forward   the forward block operation: one pass over tiles, one exponential an entry for rows and columns
+softmax_backward  the backward one: a block of G with its epilogue fused, for two matrix products
+coefficients      what the backward pass multiplies exponentials with
+online            the online softmax, for rows (columns) whose centred sums left the range of fp32
+tiles             what the kernels share: tile order, the streamed matrix product, masks, the places of arguments
+passes            from a problem to the kernels' arguments, one pass for each teacher
+launch            what the launches share: super-blocks, precision, sums of products
+shapes            candidate tile shapes by architecture and problem
+tuning            which candidate a GPU runs: timed once, remembered in a file
+
+Importing this package imports neither triton nor any of these modules: they wait for the first problem that they can
+compute.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..problem import Problem, Statistics
+from ...problem import Problem, Statistics
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_RANKED = 2**24  # ranks are counted in fp32
@@ -49,18 +62,23 @@ class TritonBackend:
         return {"triton": importlib.metadata.version("triton")} | ({"interpreter": "on"} if _interpreted() else {})
 
     def forward(self, problem: Problem) -> Statistics:
-        from ..kernels import launch
+        from .softmax_forward import forward
 
         with _on(problem.x.device):
-            return launch.forward(problem)
+            return forward(problem)
 
     def backward(
-        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        from ..kernels import launch
+        self,
+        problem: Problem,
+        statistics: Statistics,
+        grad_rows: Tensor,
+        grad_columns: Tensor,
+        needs_input_grad: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]:
+        from .softmax_backward import backward
 
         with _on(problem.x.device):
-            return launch.backward(problem, statistics, grad_rows, grad_columns)
+            return backward(problem, statistics, grad_rows, grad_columns, needs_input_grad)
 
 
 @cache

@@ -1,19 +1,51 @@
 # mypy: disallow-untyped-defs=False
-"""Forward, where the centred sums of statistics.py left fp32's range: each row's own running maximum.
+"""The forward pass where the centred sums of softmax_forward.py left fp32's range: the online softmax, which keeps a
+running maximum for every row.
 
 Rows far below the largest logit that the norms allow (large scales, opposite or wildly scaled embeddings, everything
-excluded) come here; a program whose rows are all fine returns at once, so the usual cost is one empty launch a
+excluded) come here. A program whose rows are all in range returns at once, so the usual cost is one empty launch a
 direction and no synchronisation with the host. Columns are the same with the operands exchanged.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .tiles import EMBEDDINGS, LN2, LOG2E, NONE, product, visible
+from . import launch
+from .passes import Pass, teacher_rows
+from .tiles import (
+    EMBEDDINGS,
+    FACTOR,
+    LAYOUT,
+    LN2,
+    LOG2E,
+    MATRICES,
+    NONE,
+    SCALE,
+    TEACHER_FACTOR,
+    product,
+    visible,
+)
+
+ARGUMENTS = {
+    **MATRICES,
+    "row_segment": "*i64?",
+    "column_segment": "*i64?",
+    "column_bias": "*fp32?",
+    "scalars": "*fp32",
+    "in_range": "*i8",
+    "log_sum_exp": "*fp32",
+    "teacher_log_sum_exp": "*fp32",
+    "teacher_mean": "*fp32",
+    **LAYOUT,
+    "rows": "i32",
+    "columns": "i32",
+}
 
 
 @triton.jit
-def online(total, mean, top, logits, z):
+def add_tile(total, mean, top, logits, z):
     """One more tile of logits (units of log 2) for the running maximum, sum of powers and sum of powers times z."""
     new_top = tl.maximum(top, tl.max(logits, 1))
     shift = tl.where(new_top == -float("inf"), 0.0, new_top)
@@ -23,7 +55,7 @@ def online(total, mean, top, logits, z):
 
 
 @triton.jit(do_not_specialize=["rows", "columns"])
-def exact_rows_kernel(
+def online_rows_kernel(
     x,
     y,
     teacher_x,
@@ -32,7 +64,7 @@ def exact_rows_kernel(
     column_segment,
     column_bias,
     scalars,
-    suspect,
+    in_range,
     log_sum_exp,
     teacher_log_sum_exp,
     teacher_mean,
@@ -58,17 +90,17 @@ def exact_rows_kernel(
     PRECISION: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr,
 ):
-    """BLOCK_M rows against every column. suspect (rows,) int8 marks the rows to recompute; log_sum_exp (rows,), and the
-    teacher's two (rows,), are overwritten there. TEACHER: NONE, LOGITS or EMBEDDINGS; scalars as in statistics.py."""
+    """BLOCK_M rows against every column. in_range (rows,) int8 is 0 for the rows to recompute: log_sum_exp (rows,) and
+    the teacher's two (rows,) are overwritten there. TEACHER: NONE, LOGITS or EMBEDDINGS."""
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside_i = i < rows
-    wanted = tl.load(suspect + i, mask=inside_i, other=0) != 0
+    wanted = tl.load(in_range + i, mask=inside_i, other=1) == 0
     if tl.max(wanted.to(tl.int32)) == 0:
         return
     safe_i = tl.minimum(i, rows - 1)
-    scale = tl.load(scalars)
-    factor = tl.load(scalars + 1)
-    teacher_factor = tl.load(scalars + 3)
+    scale = tl.load(scalars + SCALE)
+    factor = tl.load(scalars + FACTOR)
+    teacher_factor = tl.load(scalars + TEACHER_FACTOR)
     top = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     teacher_top = top
@@ -93,7 +125,7 @@ def exact_rows_kernel(
         )
         z = dot * scale
         if STUDENT:
-            total, _, top = online(total, total, top, tl.where(seen, dot * factor, -float("inf")), z)
+            total, _, top = add_tile(total, total, top, tl.where(seen, dot * factor, -float("inf")), z)
         if TEACHER != NONE:
             if TEACHER == EMBEDDINGS:
                 t = product(
@@ -114,10 +146,29 @@ def exact_rows_kernel(
             if column_bias is not None:
                 t += tl.load(column_bias + j, mask=inside_j, other=0.0)[None, :] * LOG2E
             t = tl.where(seen, t, -float("inf"))
-            teacher_total, mean, teacher_top = online(teacher_total, mean, teacher_top, t, z)
+            teacher_total, mean, teacher_top = add_tile(teacher_total, mean, teacher_top, t, z)
     if STUDENT:
         tl.store(log_sum_exp + i, (top + tl.log2(total)) * LN2, mask=wanted)
     if TEACHER != NONE:
         tl.store(teacher_log_sum_exp + i, (teacher_top + tl.log2(teacher_total)) * LN2, mask=wanted)
         # Nothing to average where everything is excluded.
         tl.store(teacher_mean + i, mean / tl.where(teacher_total == 0.0, 1.0, teacher_total), mask=wanted)
+
+
+def recompute(launch_pass: Pass, in_range: Tensor, statistic: Tensor, k: int) -> None:
+    """Overwrites the statistic (1 + 2K, N) of the student and of teacher k at the rows where in_range (N,) is False."""
+    launch_pass = launch_pass.unmirrored()
+    rows, columns = launch_pass.problem.rows, launch_pass.problem.columns
+    shape = launch.candidates("online", launch_pass)[0]
+    # Without a teacher its arguments are written nowhere.
+    log_sum_exp, mean = teacher_rows(statistic, k) if launch_pass.taught else (statistic[0], statistic[0])
+    arguments = launch_pass.arguments() | launch.constants(launch_pass, shape)
+    arguments |= {
+        "in_range": in_range.to(torch.int8),
+        "log_sum_exp": statistic[0],
+        "teacher_log_sum_exp": log_sum_exp,
+        "teacher_mean": mean,
+        "rows": rows,
+        "columns": columns,
+    }
+    launch.Call(online_rows_kernel, arguments, shape.options())(triton.cdiv(rows, shape.block_m))

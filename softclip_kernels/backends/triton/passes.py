@@ -9,20 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Problem, Source, TeacherOperand
-from .tiles import EMBEDDINGS, LOGITS, NONE, PAIRED
+from ...problem import Problem, Source, TeacherOperand
+from .tiles import EMBEDDINGS, LOGITS, NONE, TOP_COLUMN_BIAS, TOP_ROW_BIAS, TRANSPOSED
 
 LOG2E = 1 / math.log(2)
+MODES = {
+    "none": NONE.value,
+    "embeddings": EMBEDDINGS.value,
+    "logits": LOGITS.value,
+    "transposed": TRANSPOSED.value,
+}
 
 
 @dataclass(frozen=True)
 class Pass:
     """One launch's view of a problem: the student (when `student`) and at most one teacher.
 
-    mode     NONE, LOGITS, PAIRED or EMBEDDINGS of tiles.py
-    tied     the teacher's logits are the student's (of the swapped pair, when PAIRED) times exactly 1
+    mode     one of MODES: where the teacher's logits come from
+    tied     the teacher's logits are the student's (the mirror's, when TRANSPOSED) times exactly 1
     weights  `exp(bias - largest bias)`, None where there is no bias
-    scalars  (7,) fp32, as statistics.py lists them
+    scalars  fp32, as tiles.py lists them
     """
 
     problem: Problem
@@ -38,24 +44,35 @@ class Pass:
     scalars: Tensor
 
     @property
-    def paired(self) -> bool:
-        return self.mode == PAIRED.value
+    def mirrored(self) -> bool:
+        """Tiles (I, J) and (J, I) are worked on together."""
+        return self.mode == TRANSPOSED.value
 
     @property
     def taught(self) -> bool:
         return self.mode != NONE.value
 
     @property
+    def ranked(self) -> bool:
+        """Ranks are counted in this pass."""
+        return self.student and self.problem.row_threshold is not None
+
+    @property
     def itemsize(self) -> int:
         return max(t.element_size() for t in (self.problem.x, self.teacher_x) if t is not None)
+
+    def scalar(self, place: Any) -> Tensor:
+        """0-d, by its place in tiles.py."""
+        return self.scalars[place.value]
 
     def signature(self) -> tuple[Any, ...]:
         """What decides, beside the machine, which tile shape is the fastest."""
         p = self.problem
         teacher = () if self.teacher_x is None else (self.teacher_x.dtype, self.teacher_x.shape[1])
         vectors = (p.row_segment, p.row_threshold, self.row_bias, self.column_bias)
+        (mode,) = (name for name, value in MODES.items() if value == self.mode)
         return (
-            f"mode {self.mode}",
+            f"teacher {mode}",
             *(name for name, holds in (("student", self.student), ("tied", self.tied)) if holds),
             *(
                 name
@@ -67,16 +84,19 @@ class Pass:
             *teacher,
         )
 
-    def unpaired(self) -> Pass:
-        """The same with the swapped logits as a matrix product of their own."""
-        if not self.paired:
+    def unmirrored(self) -> Pass:
+        """The same with the transposed logits as a matrix product of their own."""
+        if not self.mirrored:
             return self
         p = self.problem
         return replace(self, mode=EMBEDDINGS.value, tied=False, teacher_x=p.y, teacher_y=p.x)
 
-    def transposed(self) -> Pass:
-        """Rows and columns exchanged; for the exact kernel, which is given no positives and no thresholds."""
+    def exchanged(self) -> Pass:
+        """Rows and columns exchanged; for what needs neither positives nor thresholds."""
         p = self.problem
+        scalars = list(self.scalars.unbind())
+        row, column = TOP_ROW_BIAS.value, TOP_COLUMN_BIAS.value
+        scalars[row], scalars[column] = scalars[column], scalars[row]
         return replace(
             self,
             problem=Problem(p.y, p.x, p.scale, None, p.column_segment, p.row_segment),
@@ -86,28 +106,42 @@ class Pass:
             column_bias=self.row_bias,
             row_weight=self.column_weight,
             column_weight=self.row_weight,
-            scalars=torch.cat([self.scalars[:5], self.scalars[6:], self.scalars[5:6]]),
+            scalars=torch.stack(scalars),
         )
 
-    def tensors(self) -> dict[str, Any]:
-        """The arguments that every kernel takes: embeddings, their strides and widths, segments, scalars."""
+    def arguments(self) -> dict[str, Any]:
+        """What the kernels take of a pass; each takes a part."""
         p = self.problem
-        teacher_x = p.x if self.teacher_x is None else self.teacher_x
-        teacher_y = p.y if self.teacher_y is None else self.teacher_y
-        arguments: dict[str, Any] = {
+        matrices = {
             "x": p.x,
             "y": p.y,
-            "teacher_x": teacher_x,
-            "teacher_y": teacher_y,
+            "teacher_x": p.x if self.teacher_x is None else self.teacher_x,
+            "teacher_y": p.y if self.teacher_y is None else self.teacher_y,
+        }
+        arguments: dict[str, Any] = {
+            **matrices,
+            "width": p.x.shape[1],
+            "teacher_width": matrices["teacher_x"].shape[1],
+            "positive_column": p.positive_column,
             "row_segment": p.row_segment,
             "column_segment": p.column_segment,
+            "row_threshold": p.row_threshold if self.ranked else None,
+            "column_threshold": p.column_threshold if self.ranked else None,
+            "row_bias": self.row_bias,
+            "column_bias": self.column_bias,
+            "row_weight": self.row_weight,
+            "column_weight": self.column_weight,
             "scalars": self.scalars,
-            "width": p.x.shape[1],
-            "teacher_width": teacher_x.shape[1],
         }
-        for name in ("x", "y", "teacher_x", "teacher_y"):
-            arguments[f"{name}_stride"], arguments[f"{name}_step"] = arguments[name].stride()
+        for name, matrix in matrices.items():
+            arguments[f"{name}_stride"], arguments[f"{name}_step"] = matrix.stride()
         return arguments
+
+
+def teacher_rows(statistic: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Teacher k's log-sum-exp and mean logit (L,) in a statistic (1 + 2K, L), as views."""
+    log_sum_exps, means = statistic[1::2], statistic[2::2]
+    return log_sum_exps[k], means[k]
 
 
 def passes(problem: Problem) -> list[Pass]:
@@ -137,8 +171,8 @@ def _pass(problem: Problem, teacher: TeacherOperand | None, student: bool, norms
         elif teacher.source == Source.LOGITS:
             mode = LOGITS.value
         elif alone:
-            mode = PAIRED.value
-        else:  # beside other teachers the swapped logits are a product of their own
+            mode = TRANSPOSED.value
+        else:  # beside other teachers the transposed logits are a product of their own
             mode, tied, teacher_x, teacher_y = EMBEDDINGS.value, False, problem.y, problem.x
         bound = factor.abs() * teacher_norms
         row_bias, row_weight, top_row = _centred(teacher.row_bias, zero)
@@ -172,7 +206,7 @@ def _centred(bias: Tensor | None, zero: Tensor) -> tuple[Tensor | None, Tensor |
 
 def _with_contiguous_vectors(problem: Problem) -> Problem:
     """The kernels take matrices of any strides, vectors with stride 1."""
-    names = ("positive", "row_segment", "column_segment", "row_threshold", "column_threshold")
+    names = ("positive_column", "row_segment", "column_segment", "row_threshold", "column_threshold")
     vectors: dict[str, Any] = {name: _contiguous(getattr(problem, name)) for name in names}
     return replace(problem, **vectors)
 

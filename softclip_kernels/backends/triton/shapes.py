@@ -1,7 +1,7 @@
 """Tile shapes: a short list of candidates for every kind of kernel, architecture and element size.
 
-Each compiles without spills and within the shared memory of its architecture (tests/test_triton_aot.py); which is
-fastest only a GPU can tell, and is asked (tuning.py). The first is the guess.
+Each compiles without spills and within the shared memory of its architecture (tests/backends/test_triton_aot.py);
+which is fastest only a GPU can tell, and is asked (tuning.py). The first is the guess.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ GROUP = 8  # tile rows that advance together, for L2
 
 
 @dataclass(frozen=True)
-class Config:
+class Shape:
     """Tile (block_m, block_n), the product's step along the width, warps and pipeline stages."""
 
     block_m: int
@@ -29,17 +29,17 @@ class Config:
 
 
 def candidates(
-    kind: str, taught: bool, paired: bool, plain: bool, itemsize: int, architecture: str
-) -> tuple[Config, ...]:
-    """kind          statistics, exact or gradient
+    kind: str, taught: bool, mirrored: bool, plain: bool, itemsize: int, architecture: str
+) -> tuple[Shape, ...]:
+    """kind          forward, online or backward
     taught        there is a teacher, whose tile is alive beside the student's
-    paired        tiles (I, J) and (J, I) are worked on together; block_m is a multiple of block_n
+    mirrored      tiles (I, J) and (J, I) are worked on together; block_m is a multiple of block_n
     plain         no segments or ranks, and rows in whole steps of 16 bytes: masks take registers
     itemsize      bytes of the widest operand
     architecture  sm_90, gfx942, interpreter, ...
     """
     if architecture == "interpreter":  # small, so that small problems have inner, edge and corner tiles
-        return (Config(64, 32, 32, 4, 1) if paired else Config(32, 64, 32, 4, 1),)
+        return (Shape(64, 32, 32, 4, 1) if mirrored else Shape(32, 64, 32, 4, 1),)
     amd = architecture.startswith("gfx")
     stages = 2 if amd else 3
     warps = 4 if amd else 8
@@ -47,23 +47,23 @@ def candidates(
         # A tile too small for its warps is no error: some of them compute what others do. The count of exponentials in
         # the machine code shows it.
         if amd:
-            return (Config(64, 64, 32, 4, 2),) if taught else (Config(128, 64, 32, 8, 2),)
-        if architecture == "sm_80" and kind != "exact":
-            return (Config(128, 32 if taught else 64, 32, 8, 2),)
-        return (Config(64, 32 if taught or kind == "exact" else 64, 32, 8, 2),)
-    if kind == "exact":  # rarely reached
-        return (Config(64, 32, 64, warps, 2),)
-    small, medium, large = (Config(128, width, 64, 8, stages) for width in (64, 128, 256))
-    if architecture == "sm_90" and not paired:
+            return (Shape(64, 64, 32, 4, 2),) if taught else (Shape(128, 64, 32, 8, 2),)
+        if architecture == "sm_80" and kind != "online":
+            return (Shape(128, 32 if taught else 64, 32, 8, 2),)
+        return (Shape(64, 32 if taught or kind == "online" else 64, 32, 8, 2),)
+    if kind == "online":  # rarely reached
+        return (Shape(64, 32, 64, warps, 2),)
+    small, medium, large = (Shape(128, width, 64, 8, stages) for width in (64, 128, 256))
+    if architecture == "sm_90" and not mirrored:
         if not plain:
-            return (Config(64, 64, 64, 8, 3),) if taught else (small,)
+            return (Shape(64, 64, 64, 8, 3),) if taught else (small,)
         deep = replace(medium if taught else large, stages=4)
         if taught:
             return medium, deep, small
-        tall = (Config(256, 128, 64, 8, 3),) if kind == "statistics" else ()
-        return large, deep, *tall, Config(128, 128, 64, 4, 3), medium
+        tall = (Shape(256, 128, 64, 8, 3),) if kind == "forward" else ()
+        return large, deep, *tall, Shape(128, 128, 64, 4, 3), medium
     if plain and taught and architecture == "sm_120":
-        return (Config(64, 64, 64, 8, stages),)
-    if plain and not (paired and architecture == "sm_100"):
+        return (Shape(64, 64, 64, 8, stages),)
+    if plain and not (mirrored and architecture == "sm_100"):
         return (small,) if taught else (medium, small)
-    return (Config(64, 32, 64, 4 if (kind, architecture) == ("gradient", "sm_100") else warps, stages),)
+    return (Shape(64, 32, 64, 4 if (kind, architecture) == ("backward", "sm_100") else warps, stages),)

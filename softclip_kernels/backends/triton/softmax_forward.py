@@ -1,24 +1,73 @@
 # mypy: disallow-untyped-defs=False
-"""Forward: sums of exponentials over the rows and the columns of every tile.
+"""The forward block operation: sums of exponentials over the rows and the columns of every tile, and their launch.
 
 For a tile of logits z (units of log 2, z = product * scale) and its teacher's logits t:
 
     e = 2^(z - reference)      rows: sum_j e                          columns: sum_i e
     f = 2^(t - reference_t)    rows: sum_j f u_j, sum_j f u_j product  columns: sum_i f v_i, sum_i f v_i product
 
-with the bias weights u = 2^(column_bias - top), v = 2^(row_bias - top) from operands.py. The references are common to
+with the bias weights u = 2^(column_bias - top), v = 2^(row_bias - top) from passes.py. The references are common to
 the whole problem, so one exponential serves both directions and the sums of tiles simply add. A sum that left fp32's
-range is recomputed by exact.py.
+range is recomputed by online.py.
 """
 
+import functools
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .tiles import EMBEDDINGS, LOGITS, NONE, PAIRED, centre, grouped_tile, positives, product, relation, visible
+from ...problem import Problem, Statistics
+from . import launch, online, tuning
+from .passes import Pass, passes, teacher_rows
+from .shapes import GROUP, Shape
+from .tiles import (
+    BOUND,
+    EMBEDDINGS,
+    FACTOR,
+    LAYOUT,
+    LOGITS,
+    MATRICES,
+    NONE,
+    SCALE,
+    SUPER_BLOCK,
+    TEACHER_BOUND,
+    TEACHER_FACTOR,
+    TOP_COLUMN_BIAS,
+    TRANSPOSED,
+    centre,
+    grouped_tile,
+    positives,
+    product,
+    relation,
+    visible,
+)
 
 # How far (72 nats) the reference lies below the largest logit that the norms allow: 2^20 entries at the top sum to less
 # than 2^124, and the smallest normal exponential is 230 (159 nats) below the top.
 HEADROOM = tl.constexpr(103.87)
+LN2 = math.log(2)
+
+ARGUMENTS = {
+    **MATRICES,
+    "positive_column": "*i64?",
+    "row_segment": "*i64?",
+    "column_segment": "*i64?",
+    "row_threshold": "*fp32?",
+    "column_threshold": "*fp32?",
+    "row_weight": "*fp32?",
+    "column_weight": "*fp32?",
+    "scalars": "*fp32",
+    "row_sums": "*fp32",
+    "column_sums": "*fp32",
+    "mirror_row_sums": "*fp32",
+    "mirror_column_sums": "*fp32",
+    "positive_logit": "*fp32",
+    **LAYOUT,
+    **SUPER_BLOCK,
+}
 
 
 @triton.jit
@@ -66,12 +115,12 @@ def write_ranks(dot, scale, at, segment_i, segment_j, threshold_i, threshold_j, 
 
 
 @triton.jit(do_not_specialize=["row_start", "row_end", "column_start", "column_end"])
-def statistics_kernel(
+def softmax_forward_kernel(
     x,
     y,
     teacher_x,
     teacher_y,
-    positive,
+    positive_column,
     row_segment,
     column_segment,
     row_threshold,
@@ -115,17 +164,15 @@ def statistics_kernel(
     """One tile of the super-block of rows [row_start, row_end) and columns [column_start, column_end).
 
     row_sums (tile columns, STATISTICS, edge) and column_sums (tile rows, STATISTICS, edge), fp32: partial sums, one
-    slot a tile, indexed within the super-block. PAIRED works on the tiles (I, J) and (J, I) together: the second's sums
+    slot a tile, indexed within the super-block. A slot holds the student's sum (with STUDENT), the teacher's two (with
+    a teacher), the ranks (with thresholds). TRANSPOSED works on the tiles (I, J) and (J, I) together: the mirror's sums
     go to mirror_row_sums (tile rows, STATISTICS, edge) and mirror_column_sums (tile columns, STATISTICS, edge). On the
-    diagonal some slots are left alone, so all four buffers come zeroed.
-
-    scalars (fp32): scale; scale, and the largest |logit|, in units of log 2; the teacher's two likewise (LOGITS and
-    PAIRED: its factor on the student's product); the largest row and column bias.
+    diagonal some slots are left alone, so all four buffers come zeroed. Without TRANSPOSED the mirror's are not used.
     """
     tiles_m = tl.cdiv(row_end - row_start, BLOCK_M)
     tiles_n = tl.cdiv(column_end - column_start, BLOCK_N)
     tile_m, tile_n = grouped_tile(tl.program_id(0), tiles_m, tiles_n, GROUP)
-    if TEACHER == PAIRED:
+    if TEACHER == TRANSPOSED:
         related = relation(row_start, column_start, tile_m, tile_n, BLOCK_M, BLOCK_N)
         if related < 0:
             return
@@ -140,27 +187,27 @@ def statistics_kernel(
     left = (row_end - row_start - tile_m * BLOCK_M, column_end - column_start - tile_n * BLOCK_N)
     out_i = (tile_n.to(tl.int64) * STATISTICS) * edge + local_i
     out_j = (tile_m.to(tl.int64) * STATISTICS) * edge + local_j
-    rank = edge * (STATISTICS - 1)  # ranks are the last statistic, the teacher's follow the student's
+    rank = edge * (STATISTICS - 1)  # where the ranks and the teacher's sums lie in a slot
     teacher = edge * STUDENT
 
-    scale = tl.load(scalars)
-    factor = tl.load(scalars + 1)
-    reference = centre(tl.load(scalars + 2), HEADROOM)
+    scale = tl.load(scalars + SCALE)
+    factor = tl.load(scalars + FACTOR)
+    reference = centre(tl.load(scalars + BOUND), HEADROOM)
     if TIED:
         teacher_factor = factor
         teacher_reference = reference
     else:
-        teacher_factor = tl.load(scalars + 3)
-        teacher_reference = centre(tl.load(scalars + 4), HEADROOM)
+        teacher_factor = tl.load(scalars + TEACHER_FACTOR)
+        teacher_reference = centre(tl.load(scalars + TEACHER_BOUND), HEADROOM)
     matrix_x = (x, x_stride, x_step)
     matrix_y = (y, y_stride, y_step)
 
     dot = product(matrix_x, matrix_y, safe_i, safe_j, width, BLOCK_M, BLOCK_N, BLOCK_D, EVEN, PRECISION)
-    if positive is not None:
-        column = positives(positive, i, inside_i, column_start + tile_n * BLOCK_N, column_end, BLOCK_N)
+    if positive_column is not None:
+        column = positives(positive_column, i, inside_i, column_start + tile_n * BLOCK_N, column_end, BLOCK_N)
         if tl.max(column) >= 0:
-            own = tl.sum(tl.where(tl.arange(0, BLOCK_N)[None, :] == column[:, None], dot, 0.0), 1)
-            tl.store(positive_logit + i, own * scale, mask=column >= 0)
+            positive_dot = tl.sum(tl.where(tl.arange(0, BLOCK_N)[None, :] == column[:, None], dot, 0.0), 1)
+            tl.store(positive_logit + i, positive_dot * scale, mask=column >= 0)
     if row_threshold is not None:
         write_ranks(
             dot,
@@ -177,21 +224,24 @@ def statistics_kernel(
         e = masked(tl.exp2(dot * factor - reference), at, left, row_segment, column_segment)
         write_sums(e, None, None, row_sums + out_i, column_sums + out_j, at)
 
-    if TEACHER == PAIRED:
+    if TEACHER == TRANSPOSED:
         # The tile (J, I), transposed: its rows' sums run down this tile. Each of the two tiles teaches the other.
-        mirror = product(matrix_y, matrix_x, safe_i, safe_j, width, BLOCK_M, BLOCK_N, BLOCK_D, EVEN, PRECISION)
-        twin_i, twin_j = i < tl.where(related > 0, row_end, 0), j < tl.where(related > 0, column_end, 0)
-        twin_at = (i, j, twin_i, twin_j)
-        if positive is not None:
-            row = positives(positive, j, twin_j, row_start + tile_m * BLOCK_M, row_end, BLOCK_M)
+        mirror_dot = product(matrix_y, matrix_x, safe_i, safe_j, width, BLOCK_M, BLOCK_N, BLOCK_D, EVEN, PRECISION)
+        mirror_inside_i, mirror_inside_j = (
+            i < tl.where(related > 0, row_end, 0),
+            j < tl.where(related > 0, column_end, 0),
+        )
+        mirror_at = (i, j, mirror_inside_i, mirror_inside_j)
+        if positive_column is not None:
+            row = positives(positive_column, j, mirror_inside_j, row_start + tile_m * BLOCK_M, row_end, BLOCK_M)
             if tl.max(row) >= 0:
-                own = tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == row[None, :], mirror, 0.0), 0)
-                tl.store(positive_logit + j, own * scale, mask=row >= 0)
+                positive_dot = tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == row[None, :], mirror_dot, 0.0), 0)
+                tl.store(positive_logit + j, positive_dot * scale, mask=row >= 0)
         if row_threshold is not None:
             write_ranks(
-                mirror,
+                mirror_dot,
                 scale,
-                twin_at,
+                mirror_at,
                 column_segment,
                 row_segment,
                 column_threshold,
@@ -201,13 +251,13 @@ def statistics_kernel(
             )
         f = tl.exp2(dot * teacher_factor - teacher_reference)
         f = masked(f, at, left, column_segment, row_segment)
-        mirror_i = mirror_column_sums + out_i + teacher
-        mirror_j = mirror_row_sums + out_j + teacher
-        write_sums(f, column_weight, row_weight, mirror_i, mirror_j, twin_at)
-        write_sums(f * mirror, column_weight, row_weight, mirror_i + edge, mirror_j + edge, twin_at)
-        e = masked(tl.exp2(mirror * factor - reference), at, left, column_segment, row_segment)
-        write_sums(e, None, None, mirror_column_sums + out_i, mirror_row_sums + out_j, twin_at)
-        f = tl.exp2(mirror * teacher_factor - teacher_reference)
+        mirror_out_i = mirror_column_sums + out_i + teacher
+        mirror_out_j = mirror_row_sums + out_j + teacher
+        write_sums(f, column_weight, row_weight, mirror_out_i, mirror_out_j, mirror_at)
+        write_sums(f * mirror_dot, column_weight, row_weight, mirror_out_i + edge, mirror_out_j + edge, mirror_at)
+        e = masked(tl.exp2(mirror_dot * factor - reference), at, left, column_segment, row_segment)
+        write_sums(e, None, None, mirror_column_sums + out_i, mirror_row_sums + out_j, mirror_at)
+        f = tl.exp2(mirror_dot * teacher_factor - teacher_reference)
     elif TEACHER == EMBEDDINGS:
         t = product(
             (teacher_x, teacher_x_stride, teacher_x_step),
@@ -230,3 +280,111 @@ def statistics_kernel(
         teacher_j = column_sums + out_j + teacher
         write_sums(f, row_weight, column_weight, teacher_i, teacher_j, at)
         write_sums(f * dot, row_weight, column_weight, teacher_i + edge, teacher_j + edge, at)
+
+
+def forward(problem: Problem) -> Statistics:
+    """The block operation of the Backend protocol."""
+    n, m, teachers = problem.rows, problem.columns, len(problem.teachers)
+    like = problem.x.new_empty(0, dtype=torch.float32)
+    rows, columns = like.new_empty(1 + 2 * teachers, n), like.new_empty(1 + 2 * teachers, m)
+    positive_logit = like.new_zeros(n if problem.positive_column is not None else 0)
+    row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=like.device) for _ in range(2))
+    for k, launch_pass in enumerate(passes(problem)):
+        row_sums, column_sums = _centred_sums(launch_pass, positive_logit)
+        if launch_pass.ranked:
+            row_ranks, column_ranks = row_sums[-1].to(torch.int64), column_sums[-1].to(torch.int64)
+        _finish(launch_pass, row_sums, rows, k)
+        _finish(launch_pass.exchanged(), column_sums, columns, k)
+    return Statistics(rows, columns, positive_logit, row_ranks, column_ranks)
+
+
+def _centred_sums(launch_pass: Pass, positive_logit: Tensor) -> tuple[Tensor, Tensor]:
+    """(statistics, N) and (statistics, M) fp32, as a slot of the kernel holds them. `positive_logit` (N,) is filled by
+    the first pass."""
+    n, m, mirrored = launch_pass.problem.rows, launch_pass.problem.columns, launch_pass.mirrored
+
+    def trial(shape: Shape) -> tuple[tuning.Launch, int]:
+        block_launch = _BlockLaunch(launch_pass, positive_logit, shape)
+        i, j = next(launch.super_blocks(n, m, block_launch.edge, mirrored))
+        return functools.partial(block_launch, i, j), launch.entries(i, j)
+
+    block_launch = _BlockLaunch(launch_pass, positive_logit, launch.choose_shape("forward", launch_pass, trial))
+    row_sums = positive_logit.new_zeros(block_launch.statistics, n)
+    column_sums = positive_logit.new_zeros(block_launch.statistics, m)
+    for i, j in launch.super_blocks(n, m, block_launch.edge, mirrored):
+        tiles_m, tiles_n = block_launch(i, j)
+        _add_partial(row_sums, block_launch.row_sums, i, tiles_n)
+        _add_partial(column_sums, block_launch.column_sums, j, tiles_m)
+        if mirrored:
+            _add_partial(row_sums, block_launch.mirror_row_sums, j, tiles_m)
+            _add_partial(column_sums, block_launch.mirror_column_sums, i, tiles_n)
+    return row_sums, column_sums
+
+
+class _BlockLaunch:
+    """Fills the partial sums of a super-block, and those of its mirror where the pass is mirrored."""
+
+    def __init__(self, launch_pass: Pass, positive_logit: Tensor, shape: Shape) -> None:
+        problem, self.mirrored, self.shape = launch_pass.problem, launch_pass.mirrored, shape
+        self.statistics = int(launch_pass.student) + 2 * int(launch_pass.taught) + int(launch_pass.ranked)
+        self.edge = launch.forward_edge(shape, self.statistics, self.mirrored, max(problem.rows, problem.columns))
+
+        def slots(block: int) -> Tensor:
+            return positive_logit.new_empty(self.edge // block, self.statistics, self.edge)
+
+        self.row_sums, self.column_sums = slots(shape.block_n), slots(shape.block_m)
+        self.mirror_row_sums, self.mirror_column_sums = self.row_sums, self.column_sums
+        if self.mirrored:
+            self.mirror_row_sums, self.mirror_column_sums = slots(shape.block_m), slots(shape.block_n)
+        arguments = launch_pass.arguments() | launch.constants(launch_pass, shape)
+        arguments |= {
+            "positive_logit": positive_logit,
+            "row_sums": self.row_sums,
+            "column_sums": self.column_sums,
+            "mirror_row_sums": self.mirror_row_sums,
+            "mirror_column_sums": self.mirror_column_sums,
+            "edge": self.edge,
+            "STATISTICS": self.statistics,
+            "TIED": launch_pass.tied,
+            "GROUP": GROUP,
+        }
+        self.call = launch.Call(softmax_forward_kernel, arguments, shape.options())
+
+    def __call__(self, i: slice, j: slice) -> tuple[int, int]:
+        """How many tiles there are from top to bottom and from left to right."""
+        if self.mirrored and i == j:  # on the diagonal some slots are left alone
+            for buffer in (self.row_sums, self.column_sums, self.mirror_row_sums, self.mirror_column_sums):
+                buffer.zero_()
+        tiles_m, tiles_n = launch.tiles(i, self.shape.block_m), launch.tiles(j, self.shape.block_n)
+        self.call(tiles_m * tiles_n, **launch.bounds(i, j))
+        return tiles_m, tiles_n
+
+
+def _add_partial(sums: Tensor, partial: Tensor, part: slice, slots: int) -> None:
+    sums[:, part] += partial[:slots, :, : part.stop - part.start].sum(0)
+
+
+def _finish(launch_pass: Pass, sums: Tensor, statistic: Tensor, k: int) -> None:
+    """A pass's sums over every row become the statistic (1 + 2K, N) of the student and of teacher k, in place."""
+    # Exponentials below fp32's smallest normal number vanish. All of them together are below half an ulp of a sum that
+    # is at least this.
+    smallest = max(launch_pass.problem.columns, 1) * 2.0**-102
+    in_range = torch.ones(sums.shape[1], dtype=torch.bool, device=sums.device)
+    if launch_pass.student:
+        total, sums = sums[0], sums[1:]
+        reference = _reference(launch_pass.scalar(BOUND))
+        statistic[0] = (reference + total.log2()) * LN2
+        in_range &= (total >= smallest) & (total < torch.inf)
+    if launch_pass.taught:
+        total, weighted = sums[:2]
+        reference = _reference(launch_pass.scalar(TEACHER_BOUND)) + launch_pass.scalar(TOP_COLUMN_BIAS)
+        log_sum_exp, mean = teacher_rows(statistic, k)
+        log_sum_exp.copy_((reference + total.log2()) * LN2)
+        mean.copy_(weighted / total * launch_pass.scalar(SCALE))
+        in_range &= (total >= smallest) & (total < torch.inf) & weighted.isfinite()
+    online.recompute(launch_pass, in_range, statistic, k)
+
+
+def _reference(bound: Tensor) -> Tensor:
+    """`centre` of tiles.py, on the host's side."""
+    return (bound - HEADROOM.value).clamp(min=0)

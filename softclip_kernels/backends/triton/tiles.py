@@ -1,23 +1,61 @@
 # mypy: disallow-untyped-defs=False
-"""What the kernels share: the order of tiles, the streamed matrix product, masks.
+"""What the kernels share: the order of tiles, the streamed matrix product, masks, the places and types of arguments.
 
 Legend: a tile has BLOCK_M rows i and BLOCK_N columns j of the block of logits; products stream over the width in steps
 of BLOCK_D. Row and column numbers are positions in the whole problem. Every index is widened to 64 bits before it meets
-a stride; tests/test_triton_aot.py proves it on the compiled code. Logits are in units of log 2, so an exponential is
-exp2.
+a stride; tests/backends/test_triton_aot.py proves it on the compiled code. Logits are in units of log 2, so an
+exponential is exp2.
+
+Beside every kernel stands ARGUMENTS, a table of its arguments' types, constants aside. It is what the kernels are
+compiled with ahead of time, and the tests hold it against what a launch passes:
+
+    *fp32 *i64 *i8           pointers as Triton names them; *fp32? may be None
+    *student *teacher *grad  pointers to the dtype of the student's embeddings, of the teacher's, of G
+    i32                      an integer
+    i32 stride, i32 width    one that is divisible by 16 in the usual case
+    i32 step                 the stride along the width, 1 in the usual case and then a constant of the code
+    i32 edge                 one that is always divisible by 16
 """
 
 import triton
 import triton.language as tl
 
+from ...problem import Source
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Where a teacher's logits come from, within a tile.
-NONE = tl.constexpr(0)
-LOGITS = tl.constexpr(1)  # the student's own
-PAIRED = tl.constexpr(2)  # the student's of the swapped pairs: tiles (I, J) and (J, I) are worked on together
-EMBEDDINGS = tl.constexpr(3)  # a matrix product of its own
+NONE = tl.constexpr(-1)
+EMBEDDINGS = tl.constexpr(int(Source.EMBEDDINGS))  # a matrix product of its own
+LOGITS = tl.constexpr(int(Source.LOGITS))  # the student's own
+TRANSPOSED = tl.constexpr(int(Source.TRANSPOSED))  # the student's of the mirror: tiles (I, J) and (J, I) in one program
+
+# The places of `scalars` (fp32), a launch's numbers that are known on the device alone; passes.py fills them.
+SCALE = tl.constexpr(0)  # z = product * SCALE
+FACTOR = tl.constexpr(1)  # the same in units of log 2, as everything below
+BOUND = tl.constexpr(2)  # no logit of the student's is larger in size
+TEACHER_FACTOR = tl.constexpr(3)  # on the teacher's own product, with LOGITS and TRANSPOSED on the student's
+TEACHER_BOUND = tl.constexpr(4)
+TOP_ROW_BIAS = tl.constexpr(5)  # the largest bias of the teacher's
+TOP_COLUMN_BIAS = tl.constexpr(6)
+
+# The part of ARGUMENTS that all kernels with tiles have in common: embeddings, and how they lie in memory.
+MATRICES = {"x": "*student", "y": "*student", "teacher_x": "*teacher", "teacher_y": "*teacher"}
+LAYOUT = {
+    "x_stride": "i32 stride",
+    "x_step": "i32 step",
+    "y_stride": "i32 stride",
+    "y_step": "i32 step",
+    "teacher_x_stride": "i32 stride",
+    "teacher_x_step": "i32 step",
+    "teacher_y_stride": "i32 stride",
+    "teacher_y_step": "i32 step",
+    "width": "i32 width",
+    "teacher_width": "i32 width",
+}
+# Of those that work on a super-block: its rows and columns, and the edge of the scratch.
+SUPER_BLOCK = {"row_start": "i32", "row_end": "i32", "column_start": "i32", "column_end": "i32", "edge": "i32 edge"}
 
 
 @triton.jit
@@ -34,8 +72,8 @@ def grouped_tile(index, tiles_m, tiles_n, GROUP: tl.constexpr):
 @triton.jit
 def relation(row_start, column_start, tile_m, tile_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Where a tile lies when tiles (I, J) and (J, I) are worked on together: negative, below the diagonal of the whole
-    problem, done by its twin; 0, on it, where the square of BLOCK_M is its own twin; positive, with a twin to do.
-    BLOCK_M is a multiple of BLOCK_N, and only super-blocks on the diagonal have row_start == column_start."""
+    problem, done with its mirror; 0, on it, where the square of BLOCK_M is its own mirror; positive, with a mirror to
+    do. BLOCK_M is a multiple of BLOCK_N, and only super-blocks on the diagonal have row_start == column_start."""
     return tl.where(row_start == column_start, tile_n * BLOCK_N // BLOCK_M - tile_m, 1)
 
 
@@ -79,10 +117,10 @@ def product(
 
 
 @triton.jit
-def positives(positive, index, inside, start, end, BLOCK: tl.constexpr):
+def positives(positive_column, index, inside, start, end, BLOCK: tl.constexpr):
     """The positives of the given rows as numbers within the tile's columns, which begin at `start`: (rows,) int32, -1
     where the positive is not in the tile. The same with rows and columns exchanged."""
-    within = tl.load(positive + index, mask=inside, other=-1) - start
+    within = tl.load(positive_column + index, mask=inside, other=-1) - start
     here = (within >= 0) & (within < BLOCK) & (within < end - start)
     return tl.where(here, within, -1).to(tl.int32)
 
@@ -105,3 +143,13 @@ def visible(at, segment_i, segment_j):
         of_j = tl.load(segment_j + j, mask=inside_j, other=0)
         seen = seen & (of_i[:, None] == of_j[None, :])
     return seen
+
+
+@triton.jit
+def store(pointers, tile, whole, mask):
+    """Without a mask where the tile is whole: 16 bytes at a time instead of an entry."""
+    tile = tile.to(pointers.dtype.element_ty)
+    if whole:
+        tl.store(pointers, tile)
+    else:
+        tl.store(pointers, tile, mask=mask)

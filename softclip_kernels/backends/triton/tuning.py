@@ -20,21 +20,21 @@ from typing import Any
 import torch
 from triton.runtime.errors import TritonError
 
-from .configs import Config
+from .shapes import Shape
 
 logger = logging.getLogger("softclip_kernels")
 
-FORMAT = 1
+FORMAT = 2  # raised with every change of what a key or a shape means: older files are replaced
 WORTHWHILE = 4096**2  # entries of a problem; below, no choice is worth the wait for a measurement
 LAUNCHES, ROUNDS = 4, 3
 
 Launch = Callable[[], object]
-Trial = Callable[[Config], tuple[Launch, int]]
+Trial = Callable[[Shape], tuple[Launch, int]]
 
-_chosen: dict[str, Config] = {}
+_chosen: dict[str, Shape] = {}
 
 
-def choose(key: str, shapes: Sequence[Config], trial: Trial, entries: int, device: torch.device) -> Config:
+def choose(key: str, shapes: Sequence[Shape], trial: Trial, entries: int, device: torch.device) -> Shape:
     """The shape for problems of this key, of `entries` entries. `trial` makes a launch of a shape, to be timed, and
     says how many entries it covers. Small problems and unknown keys under CUDA graph capture take the first shape."""
     if len(shapes) == 1 or device.type != "cuda" or entries < WORTHWHILE:
@@ -73,9 +73,9 @@ def measure(launch: Launch) -> float:
     return min(times)
 
 
-def _fastest(shapes: Sequence[Config], trial: Trial) -> tuple[Config, str]:
+def _fastest(shapes: Sequence[Shape], trial: Trial) -> tuple[Shape, str]:
     """A shape and why. Shapes that do not compile or do not fit this GPU are left out."""
-    times: dict[Config, float] = {}
+    times: dict[Shape, float] = {}
     for shape in shapes:
         try:
             launch, entries = trial(shape)
@@ -89,16 +89,16 @@ def _fastest(shapes: Sequence[Config], trial: Trial) -> tuple[Config, str]:
     return best, f"measured in ps an entry: {measured}"
 
 
-def _remember(key: str, shape: Config, reason: str) -> None:
+def _remember(key: str, shape: Shape, reason: str) -> None:
     _chosen[key] = shape
     logger.info("triton backend: tile %s for %s, %s", _name(shape), key, reason)
 
 
-def _name(shape: Config) -> str:
+def _name(shape: Shape) -> str:
     return f"{shape.block_m}x{shape.block_n}x{shape.block_d} w{shape.warps} s{shape.stages}"
 
 
-def _from_file(key: str, shapes: Sequence[Config]) -> Config | None:
+def _from_file(key: str, shapes: Sequence[Shape]) -> Shape | None:
     recorded = _read().get(key)
     if recorded is None:
         return None
@@ -122,7 +122,7 @@ def _read() -> dict[str, Any]:
         return {}
 
 
-def _to_file(key: str, shape: Config) -> None:
+def _to_file(key: str, shape: Shape) -> None:
     content = {"format": FORMAT, "tiles": _read() | {key: list(astuple(shape))}}
     name = None
     try:
