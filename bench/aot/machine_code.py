@@ -15,15 +15,7 @@ from typing import Any
 
 import triton
 
-from .variants import Variant, compile_variant, variants
-
-SHARED_LIMIT = {  # bytes a program may take
-    "sm_80": 163 * 1024,
-    "sm_90": 227 * 1024,
-    "sm_100": 227 * 1024,
-    "sm_120": 99 * 1024,
-    "gfx942": 64 * 1024,
-}
+from .variants import SHARED_LIMIT, Variant, compile_variant, variants
 
 
 def inspect(variant: Variant, architecture: str) -> dict[str, Any]:

@@ -23,7 +23,14 @@ KERNELS: dict[str, tuple[ModuleType, str]] = {
     "coefficients": (coefficients, "coefficients_kernel"),
     "online": (online, "online_rows_kernel"),
 }
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+SHARED_LIMIT = {  # architecture to the bytes of shared memory that a program may take
+    "sm_80": 163 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+ARCHITECTURES = tuple(SHARED_LIMIT)
 # Optional argument to the feature of a variant that brings it.
 FEATURES = {
     "positive_column": "positive",

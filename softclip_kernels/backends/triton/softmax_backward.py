@@ -206,13 +206,12 @@ def softmax_backward_kernel(
     at = (i, j, inside_i, inside_j)
     first_i, first_j = row_start + tile_m * BLOCK_M, column_start + tile_n * BLOCK_N
     whole = (first_i + BLOCK_M <= row_end) & (first_j + BLOCK_N <= column_end)
-    in_range = all_in_range(row_in_range, first_i, row_end, BLOCK_M) & all_in_range(
-        column_in_range, first_j, column_end, BLOCK_N
-    )
+    in_range = all_in_range(row_in_range, first_i, row_end, BLOCK_M)
+    in_range &= all_in_range(column_in_range, first_j, column_end, BLOCK_N)
     if TEACHER == TRANSPOSED:
-        in_range &= all_in_range(column_in_range, first_i, row_end, BLOCK_M) & all_in_range(
-            row_in_range, first_j, column_end, BLOCK_N
-        )
+        mirror_in_range = all_in_range(column_in_range, first_i, row_end, BLOCK_M)
+        mirror_in_range &= all_in_range(row_in_range, first_j, column_end, BLOCK_N)
+        in_range &= mirror_in_range
 
     safe_i, safe_j = tl.minimum(i, row_end - 1), tl.minimum(j, column_end - 1)
     factor = tl.load(scalars + FACTOR)

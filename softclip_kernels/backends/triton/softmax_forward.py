@@ -338,6 +338,7 @@ class _BlockLaunch:
             self.mirror_row_sums, self.mirror_column_sums = slots(shape.block_m), slots(shape.block_n)
         arguments = launch_pass.arguments() | launch.constants(launch_pass, shape)
         arguments |= {
+            "positive_column": problem.positive_column if launch_pass.student else None,  # once is enough
             "positive_logit": positive_logit,
             "row_sums": self.row_sums,
             "column_sums": self.column_sums,
