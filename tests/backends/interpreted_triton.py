@@ -55,8 +55,8 @@ def test_rectangular_targets_agree_with_float64(name, n, m, d):
     check(name, n, m, d)
 
 
-# One of each kind of teacher, with every feature among them, at scales where the centred sums are used as they are (1),
-# need a reference (100) and leave the range for some rows (300).
+# One of each kind of teacher, with every feature among them, at scales where the centered sums are used as they are
+# (1), need a reference (100) and leave the range for some rows (300).
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_block", "psd_several", "paired_column"))
 def test_any_scale_agrees_with_float64(name, scale):
@@ -129,7 +129,7 @@ class _Never:
 
 
 def test_the_online_kernel_is_what_saves_extreme_rows(monkeypatch):
-    """One long row puts the bound 800 nats above all others, whose centred sums vanish."""
+    """One long row puts the bound 800 nats above all others, whose centered sums vanish."""
     x = unit_rows(40, 16, dtype=torch.float32)
     y, scale = -x, torch.tensor(400.0)
     x[0] *= 3
@@ -158,7 +158,7 @@ def test_the_branch_out_of_range_is_what_saves_extreme_gradients(monkeypatch):
 
 
 def test_fresh_memory_is_never_read():
-    """Uninitialised tensors come filled with NaN under deterministic algorithms."""
+    """Uninitialized tensors come filled with NaN under deterministic algorithms."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()

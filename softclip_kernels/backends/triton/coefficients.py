@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import launch
 from .passes import Pass, teacher_rows
-from .tiles import BOUND, LOG2E, NONE, TEACHER_BOUND, TOP_COLUMN_BIAS, TOP_ROW_BIAS, centre
+from .tiles import BOUND, LOG2E, NONE, TEACHER_BOUND, TOP_COLUMN_BIAS, TOP_ROW_BIAS, center
 
 # How far the reference lies below the largest logit that the norms allow. With a_i between 2^-100 and 2^80 times the
 # gradient nothing overflows, and what underflows is a probability below 2^-46.
@@ -107,12 +107,12 @@ def coefficients_kernel(
     inside = index < length
     good = tl.full((BLOCK,), 1, tl.int1)
     if STUDENT:
-        value, usable = coefficient(centre(tl.load(scalars + BOUND), HEADROOM), log_sum_exp, grad, index, inside)
+        value, usable = coefficient(center(tl.load(scalars + BOUND), HEADROOM), log_sum_exp, grad, index, inside)
         tl.store(student_coefficient + index, value, mask=inside)
         tl.store(student_exponent + index, signed_exponent(log_sum_exp, grad, index, inside), mask=inside)
         good = good & usable
     if TEACHER != NONE:
-        shift = centre(tl.load(scalars + TEACHER_BOUND), HEADROOM) + tl.load(scalars + TOP_BIAS)
+        shift = center(tl.load(scalars + TEACHER_BOUND), HEADROOM) + tl.load(scalars + TOP_BIAS)
         value, usable = coefficient(shift, teacher_log_sum_exp, teacher_grad, index, inside)
         tl.store(teacher_coefficient + index, value, mask=inside)
         exponent = signed_exponent(teacher_log_sum_exp, teacher_grad, index, inside)

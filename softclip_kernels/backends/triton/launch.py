@@ -29,7 +29,7 @@ class Call:
 
     The ordinary launch binds, inspects and hashes every argument again, which takes longer than the GPU takes for a
     small super-block. Between super-blocks only pointers of equal alignment and positions that the kernels do not
-    specialise on change, so what was compiled for the first one serves all: it takes the arguments in order, constants
+    specialize on change, so what was compiled for the first one serves all: it takes the arguments in order, constants
     included, and pointers as plain numbers, which spares a query of the driver for each (triton 3.4 to 3.9). So the
     changing arguments must be the same ones every time, of the same types; a tensor stays one, None stays None.
     """

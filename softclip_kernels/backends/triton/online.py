@@ -1,10 +1,10 @@
 # mypy: disallow-untyped-defs=False
-"""The forward pass where the centred sums of softmax_forward.py left fp32's range: the online softmax, which keeps a
+"""The forward pass where the centered sums of softmax_forward.py left fp32's range: the online softmax, which keeps a
 running maximum for every row.
 
 Rows far below the largest logit that the norms allow (large scales, opposite or wildly scaled embeddings, everything
 excluded) come here. A program whose rows are all in range returns at once, so the usual cost is one empty launch a
-direction and no synchronisation with the host. Columns are the same with the operands exchanged.
+direction and no synchronization with the host. Columns are the same with the operands exchanged.
 """
 
 import torch

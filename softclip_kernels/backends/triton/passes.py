@@ -175,8 +175,9 @@ def _pass(problem: Problem, teacher: TeacherOperand | None, student: bool, norms
         else:  # beside other teachers the transposed logits are a product of their own
             mode, tied, teacher_x, teacher_y = EMBEDDINGS.value, False, problem.y, problem.x
         bound = factor.abs() * teacher_norms
-        row_bias, row_weight, top_row = _centred(teacher.row_bias, zero)
-        column_bias, column_weight, top_column = _centred(teacher.column_bias, zero)
+        row_bias, row_weight, top_row = _centered(teacher.row_bias, zero)
+        column_bias, column_weight, top_column = _centered(teacher.column_bias, zero)
+    # In the order of tiles.py, all but the first in units of log 2.
     scalars = torch.stack([scale, scale * LOG2E, scale.abs() * norms * LOG2E])
     teacher_scalars = torch.stack([factor, bound, top_row, top_column]) * LOG2E
     return Pass(
@@ -194,7 +195,7 @@ def _pass(problem: Problem, teacher: TeacherOperand | None, student: bool, norms
     )
 
 
-def _centred(bias: Tensor | None, zero: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+def _centered(bias: Tensor | None, zero: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """A bias, its weights `exp(bias - top)`, and its largest entry, 0 where there is none above -inf."""
     if bias is None:
         return None, None, zero

@@ -38,7 +38,7 @@ from .tiles import (
     TEACHER_BOUND,
     TEACHER_FACTOR,
     TRANSPOSED,
-    centre,
+    center,
     grouped_tile,
     positives,
     product,
@@ -215,13 +215,13 @@ def softmax_backward_kernel(
 
     safe_i, safe_j = tl.minimum(i, row_end - 1), tl.minimum(j, column_end - 1)
     factor = tl.load(scalars + FACTOR)
-    reference = centre(tl.load(scalars + BOUND), HEADROOM)
+    reference = center(tl.load(scalars + BOUND), HEADROOM)
     if TIED:
         teacher_factor = factor
         teacher_reference = reference
     else:
         teacher_factor = tl.load(scalars + TEACHER_FACTOR)
-        teacher_reference = centre(tl.load(scalars + TEACHER_BOUND), HEADROOM)
+        teacher_reference = center(tl.load(scalars + TEACHER_BOUND), HEADROOM)
     matrix_x = (x, x_stride, x_step)
     matrix_y = (y, y_stride, y_step)
     student = (

@@ -37,7 +37,7 @@ from .tiles import (
     TEACHER_FACTOR,
     TOP_COLUMN_BIAS,
     TRANSPOSED,
-    centre,
+    center,
     grouped_tile,
     positives,
     product,
@@ -192,13 +192,13 @@ def softmax_forward_kernel(
 
     scale = tl.load(scalars + SCALE)
     factor = tl.load(scalars + FACTOR)
-    reference = centre(tl.load(scalars + BOUND), HEADROOM)
+    reference = center(tl.load(scalars + BOUND), HEADROOM)
     if TIED:
         teacher_factor = factor
         teacher_reference = reference
     else:
         teacher_factor = tl.load(scalars + TEACHER_FACTOR)
-        teacher_reference = centre(tl.load(scalars + TEACHER_BOUND), HEADROOM)
+        teacher_reference = center(tl.load(scalars + TEACHER_BOUND), HEADROOM)
     matrix_x = (x, x_stride, x_step)
     matrix_y = (y, y_stride, y_step)
 
@@ -290,7 +290,7 @@ def forward(problem: Problem) -> Statistics:
     positive_logit = like.new_zeros(n if problem.positive_column is not None else 0)
     row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=like.device) for _ in range(2))
     for k, launch_pass in enumerate(passes(problem)):
-        row_sums, column_sums = _centred_sums(launch_pass, positive_logit)
+        row_sums, column_sums = _centered_sums(launch_pass, positive_logit)
         if launch_pass.ranked:
             row_ranks, column_ranks = row_sums[-1].to(torch.int64), column_sums[-1].to(torch.int64)
         _finish(launch_pass, row_sums, rows, k)
@@ -298,7 +298,7 @@ def forward(problem: Problem) -> Statistics:
     return Statistics(rows, columns, positive_logit, row_ranks, column_ranks)
 
 
-def _centred_sums(launch_pass: Pass, positive_logit: Tensor) -> tuple[Tensor, Tensor]:
+def _centered_sums(launch_pass: Pass, positive_logit: Tensor) -> tuple[Tensor, Tensor]:
     """(statistics, N) and (statistics, M) fp32, as a slot of the kernel holds them. `positive_logit` (N,) is filled by
     the first pass."""
     n, m, mirrored = launch_pass.problem.rows, launch_pass.problem.columns, launch_pass.mirrored
@@ -387,5 +387,5 @@ def _finish(launch_pass: Pass, sums: Tensor, statistic: Tensor, k: int) -> None:
 
 
 def _reference(bound: Tensor) -> Tensor:
-    """`centre` of tiles.py, on the host's side."""
+    """`center` of tiles.py, on the host's side."""
     return (bound - HEADROOM.value).clamp(min=0)

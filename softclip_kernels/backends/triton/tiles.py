@@ -126,7 +126,7 @@ def positives(positive_column, index, inside, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def centre(bound, HEADROOM: tl.constexpr):
+def center(bound, HEADROOM: tl.constexpr):
     """The common reference of a problem whose logits are at most `bound`: HEADROOM below it, or 0 where none is needed.
     Subtracting a reference costs the digits that its size takes; at usual scales there is none to subtract."""
     return tl.maximum(bound - HEADROOM, 0.0)
