@@ -85,7 +85,7 @@ def teacher_embeddings(n: int, d: int, dtype: torch.dtype, device: str = "cpu") 
 
 
 def fused(loss_target: Target, backend: str = "auto") -> Loss:
-    return lambda x, y, scale: softclip_kernels.softclip_loss(x, y, scale, loss_target, backend=backend)  # type: ignore[return-value]
+    return lambda x, y, scale: softclip_kernels.softclip_loss(x, y, scale, loss_target, backend=backend)
 
 
 def dense(

@@ -24,7 +24,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from softclip_kernels import Exchange, Mix, Target, Teacher, agreement, distributed, softclip_loss
+from softclip_kernels import Exchange, Mix, Target, Teacher, softclip_loss
+from softclip_kernels.distributed import torch_private
 from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
 
 from . import common
@@ -154,7 +155,7 @@ class _Counter:
             self.total += sum(_bytes(one.tensor) for one in operations if one.op is dist.isend)
             return point_to_point(operations)
 
-        gather, to_all = agreement.all_gather_into, dist.all_to_all_single
+        gather, to_all = torch_private.all_gather_into, dist.all_to_all_single
 
         def gathering(output: Tensor, own: Tensor, **options: Any) -> Any:
             self.total += (world - 1) * _bytes(own)
@@ -165,8 +166,7 @@ class _Counter:
             return to_all(output, own, *arguments, **options)
 
         vars(dist).update(batch_isend_irecv=batch, all_to_all_single=exchanging)
-        vars(agreement).update(all_gather_into=gathering)
-        vars(distributed).update(all_gather_into=gathering)
+        vars(torch_private).update(all_gather_into=gathering)
 
 
 def _bytes(tensor: Tensor) -> int:

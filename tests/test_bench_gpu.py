@@ -16,13 +16,12 @@ from pathlib import Path
 import pytest
 import test_triton_gpu
 import torch
-from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
 
 from bench import common, gpu, gpu_speed, gpu_tests, rehearsal
 from bench.gpu_checks import check_some_rows
 from bench.gpu_process import Failed, Worker
 from softclip_kernels import softclip_loss
-from softclip_kernels.testing import dense_loss
+from softclip_kernels.testing import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS, dense_loss
 
 ROOT = Path(__file__).parent.parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

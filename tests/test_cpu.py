@@ -6,12 +6,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ALL_TARGETS, SQUARE_TARGETS
 
 from softclip_kernels import Hard, Mix, SelfTeacher, backends, softclip_loss
 from softclip_kernels.backends import cpu, registered
-from softclip_kernels.problem import Problem, Source, Statistics, TeacherOperand
-from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, contested_rows, unit_rows
+from softclip_kernels.problem import Problem, Source, TeacherOperand
+from softclip_kernels.stats import Statistics, StatisticsGradient
+from softclip_kernels.testing import (
+    ALL_TARGETS,
+    FIELDS,
+    SQUARE_TARGETS,
+    Result,
+    assert_as_accurate_as_dense,
+    contested_rows,
+    unit_rows,
+)
 
 LEVELS = cpu.levels()
 pytestmark = pytest.mark.skipif(not LEVELS, reason=str(cpu.why_missing()))
@@ -86,8 +94,8 @@ def in_float64(problem):
 
 def assert_same_forward(problem, tolerance):
     got, expected = CPU.forward(problem), REFERENCE.forward(in_float64(problem))
-    for field in ("rows", "columns", "positive_logit"):
-        torch.testing.assert_close(getattr(got, field).double(), getattr(expected, field), rtol=1e-6, atol=tolerance)
+    for one, truth in zip(got.tensors()[:3], expected.tensors()[:3], strict=True):
+        torch.testing.assert_close(one.double(), truth, rtol=1e-6, atol=tolerance)
     # A rank may differ where a logit lies within rounding of its threshold: rare, and then by one.
     for field in ("row_ranks", "column_ranks"):
         assert (getattr(got, field) - getattr(expected, field)).abs().sum() <= 1 + problem.rows // 100
@@ -96,10 +104,11 @@ def assert_same_forward(problem, tolerance):
 
 def assert_same_backward(problem, expected, tolerance):
     n, m, k = problem.rows, problem.columns, len(problem.teachers)
-    grad_rows, grad_columns = unit_rows(1 + k, n, seed=5), unit_rows(1 + k, m, seed=6)
-    exact = REFERENCE.backward(in_float64(problem), expected, grad_rows, grad_columns)
-    statistics = Statistics(expected.rows.float(), expected.columns.float(), *expected[2:])
-    got = CPU.backward(problem, statistics, grad_rows.float(), grad_columns.float())
+    gradient = StatisticsGradient(unit_rows(1 + k, n, seed=5), unit_rows(1 + k, m, seed=6), torch.zeros(n))
+    exact = REFERENCE.backward(in_float64(problem), expected, gradient)
+    rows, columns, *others = expected.tensors()
+    statistics = Statistics.of(rows.float(), columns.float(), *others)
+    got = CPU.backward(problem, statistics, StatisticsGradient(*(each.float() for each in gradient)))
     for one, truth in zip(got, exact, strict=True):
         assert one.dtype == torch.float32 and one.is_contiguous()
         torch.testing.assert_close(one.double(), truth, rtol=0.0, atol=tolerance * truth.abs().max().item() + 1e-30)
@@ -168,7 +177,7 @@ def test_logits_beyond_all_precision(level):
     -6e28 a pair counts as excluded.)"""
     for size in (1e10, 1e15, 1e20, 1e28):
         x = torch.tensor([[size], [-size], [size / 3]])
-        rows = CPU.forward(Problem(x, torch.ones(3, 1), torch.tensor(1.0))).rows[0]
+        rows = CPU.forward(Problem(x, torch.ones(3, 1), torch.tensor(1.0))).rows.lse
         torch.testing.assert_close(rows, x[:, 0], rtol=1e-5, atol=0.0)
 
 
@@ -222,13 +231,19 @@ def with_own_teacher(x, y):
     return Problem(x, y, torch.tensor(14.3), torch.arange(len(x)) % len(y), teachers=(teacher,))
 
 
+def ones_for(problem):
+    """A gradient of the statistics."""
+    k = 1 + len(problem.teachers)
+    return StatisticsGradient(torch.ones(k, problem.rows), torch.ones(k, problem.columns), torch.zeros(0))
+
+
 def assert_same_bits(problem, other):
     """Forward and backward of the two, bit for bit."""
     results = []
     for one in (problem, other):
-        statistics, k = CPU.forward(one), len(one.teachers)
-        gradients = CPU.backward(one, statistics, torch.ones(1 + k, one.rows), torch.ones(1 + k, one.columns))
-        results.append((*statistics, *gradients))
+        statistics = CPU.forward(one)
+        gradients = CPU.backward(one, statistics, ones_for(one))
+        results.append((*statistics.tensors(), *gradients))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
@@ -327,8 +342,8 @@ def test_empty_operands(level):
     for n, m in ((0, 3), (3, 0), (0, 0)):
         problem = Problem(torch.zeros(n, 4), torch.zeros(m, 4), torch.ones(()))
         statistics = CPU.forward(problem)
-        assert (statistics.rows == -torch.inf).all() and statistics.columns.shape == (1, m)
-        gradients = CPU.backward(problem, statistics, torch.ones(1, n), torch.ones(1, m))
+        assert (statistics.rows.packed == -torch.inf).all() and statistics.columns.packed.shape == (1, m)
+        gradients = CPU.backward(problem, statistics, ones_for(problem))
         assert [tuple(one.shape) for one in gradients] == [(n, 4), (m, 4)] and not any(one.any() for one in gradients)
 
 
@@ -338,13 +353,13 @@ def test_one_gradient_alone(level, dtype, teachers, threads):
     """Without the other it has the same bits."""
     x, y = (unit_rows(460, 40, seed=seed).to(dtype) for seed in (0, 1))
     problem = Problem(x, y, torch.tensor(9.0), torch.arange(460), teachers=teachers)
-    statistics, ones = CPU.forward(problem), torch.ones(1 + len(teachers), 460)
-    gx, gy = CPU.backward(problem, statistics, ones, ones)
-    alone = torch.zeros_like(gx), torch.zeros_like(gy)
-    CPU.add_gradients(problem, statistics, ones, ones, alone[0], None)
-    CPU.add_gradients(problem, statistics, ones, ones, None, alone[1])
-    CPU.add_gradients(problem, statistics, ones, ones, None, None)
-    assert torch.equal(alone[0], gx) and torch.equal(alone[1], gy)
+    statistics, ones = CPU.forward(problem), ones_for(problem)
+    gx, gy = CPU.backward(problem, statistics, ones)
+    x_alone, none = CPU.backward(problem, statistics, ones, (True, False))
+    assert torch.equal(x_alone, gx) and none is None
+    none, y_alone = CPU.backward(problem, statistics, ones, (False, True))
+    assert torch.equal(y_alone, gy) and none is None
+    assert CPU.backward(problem, statistics, ones, (False, False)) == (None, None)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -353,10 +368,11 @@ def test_nan_and_infinity_come_back(level, dtype):
         x = unit_rows(250, 8, dtype=dtype)
         x[5, 2] = value
         statistics = CPU.forward(Problem(x, unit_rows(250, 8, seed=1, dtype=dtype), torch.tensor(5.0)))
-        assert not statistics.rows[0, 5].isfinite()
+        assert not statistics.rows.lse[5].isfinite()
         # A logit of -inf is a zero share, so of the infinite row's columns only those with +inf must show it.
-        assert not (statistics.columns if value != value else statistics.columns[:, :0]).isfinite().any()
-        assert statistics.rows[0, 6:].isfinite().all()
+        columns = statistics.columns.packed
+        assert not (columns if value != value else columns[:, :0]).isfinite().any()
+        assert statistics.rows.lse[6:].isfinite().all()
 
 
 def test_fully_excluded_rows(level):
@@ -368,8 +384,9 @@ def test_fully_excluded_rows(level):
     x = unit_rows(n, 8, dtype=torch.float32)
     problem = Problem(x, x, torch.tensor(9.0), None, alone, segment, (TeacherOperand(Source.LOGITS),))
     statistics = CPU.forward(problem)
-    assert statistics.rows[:, 7].tolist() == [-torch.inf, -torch.inf, 0.0] and statistics.columns.isfinite().all()
-    gx, _ = CPU.backward(problem, statistics, torch.ones(2, n), torch.ones(2, n))
+    assert statistics.rows.packed[:, 7].tolist() == [-torch.inf, -torch.inf, 0.0]
+    assert statistics.columns.packed.isfinite().all()
+    gx, _ = CPU.backward(problem, statistics, ones_for(problem))
     assert not gx[7].any() and gx[8].any()
 
 

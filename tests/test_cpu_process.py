@@ -18,6 +18,7 @@ import torch
 from softclip_kernels import softclip_loss
 from softclip_kernels.backends import cpu, registered
 from softclip_kernels.problem import Problem
+from softclip_kernels.stats import StatisticsGradient
 from softclip_kernels.testing import unit_rows
 
 pytestmark = pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
@@ -43,7 +44,8 @@ def run_python(code):
 INTERRUPTED = """
 import os, signal, threading, time, torch
 from softclip_kernels.backends import registered
-from softclip_kernels.problem import Problem, Statistics
+from softclip_kernels.problem import Problem
+from softclip_kernels.stats import Statistics, StatisticsGradient
 torch.set_num_threads(2)
 backend = registered()["cpu"]
 x = torch.randn(60000, 512)
@@ -69,7 +71,7 @@ def started_in_the_background():
     "call",
     (
         "backend.forward(problem)",
-        "backend.backward(problem, Statistics(zeros, zeros, zeros[0], zeros[0], zeros[0]), zeros, zeros)",
+        "backend.backward(problem, Statistics.of(zeros, zeros, zeros[0]), StatisticsGradient(zeros, zeros, zeros[0]))",
     ),
 )
 def test_interrupt_within_a_second(call, started_in_the_background):
@@ -156,8 +158,10 @@ class _Losses(torch.utils.data.Dataset):
         x = unit_rows(300, 16, seed=index, dtype=torch.float32)
         problem = Problem(x, x, torch.tensor(9.0), torch.arange(300))
         statistics = CPU.forward(problem)
-        gx, _ = CPU.backward(problem, statistics, torch.ones(1, 300), torch.ones(1, 300))
-        return torch.stack([statistics.rows.sum(), gx.abs().sum()])
+        gx, _ = CPU.backward(
+            problem, statistics, StatisticsGradient(torch.ones(1, 300), torch.ones(1, 300), torch.zeros(0))
+        )
+        return torch.stack([statistics.rows.packed.sum(), gx.abs().sum()])
 
 
 def test_data_loader_workers(threads):

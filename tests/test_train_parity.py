@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import parity
 import pytest
-from parity import MUTANTS, Beside, apart, dense_otherwise, exact, fused, problem, train
+from helpers import parity
+from helpers.parity import MUTANTS, Beside, apart, dense_otherwise, exact, fused, problem, train
 
 BACKENDS = ("native", "chunked")
 LONG = (pytest.mark.long, pytest.mark.timeout(1800))

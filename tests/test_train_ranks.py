@@ -10,9 +10,9 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import parity
 import pytest
 import torch
+from helpers import parity
 from safetensors.torch import load_file
 from torch import Tensor
 from train_data import tiny

@@ -6,14 +6,22 @@ from __future__ import annotations
 
 import dataclasses
 
-import mutants
 import pytest
 import test_loss
 import torch
-from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
+from helpers import mutants
 
 from softclip_kernels import Hard, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
+from softclip_kernels.testing import (
+    ALL_TARGETS,
+    FIELDS,
+    RECTANGULAR_TARGETS,
+    SQUARE_TARGETS,
+    Result,
+    assert_as_accurate_as_dense,
+    matching_rows,
+    unit_rows,
+)
 
 pytestmark = [
     pytest.mark.gpu,

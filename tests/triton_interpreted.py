@@ -10,16 +10,24 @@ and run on a GPU (test_triton_gpu.py).
 
 from __future__ import annotations
 
-import mutants
 import pytest
 import test_loss
 import torch
-from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
+from helpers import mutants
 
 from softclip_kernels import Hard, backends, softclip_loss, softclip_loss_with_ranks
 from softclip_kernels.kernels import launch
 from softclip_kernels.problem import Problem
-from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
+from softclip_kernels.testing import (
+    ALL_TARGETS,
+    FIELDS,
+    RECTANGULAR_TARGETS,
+    SQUARE_TARGETS,
+    Result,
+    assert_as_accurate_as_dense,
+    matching_rows,
+    unit_rows,
+)
 
 # Tiles are 32 x 64 or 64 x 32 in the interpreter, steps along the width 32: one entry, less than a tile, a tile, many
 # with ragged edges; widths below, at and between multiples of a step. One size a target in turn, all sizes for the

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Problem, Source, Statistics, TeacherOperand
+from ..problem import Problem, Source, TeacherOperand
+from ..stats import Statistics, StatisticsGradient
 
 _cpu: Any = None
 _MISSING: str | None = None
@@ -88,7 +89,7 @@ class CpuBackend:
         call = _Call(problem)
         statistics, n, m = 1 + 2 * len(problem.teachers), problem.rows, problem.columns
         ranked = problem.row_threshold is not None
-        result = Statistics(
+        result = Statistics.of(
             torch.empty(statistics, n),
             torch.empty(statistics, m),
             torch.zeros(n if problem.positive_column is not None else 0),
@@ -99,8 +100,8 @@ class CpuBackend:
             call.problem,
             level(),
             _threads(problem),
-            rows=result.rows.data_ptr(),
-            columns=result.columns.data_ptr(),
+            rows=result.rows.packed.data_ptr(),
+            columns=result.columns.packed.data_ptr(),
             positive=result.positive_logit.data_ptr(),
             row_ranks=result.row_ranks.data_ptr(),
             column_ranks=result.column_ranks.data_ptr(),
@@ -108,41 +109,32 @@ class CpuBackend:
         return result, redone
 
     def backward(
-        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        gx, gy = (torch.zeros(tensor.shape) for tensor in (problem.x, problem.y))
-        self.add_gradients(problem, statistics, grad_rows, grad_columns, gx, gy)
-        return gx, gy
-
-    def add_gradients(
         self,
         problem: Problem,
         statistics: Statistics,
-        grad_rows: Tensor,
-        grad_columns: Tensor,
-        gx: Tensor | None,
-        gy: Tensor | None,
-    ) -> None:
-        """Adds G @ y to gx (N, D) and Gᵀ @ x to gy (M, D), both float32 and contiguous. One that is None is left out,
-        and with it a third of the work."""
+        gradient: StatisticsGradient,
+        needs_input_grad: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]:
+        gx, gy = (
+            torch.zeros(operand.shape) if needed else None
+            for operand, needed in zip((problem.x, problem.y), needs_input_grad, strict=True)
+        )
         call = _Call(problem)
         n, m, k = problem.rows, problem.columns, len(problem.teachers)
-        assert statistics.rows.shape == (1 + 2 * k, n) and grad_rows.shape == (1 + k, n)
-        assert statistics.columns.shape == (1 + 2 * k, m) and grad_columns.shape == (1 + k, m)
-        for gradient, operand in ((gx, problem.x), (gy, problem.y)):
-            assert gradient is None or (gradient.shape == operand.shape and gradient.is_contiguous())
-            assert gradient is None or gradient.dtype == torch.float32
+        assert statistics.rows.packed.shape == (1 + 2 * k, n) and gradient.rows.shape == (1 + k, n)
+        assert statistics.columns.packed.shape == (1 + 2 * k, m) and gradient.columns.shape == (1 + k, m)
         _cpu.backward(
             call.problem,
             level(),
             _threads(problem),
-            rows=call.vector(statistics.rows),
-            columns=call.vector(statistics.columns),
-            grad_rows=call.vector(grad_rows),
-            grad_columns=call.vector(grad_columns),
+            rows=call.vector(statistics.rows.packed),
+            columns=call.vector(statistics.columns.packed),
+            grad_rows=call.vector(gradient.rows),
+            grad_columns=call.vector(gradient.columns),
             gx=0 if gx is None else gx.data_ptr(),
             gy=0 if gy is None else gy.data_ptr(),
         )
+        return gx, gy
 
 
 def _threads(problem: Problem) -> int:

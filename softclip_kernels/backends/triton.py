@@ -13,7 +13,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..problem import Problem, Statistics
+from ..problem import Problem
+from ..stats import Statistics, StatisticsGradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_RANKED = 2**24  # ranks are counted in fp32
@@ -55,12 +56,16 @@ class TritonBackend:
             return launch.forward(problem)
 
     def backward(
-        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        problem: Problem,
+        statistics: Statistics,
+        gradient: StatisticsGradient,
+        needs_input_grad: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]:
         from ..kernels import launch
 
         with _on(problem.x.device):
-            return launch.backward(problem, statistics, grad_rows, grad_columns)
+            return launch.backward(problem, statistics, gradient.rows, gradient.columns)
 
 
 @cache

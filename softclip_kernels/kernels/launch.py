@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ..problem import Problem, Statistics
+from ..problem import Problem
+from ..stats import Statistics
 from ..version import __version__
 from . import tuning
 from .calls import Call
@@ -40,7 +41,7 @@ def forward(problem: Problem) -> Statistics:
             row_ranks, column_ranks = row_sums[-1].to(torch.int64), column_sums[-1].to(torch.int64)
         _finish(one, row_sums, rows, k, m)
         _finish(one.transposed(), column_sums, columns, k, n)
-    return Statistics(rows, columns, positive, row_ranks, column_ranks)
+    return Statistics.of(rows, columns, positive, row_ranks, column_ranks)
 
 
 def _centred_sums(one: Pass, positive: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,8 +217,8 @@ def _gradient_arguments(
     teacher = k if one.taught else -1  # without a teacher its arguments are read nowhere
     arguments = one.tensors()
     for side, statistic, gradient, top in (
-        ("row", statistics.rows, grad_rows, 6),
-        ("column", statistics.columns, grad_columns, 5),
+        ("row", statistics.rows.packed, grad_rows, 6),
+        ("column", statistics.columns.packed, grad_columns, 5),
     ):
         length = statistic.shape[1]
         prepared = {

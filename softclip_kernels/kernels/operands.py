@@ -172,7 +172,7 @@ def _centred(bias: Tensor | None, zero: Tensor) -> tuple[Tensor | None, Tensor |
 
 def _with_contiguous_vectors(problem: Problem) -> Problem:
     """The kernels take matrices of any strides, vectors with stride 1."""
-    names = ("positive", "row_segment", "column_segment", "row_threshold", "column_threshold")
+    names = ("positive_column", "row_segment", "column_segment", "row_threshold", "column_threshold")
     vectors: dict[str, Any] = {name: _contiguous(getattr(problem, name)) for name in names}
     return replace(problem, **vectors)
 
