@@ -36,11 +36,21 @@ def dense_target(target: Target, x: Tensor, y: Tensor, scale: Tensor) -> DenseTa
             weights = target.weights if isinstance(target.weights, tuple) else (target.weights, target.weights)
             row_weight, column_weight = row_weight * weights[0], column_weight * weights[1]
         target = target.target
-    rows, columns = _matrices(target, x, y, scale, allowed)
+    rows, columns = _matrices(target, _Batch(x, y, scale, allowed))
     return DenseTarget(rows, columns, allowed, row_weight, column_weight)
 
 
-def _matrices(target: Target, x: Tensor, y: Tensor, scale: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+class _Batch(NamedTuple):
+    """What a target's matrices depend on: x (N, D), y (M, D), the scale, and which pairs may see each other (N, M)."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    allowed: Tensor
+
+
+def _matrices(target: Target, batch: _Batch) -> tuple[Tensor, Tensor]:
+    x, allowed = batch.x, batch.allowed
     if isinstance(target, Hard):
         return _hard_matrices(target, x, allowed)
     if isinstance(target, Dense):
@@ -51,21 +61,21 @@ def _matrices(target: Target, x: Tensor, y: Tensor, scale: Tensor, allowed: Tens
         row_alpha, column_alpha = (
             torch.as_tensor(value, dtype=x.dtype, device=x.device).reshape(-1) for value in alpha
         )
-        hard, soft = (_matrices(part, x, y, scale, allowed) for part in (target.hard, target.soft))
+        hard, soft = (_matrices(part, batch) for part in (target.hard, target.soft))
         return (
             (1 - row_alpha)[:, None] * hard[0] + row_alpha[:, None] * soft[0],
             (1 - column_alpha)[None, :] * hard[1] + column_alpha[None, :] * soft[1],
         )
     if isinstance(target, Average):
         weights = torch.tensor(target.weights or [1.0] * len(target.targets), dtype=torch.float64)
-        parts = [_matrices(part, x, y, scale, allowed) for part in target.targets]
+        parts = [_matrices(part, batch) for part in target.targets]
         shares = (weights / weights.sum()).tolist()
         return (
             sum((share * part[0] for share, part in zip(shares, parts, strict=True)), torch.zeros_like(parts[0][0])),
             sum((share * part[1] for share, part in zip(shares, parts, strict=True)), torch.zeros_like(parts[0][1])),
         )
     if isinstance(target, SoftTarget):
-        return _soft_matrices(target, x, y, scale, allowed)
+        return _soft_matrices(target, batch)
     raise TypeError(f"no dense form of {type(target).__name__} is known")
 
 
@@ -86,7 +96,8 @@ def _hard_matrices(target: Hard, x: Tensor, allowed: Tensor) -> tuple[Tensor, Te
     )
 
 
-def _soft_matrices(target: SoftTarget, x: Tensor, y: Tensor, scale: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def _soft_matrices(target: SoftTarget, batch: _Batch) -> tuple[Tensor, Tensor]:
+    x, y, scale, allowed = batch
     if isinstance(target, Teacher):
         own = torch.as_tensor(target.scale, dtype=x.dtype, device=x.device)
         t = own * target.a.to(x.dtype) @ target.b.to(x.dtype).T

@@ -87,7 +87,7 @@ class Standard:
         errors, roundings = _errors(dense, exact), tolerances(exact, x, y, scale, mass)
         allowed = {name: 2 * errors[name] + roundings[name] for name in FIELDS}
         if signal:
-            own = bounds(exact, x, y, scale, mass)
+            own = bounds(exact, roundings, x, scale)
             # Where dense PyTorch overflows in 16 bits its error is no limit.
             allowed = {name: min(own[name], allowed[name]) if allowed[name] >= 0 else own[name] for name in FIELDS}
             check_sensitive(allowed, exact, x, scale)
@@ -125,10 +125,10 @@ def sizes(exact: Result, x: Tensor, scale: Tensor) -> dict[str, float]:
     return found | {"dscale": max(found["dscale"], products)}
 
 
-def bounds(exact: Result, x: Tensor, y: Tensor, scale: Tensor, mass: float = 1.0) -> dict[str, float]:
+def bounds(exact: Result, roundings: dict[str, float], x: Tensor, scale: Tensor) -> dict[str, float]:
     """How far each field may be from the exact one, whatever dense PyTorch makes of it: RELATIVE of its size, but not
-    less than the rounding of a logit (`tolerances`); of the loss only that."""
-    roundings, relative = tolerances(exact, x, y, scale, mass), RELATIVE[x.dtype]
+    less than the rounding of a logit (`roundings`, from `tolerances`); of the loss only that."""
+    relative = RELATIVE[x.dtype]
     own = {name: max(relative * size, roundings[name]) for name, size in sizes(exact, x, scale).items()}
     return own | {"loss": LOSS_ROUNDINGS * roundings["loss"]}
 

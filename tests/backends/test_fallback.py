@@ -163,5 +163,8 @@ def test_the_former_name_of_the_variable_that_forces_a_level_still_works(monkeyp
     assert cpu.level() == cpu.levels()[0]  # the new name wins
     monkeypatch.delenv(cpu.ISA_VARIABLE)
     monkeypatch.setenv(cpu.FORMER_ISA_VARIABLE, "avx1024")
-    with pytest.warns(DeprecationWarning), pytest.raises(ValueError, match="SOFTCLIP_NATIVE_ISA='avx1024'"):
+    with (
+        pytest.warns(DeprecationWarning, match="now called"),
+        pytest.raises(ValueError, match="SOFTCLIP_NATIVE_ISA='avx1024'"),
+    ):
         cpu.level()
