@@ -125,9 +125,23 @@ def softclip_loss(
     return _outside_graphs(_run, group)(request)[0]
 
 
+@overload
+def softclip_loss_with_ranks(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    target: Target | None = None,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    **where: Unpack[_Where],
+) -> tuple[Tensor, RetrievalRanks]: ...
+@overload
 def softclip_loss_with_ranks(
     x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None = None, **options: Unpack[Options]
-) -> tuple[Tensor | Losses, RetrievalRanks]:
+) -> tuple[Tensor | Losses, RetrievalRanks]: ...
+def softclip_loss_with_ranks(
+    x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None = None, **options: Any
+) -> tuple[Any, RetrievalRanks]:
     """softclip_loss, with its options, and from the same pass over the similarities the ranks of the positives. The
     target's hard part must be Hard() or Hard(labels): something with one positive a row."""
     options["backend"] = backends.current_name(options.get("backend", "auto"))

@@ -166,7 +166,7 @@ def test_sinkhorn_marginals(n, d, scale):
 
     def column_error(iterations):
         context = Context(x, y, scale, make_layout(x, y, None))
-        (term,) = SelfTeacher(normalise=Sinkhorn(iterations)).lower(context).complete(context).teachers
+        (term,) = SelfTeacher(normalise=Sinkhorn(iterations)).lower(context).complete(context).lowered.teachers
         plan = (scale * x @ y.T + term.row_potential[:, None] + term.column_potential[None, :]).exp()
         torch.testing.assert_close(plan.sum(1), torch.ones(n, dtype=torch.float64))
         return (plan.sum(0) - 1).abs().sum().item()
