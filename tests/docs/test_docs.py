@@ -1,4 +1,4 @@
-"""The README's examples run as printed, and the pages it links to exist."""
+"""The README's examples run as printed, links lead somewhere, and pages say what is so."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ import torch
 import torch.distributed as dist
 from helpers import ROOT
 
-from softclip_kernels.testing import matching_rows, unit_rows
+from softclip_kernels.testing import Result, Standard, unit_rows
+from softclip_kernels.version import __version__
 
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OPERANDS, DENSE, FUSED, *OTHERS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = sorted(page for folder in (".", "docs", "csrc") for page in (ROOT / folder).glob("*.md"))
+WIDEST = 100  # columns of a line of prose
+
+
+# The README's examples.
 
 
 class Towers(torch.nn.Module):
@@ -33,38 +39,92 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("index", range(len(EXAMPLES)))
-def test_readme_example(index, one_rank):
-    images = unit_rows(16, 8, dtype=torch.float32).requires_grad_()
-    log_scale = torch.tensor(2.6, requires_grad=True)
-    names = {
-        "torch": torch,
-        "image_features": images,
-        "text_features": matching_rows(images.detach()).requires_grad_(),
-        "logit_scale": log_scale.exp(),
-        "teacher_images": unit_rows(16, 4, seed=2, dtype=torch.float32),
-        "teacher_texts": unit_rows(16, 4, seed=3, dtype=torch.float32),
+def run(example):
+    """The names that an example leaves behind, after the operands that all begin with and what a reader brings."""
+    torch.manual_seed(0)
+    names = {}
+    exec(OPERANDS, names)
+    names |= {
+        "teacher_images": unit_rows(len(names["image_features"]), 4, seed=2, dtype=torch.float32),
+        "teacher_texts": unit_rows(len(names["image_features"]), 4, seed=3, dtype=torch.float32),
         "images": torch.randn(16, 5),
         "texts": torch.randn(16, 5),
         "model": Towers(),
         "step": 100,
     }
-    exec(EXAMPLES[index], names)
-    if "passes" not in names and images.grad is None:
-        names["loss"].backward()
+    exec(example, names)
+    return names
+
+
+@pytest.mark.parametrize("example", (DENSE, FUSED), ids=("dense", "fused"))
+def test_the_dense_loss_and_the_librarys_are_the_same(example):
+    """In the loss and in every gradient, by the library's own standard."""
+    names = run(example)
+    x, y, scale = (names[name] for name in ("image_features", "text_features", "logit_scale"))
+    names["loss"].backward()
+    Standard.of(x.detach(), y.detach(), scale.detach()).check(
+        Result(names["loss"].detach(), x.grad, y.grad, scale.grad)
+    )
+
+
+def test_one_of_the_two_is_the_librarys():
+    assert "cross_entropy" in DENSE and "softclip" not in DENSE
+    assert "softclip_loss(" in FUSED and "cross_entropy" not in FUSED
+
+
+@pytest.mark.parametrize("example", OTHERS, ids=lambda example: re.search("import (.+)", example)[1])
+def test_an_example_runs_as_printed_and_its_loss_reaches_every_operand(example, one_rank):
+    names = run(example)
     assert names["loss"].isfinite()
-    for gradient in (names["model"].project.weight.grad,) if "passes" in names else (images.grad, log_scale.grad):
-        assert gradient.isfinite().all()
+    if "passes" in names:  # which has gone backward already
+        learning = names["model"].parameters()
+    else:
+        names["loss"].backward()
+        learning = [names[name] for name in ("image_features", "text_features", "logit_scale")]
+    for leaf in learning:
+        assert leaf.grad.isfinite().all() and leaf.grad.any()
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) >= 4
+    assert len(OTHERS) >= 4
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+# All pages.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert link.startswith("http") or (page.parent / link).exists(), link
+
+
+def prose(text):
+    """Line numbers and lines that are neither code nor rows of tables, links shortened to the words that are read."""
+    fenced, indented, before = False, False, ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.startswith("```"):
+            fenced = not fenced
+        elif not fenced:
+            # Indented code begins after an empty line; within a paragraph or a list indentation is layout.
+            indented = line.startswith("    ") and (indented or not before.strip())
+            if not indented and not line.startswith("|"):
+                yield number, re.sub(r"\]\([^)]*\)|https?://\S+", "]", line)
+        before = line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_line_of_prose_is_wider_than_a_reader_wants(page):
+    wide = [f"{page.name}:{number}: {len(line)}" for number, line in prose(page.read_text()) if len(line) > WIDEST]
+    assert not wide, f"wider than {WIDEST} columns: {', '.join(wide)}"
+
+
+def test_prose_is_told_from_tables_code_and_links():
+    long = "word " * 30
+    code = f"```python\n{long}\n```\n\n    {long}\n\n    {long}\n"
+    assert not any(long in line for _, line in prose(f"text\n\n{code}\n| {long} |\n"))
+    for text in (long, f"- an item\n    {long}", f"{code}\n{long}", f"text\n    {long}"):
+        assert [line.strip() for _, line in prose(text) if len(line) > WIDEST] == [long.strip()]
+    assert [line for _, line in prose(f"see [page](https://{'x' * 200})")] == ["see [page]"]
 
 
 def test_every_test_that_shows_a_promise_exists():
@@ -75,3 +135,7 @@ def test_every_test_that_shows_a_promise_exists():
         assert re.search(rf"^def {name}\(", found.read_text(), re.MULTILINE), f"{file}::{name}"
         named += 1
     assert named > 150
+
+
+def test_the_citation_names_this_version():
+    assert re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [__version__]
