@@ -1,4 +1,4 @@
-"""Everything that communicates: the global batch over ranks, and two-pass training. See docs/distributed.md.
+"""Everything that communicates. See docs/distributed.md for the global batch, docs/two_pass.md for two-pass training.
 
 exchange       what `group=` says, and where this rank's rows lie in the global batch
 agreement      before an exchange: that every rank can make it, with operands that fit
