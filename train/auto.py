@@ -1,5 +1,5 @@
-"""What `auto` stands for in a run: decided once by rank 0, held by all ranks, and said. So nothing falls back silently:
-a backend that was chosen here is asked for by name at every step, and raises where it cannot run."""
+"""What `auto` stands for in a run: decided once by rank 0, held by all ranks, and said in words. So nothing falls back
+silently: a backend that was chosen here is asked for by name at every step, and raises where it cannot run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 
 from softclip_kernels import backends
 from softclip_kernels.problem import Problem
-from train.config import Config, ConfigError
+
+from .config import Config, ConfigError
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # on x86 two, on ARM the last
 
@@ -26,11 +27,7 @@ def precision(asked: str, device: torch.device) -> str:
 
 def backend(asked: str, rows: int, width: int, device: torch.device) -> tuple[str, str]:
     """The backend of a rank's block of `rows` × `rows` pairs with in-batch R@1, and why those that `auto` prefers to it
-    were passed over.
-
-    Raises:
-        ConfigError: the one that was asked for cannot run here.
-    """
+    were passed over. Raises ConfigError where the one that was asked for cannot run here."""
     # Embeddings reach the loss in fp32 whatever the towers' precision; a teacher's are the student's own.
     x, zeros = torch.zeros(rows, width, device=device), torch.zeros(rows, device=device)
     positive = torch.arange(rows, device=device)

@@ -1,13 +1,13 @@
 """Checkpoints that a crash cannot spoil.
 
-A checkpoint is a folder ``checkpoints/step-000120``:
+A checkpoint is a folder `checkpoints/step-000120`:
 
     model.safetensors  config.json  tokenizer.json  state.json    safe to share: no code in them
     fingerprint.json                                              of the data, the code and the versions
     engine/                                                       DeepSpeed's own, a file a rank, for resuming
     manifest.json                                                 SHA-256 and size of all others
 
-It is written under another name, flushed to disk, and renamed; ``checkpoints/latest`` is written last. Whoever reads
+It is written under another name, flushed to disk, and renamed; `checkpoints/latest` is written last. Whoever reads
 checks the manifest, reads the parts, and falls back to the newest checkpoint that is whole, readable and finite. No
 part can run code when it is read: see engine_files for DeepSpeed's.
 """
@@ -28,11 +28,11 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from tokenizers import Tokenizer
 
-from train import progress
-from train.config import CHANGEABLE, REPLACED, SKIP_WINDOW, Config, ConfigError, changes
-from train.files import explain, sha256_of, sync_file, sync_folder, write_atomically, write_new
-from train.fingerprint import Fingerprint
-from train.model import Clip
+from . import heartbeat
+from .config import CHANGEABLE, REPLACED, SKIP_WINDOW, Config, ConfigError, changes
+from .files import explain, sha256_of, sync_file, sync_folder, write_atomically, write_new
+from .fingerprint import Fingerprint
+from .model import Clip
 
 FOLDER, LATEST, MANIFEST, ENGINE = "checkpoints", "latest", "manifest.json", "engine"
 WEIGHTS, CONFIG, TOKENIZER, STATE = "model.safetensors", "config.json", "tokenizer.json", "state.json"
@@ -52,10 +52,14 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class State:
-    """What a run knows besides parameters: ``step`` steps are done (skipped ones count), by how many processes.
+    """What a run knows besides parameters.
 
-    ``skipped`` counts all batches that were, ``skipped_in_a_row`` those since the last step that was not;
-    ``recent_skips`` are the skipped among the last SKIP_WINDOW steps, by number.
+    step              how many steps are done; skipped ones count
+    skipped           how many of them were skipped
+    processes         by how many processes they were done
+    zero_stage        DeepSpeed ZeRO's, 1 to 3
+    skipped_in_a_row  how many were skipped since the last step that was not
+    recent_skips      the numbers of the skipped ones among the last SKIP_WINDOW steps
     """
 
     step: int
@@ -66,7 +70,7 @@ class State:
     recent_skips: tuple[int, ...] = ()
 
     def after(self, applied: bool) -> State:
-        """With one step more, whose batch was `applied` or skipped."""
+        """The state one step on, whose batch was `applied` or skipped."""
         recent = tuple(one for one in self.recent_skips if one > self.step - SKIP_WINDOW)
         return replace(
             self,
@@ -128,7 +132,7 @@ def commit(
     entries = {}
     for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
         entries[path.relative_to(scratch).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-        progress.tick()  # many files are no hang
+        heartbeat.tick()  # many files are no hang
         sync_file(path)
     at("files flushed")
     write_atomically(scratch / MANIFEST, json.dumps(entries, indent=1).encode())
@@ -161,8 +165,8 @@ def spared(steps: list[int], keep_every: int) -> set[int]:
 
 
 def find(run: Path, warn: Callable[[str], None] = print, engine: bool = False) -> Path:
-    """The newest good checkpoint: ``latest``, or, with a warning for each that is not, the newest of the others.
-    `engine`: one that training can go on from, moments included."""
+    """The newest good checkpoint: `latest`, or, with a warning for each that is not good, the newest of the others.
+    `engine`: one that training can go on from, moments included. Raises CheckpointError where there is none."""
     try:
         latest = (run / FOLDER / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -189,7 +193,7 @@ def why_broken(folder: Path, engine: bool = False) -> str | None:
         state = read_state(folder)
         read_fingerprint(folder)
         if engine:
-            from train.engine_files import why_unusable  # DeepSpeed takes seconds to import
+            from .engine_files import why_unusable  # DeepSpeed takes seconds to import
 
             problem = why_unusable(folder / ENGINE, state.processes)
     except CheckpointError as error:
@@ -200,7 +204,7 @@ def why_broken(folder: Path, engine: bool = False) -> str | None:
 
 
 def _why_not_whole(folder: Path) -> str | None:
-    """Whether all files of the manifest are as they were written."""
+    """Which file of the manifest is not as it was written, or None."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in entries.items():
@@ -218,16 +222,13 @@ def _why_not_whole(folder: Path) -> str | None:
 
 
 def steps_done(run: Path) -> int:
-    """Of the newest checkpoint, whole or not; 0 where there is none."""
+    """The steps of the newest checkpoint, whole or not; 0 where there is none."""
     return _step(next(iter(_names(run)), name_of(0)))
 
 
 def read_state(folder: Path) -> State:
-    """Fields that an earlier version did not know have their defaults.
-
-    Raises:
-        CheckpointError: a field is unknown, missing, or no count.
-    """
+    """Fields that an earlier version did not know have their defaults. Raises CheckpointError where a field is unknown,
+    missing, or no count."""
     found = _read_mapping(folder / STATE)
     known = {one.name: one.default is MISSING for one in fields(State)}
     unknown, missing = (
@@ -250,11 +251,8 @@ def read_state(folder: Path) -> State:
 
 
 def read_config(folder: Path) -> Config:
-    """Options of earlier versions that others replaced are left out: they never were a part of what is trained.
-
-    Raises:
-        CheckpointError: it is not a configuration of this version.
-    """
+    """Options of earlier versions that others replaced are left out: they never were a part of what is trained. Raises
+    CheckpointError where it is not a configuration of this version."""
     found = _read_mapping(folder / CONFIG)
     for name in REPLACED:
         section, _, option = name.partition(".")
@@ -343,11 +341,9 @@ def _step(name: str) -> int:
 
 
 def _names(run: Path) -> list[str]:
-    """Finished checkpoints, newest first: by number, for a millionth step has a digit more than the others.
-
-    Raises:
-        CheckpointError: there is a folder of them, and it cannot be read; none would be taken for a new run.
-    """
+    """Finished checkpoints, newest first: by number, for a millionth step has a digit more than the others. Raises
+    CheckpointError where there is a folder of them that cannot be read: as if there were none, the run would be taken
+    for a new one."""
     try:
         with os.scandir(run / FOLDER) as entries:
             names = [entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir()]

@@ -10,11 +10,12 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
-from train import checkpoint, config, launch, lock, progress
-from train.config import Config, ConfigError
-from train.data import DataError, SetupError
-from train.files import explain, write_atomically
-from train.signals import STOPPED, StoppedError, end, name_of, say, stop
+from . import checkpoint, config, heartbeat, launch, lock
+from .config import Config, ConfigError
+from .data import DataError, SetupError
+from .files import explain, write_atomically
+from .signals import STOPPED, StoppedError, end, name_of, say, stop
+from .world import ElsewhereError, is_lost_contact, join_world
 
 RUNS = Path("runs")
 CONFIG_FILE = "config.yaml"
@@ -136,15 +137,15 @@ def _ranked(settings: Config, run: Path, options: argparse.Namespace) -> int:
     """One process of the job."""
     rank = int(os.environ["RANK"])
     stop.act_at_once(lambda name: end(launch.stopped_early(run, name) if rank == 0 else None))
-    watch = progress.begin(run, rank, settings.job)
+    watch = heartbeat.begin(run, rank, settings.job)
     stopped: str | None = None
     try:
         # Held until the process ends. What the command line changes is written before the others can go on.
-        held = _take(settings, run, options) if rank == 0 and not launch.is_own() else None
-        with launch.world(settings.job) as world:
+        held = _take(settings, run, options) if rank == 0 and not launch.is_launched_by_train() else None
+        with join_world(settings.job) as world:
             # DeepSpeed takes seconds to import, which the launching process does without. It picks its device by this.
             os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-            from train.job import train
+            from .run import train
 
             try:
                 stopped = train(settings, run, world, watch, options.stop_after)
@@ -161,19 +162,19 @@ def _ranked(settings: Config, run: Path, options: argparse.Namespace) -> int:
     return STOPPED
 
 
-def _failed(error: Exception, run: Path, watch: progress.Progress) -> int:
+def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
     """Say what ended this rank, unless another rank says it; returns the exit status."""
     if isinstance(error, StoppedError):
         say(f"stopped by {error} in the evaluation at the end; all steps are done and kept; go on with --resume {run}")
         return STOPPED
-    if isinstance(error, launch.ElsewhereError):
+    if isinstance(error, ElsewhereError):
         # The launcher ends this rank, and calls the other one the first to fail; or asks it to stop like the other.
         return STOPPED if stop.wait(launch.GRACE_SECONDS) else 1
     if isinstance(error, USER_ERRORS):
         _say(error)
         return launch.BAD_REQUEST
-    if launch.is_lost_contact(error):
-        if watch.phase == progress.SET_UP and stop.wait(launch.GRACE_SECONDS):  # another was asked a moment before
+    if is_lost_contact(error):
+        if watch.phase == heartbeat.SET_UP and stop.wait(launch.GRACE_SECONDS):  # another was asked a moment before
             if watch.rank == 0:
                 say(launch.stopped_early(run, name_of(stop.request)))
             return STOPPED

@@ -16,7 +16,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from train.files import naming
+from .files import naming
 
 # Besides tensors and plain values, ZeRO 1 and 2 keep these three, and ZeRO 3 the first two. None acts when it is made.
 CLASSES = (LossScaler, ZeroStageEnum, fragment_address)

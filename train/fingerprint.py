@@ -1,6 +1,6 @@
 """What a run's results depend on besides its configuration: the data, the code, and the versions below it.
 
-Every checkpoint holds one (``fingerprint.json``), so that a run that goes on can say what is no longer as it was.
+Every checkpoint holds one (`fingerprint.json`), so that a run that goes on can say what is no longer as it was.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 import softclip_kernels
-from train.data.manifest import read_manifest
-from train.files import sha256_of
+
+from .data.manifest import read_manifest
+from .files import sha256_of
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "pillow")  # those that compute something of a step
 CODE = ("*.py", "*.so", "*.pyd")  # what runs: an extension that was compiled anew is other code
@@ -26,8 +27,12 @@ SHORT = 12  # digits of a hash that a message shows
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """``data``: of the prepared folder, wherever it lies. ``code``: of softclip_kernels and the trainer, compiled parts
-    included. Both are SHA-256 in hex. ``versions``: by name, the machine's kind among them."""
+    """What a run's results depend on.
+
+    data      SHA-256 in hex of the prepared folder, wherever it lies
+    code      SHA-256 in hex of softclip_kernels and the trainer, compiled parts included
+    versions  by name, the machine's kind among them
+    """
 
     data: str = ""
     code: str = ""

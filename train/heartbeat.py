@@ -1,9 +1,11 @@
-"""Where every rank is, in one small file each, so that whoever survives a failure can say who did not.
+"""Each rank's heartbeat, one small file that says where it is, so that those that survive a failure can name those that
+did not; and the watch over the whole job.
 
-``<run>/ranks/<rank>.json`` holds the rank's process id, its step, what it is doing, how often it moved on, and when it
+`<run>/ranks/<rank>.json` holds the rank's process id, its step, what it is doing, how often it moved on, and when it
 was last alive. A thread writes it once a second; the same thread ends the process when the whole job stands still for
-longer than the phase's budget. It alone bounds waits: the process group's own time-out cannot tell a rank that waits
-for a long evaluation from one that waits for a dead rank, and it does not cover a stuck disk or a library's own group.
+longer than the phase's budget. Nothing else bounds waits: the process group's own time-out cannot tell a rank that
+waits for a long evaluation from one that waits for a dead rank, and it does not cover a stuck disk or a library's own
+group.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train.config import Job
+from .config import JobOptions
 
 FOLDER = "ranks"
 BEAT_SECONDS = 1.0
@@ -28,8 +30,12 @@ SET_UP, FAILED = "set-up", "failed"
 
 @dataclass(frozen=True)
 class Place:
-    """``phase``: set-up, training, evaluation, saving, done, or failed. ``moves``: so often it went on. ``alive``:
-    seconds since 1970."""
+    """Where a rank was last seen.
+
+    phase  set-up, training, evaluation, saving, done, or failed
+    moves  how often it moved on
+    alive  when it was last alive, in seconds since 1970
+    """
 
     rank: int
     pid: int
@@ -44,10 +50,11 @@ class Place:
         return f"rank {self.rank}: step {self.step}, {self.phase}{quiet}"
 
 
-class Progress:
-    """This rank's file, and the watch over the job. ``enter`` is called at every change, ``tick`` on the way."""
+class Heartbeat:
+    """This rank's file, and the watch over the job. `enter` is called at every change of phase or step, `tick` between
+    them."""
 
-    def __init__(self, run: Path, rank: int, budgets: Job) -> None:
+    def __init__(self, run: Path, rank: int, budgets: JobOptions) -> None:
         self._run, self._budgets = run, budgets
         self._place = Place(rank, os.getpid(), 0, SET_UP, 0, time.time())
         self._moved = time.monotonic()
@@ -55,7 +62,7 @@ class Progress:
         self._writable, self._said = True, False
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._write()
-        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
         self._thread.start()
 
     @property
@@ -72,12 +79,12 @@ class Progress:
         self._write()
 
     def tick(self) -> None:
-        """It goes on: one more chunk, file or stage is done."""
+        """Note that this rank moves: one more chunk, file or stage is done."""
         self._place = replace(self._place, moves=self._place.moves + 1)
         self._moved, self._others = time.monotonic(), None
 
     def fail(self, message: str) -> None:
-        """Say what went wrong here, and where the others are."""
+        """Print what went wrong here, and where the others are."""
         step, phase = self._place.step, self._place.phase
         self.enter(step, FAILED)
         others = [str(place) for place in read(self._run) if place.rank != self._place.rank]
@@ -102,11 +109,11 @@ class Progress:
             if still > budget:
                 self.fail(f"no progress of any rank for {still:.0f} s (job.{option}={budget})")
                 faulthandler.dump_traceback(all_threads=True)
-                os._exit(1)  # the main thread is stuck, perhaps for ever
+                os._exit(1)  # the main thread is stuck, perhaps forever
 
     def _look(self) -> None:
-        """Another rank that moves is one to wait for: rank 0 evaluates and saves for all. Not looked for while this
-        one moves itself: thousands of ranks would read one another's files every second."""
+        """Wait on where another rank moves: rank 0 evaluates and saves for all. Nobody looks while it moves itself, or
+        thousands of ranks would read one another's files every second."""
         seen = {place.rank: place.moves for place in read(self._run) if place.phase != FAILED}
         seen.pop(self._place.rank, None)
         known = self._others
@@ -115,7 +122,8 @@ class Progress:
         self._others = seen
 
     def _write(self) -> None:
-        """A heartbeat is for messages and waits; where none can be written, that is said once, and the run goes on."""
+        """A heartbeat serves messages and waits only: where it cannot be written, that is said once, and the run goes
+        on."""
         if self.phase == SET_UP and not self._run.exists():
             return  # rank 0 is about to make it
         path = self._run / FOLDER / f"{self._place.rank}.json"
@@ -138,30 +146,30 @@ class Progress:
                     )
 
 
-_own: Progress | None = None
+_of_this_process: Heartbeat | None = None
 
 
-def begin(run: Path, rank: int, budgets: Job) -> Progress:
-    """This process's Progress."""
-    global _own
-    _own = Progress(run, rank, budgets)
-    return _own
+def begin(run: Path, rank: int, budgets: JobOptions) -> Heartbeat:
+    """Start this process's heartbeat. `budgets`: how long the job may stand still in each phase."""
+    global _of_this_process
+    _of_this_process = Heartbeat(run, rank, budgets)
+    return _of_this_process
 
 
 def tick() -> None:
-    """Whatever this process does goes on. For code that also runs outside of a job, where nobody watches."""
-    if _own is not None:
-        _own.tick()
+    """Note that this process moves. For code that also runs outside of a job, where nobody watches."""
+    if _of_this_process is not None:
+        _of_this_process.tick()
 
 
 def clear(run: Path) -> None:
-    """Forget an earlier job's ranks."""
+    """Remove the files of an earlier job's ranks."""
     for path in (run / FOLDER).glob("*.json"):
         path.unlink(missing_ok=True)
 
 
 def read(run: Path) -> list[Place]:
-    """Every rank's last known place, by rank."""
+    """Every rank's last known place, in the order of ranks."""
     places = []
     for path in (run / FOLDER).glob("*.json"):
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from train.files import explain, write_atomically
+from .files import explain, write_atomically
 
 METRICS, EVENTS, NONFINITE, PLOT = "metrics.jsonl", "tensorboard", "nonfinite.jsonl", "curves.png"
 BAR = ("loss", "alpha", "scale", "r1_image_to_text")

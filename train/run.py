@@ -1,4 +1,4 @@
-"""One process of a training job: its set-up, the loop over steps, checkpoints, and the evaluation at the end."""
+"""One process of a training run: its set-up, the loop over steps with checkpoints, and the evaluation at the end."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from train import checkpoint, evaluate, fingerprint, logs
-from train.choices import settle
-from train.config import SKIP_WINDOW, Config, ConfigError, Optimizer
-from train.data import Pairs, describe_bad, load_pairs
-from train.engine_files import EngineFiles
-from train.files import explain
-from train.launch import ElsewhereError, World, asked_to_stop, on_each, on_first
-from train.model import Clip
-from train.progress import Progress
-from train.samples import Sampler, all_captions
-from train.signals import name_of, stop
-from train.step import StepResult, nonfinite, train_step
-from train.tokenizer import train_tokenizer
+from . import checkpoint, evaluate, fingerprint, metrics
+from .auto import settle
+from .config import SKIP_WINDOW, Config, ConfigError, OptimizerOptions
+from .data import HeldOut, Pairs, Sampler, all_captions, data_folder, describe_bad, load_pairs, read_held_out
+from .engine_files import EngineFiles
+from .evaluate import report
+from .files import explain
+from .heartbeat import Heartbeat
+from .model import Clip
+from .signals import name_of, stop
+from .step import StepResult, nonfinite, train_step
+from .tokenizer import train_tokenizer
+from .world import ElsewhereError, World, asked_to_stop, on_each, on_first
 
 
 class NonFiniteError(checkpoint.RunError):
@@ -36,56 +36,62 @@ class NonFiniteError(checkpoint.RunError):
 
 
 @dataclass
-class Job:
-    """Everything a process holds while it trains. ``config``: with every `auto` of the training step settled.
-    ``choices``: how, in words. ``log`` and ``heldout``: rank 0's alone."""
+class Trainer:
+    """Everything a process holds while it trains.
+
+    config    with every `auto` of the training step settled
+    choices   how, in words
+    held_out  what it is evaluated on: rank 0's alone, None elsewhere
+    log       rank 0's alone, None elsewhere
+    state     the steps that are done and skipped
+    """
 
     config: Config
     choices: str
     run: Path
     world: World
-    progress: Progress
+    heartbeat: Heartbeat
     engine: Any
     sampler: Sampler
     tokenizer: Tokenizer
-    heldout: evaluate.Data | None
-    log: logs.Log | None
+    held_out: HeldOut | None
+    log: metrics.Log | None
     state: checkpoint.State
     fingerprint: fingerprint.Fingerprint
 
 
-def train(config: Config, run: Path, world: World, progress: Progress, stop_after: int | None = None) -> str | None:
+def train(config: Config, run: Path, world: World, heartbeat: Heartbeat, stop_after: int | None = None) -> str | None:
     """Train to the last step, then evaluate; or train to step `stop_after`. Returns None, or, where a rank was asked to
     stop, what is left and how to go on; where that is in the evaluation at the end, rank 0 raises StoppedError."""
     began = time.perf_counter()
-    job = _set_up(config, run, world, progress, stop_after)
+    trainer = _set_up(config, run, world, heartbeat, stop_after)
     steps = config.optimizer.steps
     last = min(steps, stop_after or steps)
     # From here on a request waits for the end of a step. One that ended a rank before this line shows in this exchange.
     stop.act_at_once(None)
-    asked_to_stop(job.world)
-    if job.log is not None:
-        ready = time.perf_counter() - began
-        job.log.say(f"run {run}: {_describe(job)}, steps {job.state.step} to {last}; ready in {ready:.1f} s")
+    asked_to_stop(trainer.world)
+    if trainer.log is not None:
+        seconds = f"{time.perf_counter() - began:.1f} s"
+        trainer.log.say(f"run {run}: {_describe(trainer)}, steps {trainer.state.step} to {last}; ready in {seconds}")
     try:
-        stopped = _loop(job, last)
+        stopped = _loop(trainer, last)
         if last == steps and stopped is None:
-            _finish(job)
-        progress.enter(job.state.step, "done")
+            _finish(trainer)
+        heartbeat.enter(trainer.state.step, "done")
     finally:
-        if job.log is not None:
-            job.log.close()
+        if trainer.log is not None:
+            trainer.log.close()
     # The engine before the groups that it uses: the other way round a process may abort at exit.
-    job.engine.destroy()
-    del job
+    trainer.engine.destroy()
+    del trainer
     gc.collect()
     return stopped
 
 
-def _set_up(config: Config, run: Path, world: World, progress: Progress, stop_after: int | None) -> Job:
+def _set_up(config: Config, run: Path, world: World, heartbeat: Heartbeat, stop_after: int | None) -> Trainer:
     _quiet()
-    folder, pairs, heldout = on_each(world, lambda: _read_data(config, world))
-    progress.tick()
+    folder, pairs, held_out = on_each(world, lambda: _read_data(config, world))
+    heartbeat.tick()
     config, choices = on_first(world, lambda: settle(config, world.size, world.device))
     now = on_first(world, lambda: fingerprint.take(folder, world.device))
     found = on_first(world, lambda: _checkpoint_to_resume(config, run, world, stop_after, now))
@@ -96,28 +102,28 @@ def _set_up(config: Config, run: Path, world: World, progress: Progress, stop_af
         tokenizer, state = on_each(world, lambda: (checkpoint.read_tokenizer(found), checkpoint.read_state(found)))
     length, size = config.model.context_length, config.optimizer.batch_size
     sampler = on_each(world, lambda: Sampler(pairs, tokenizer, length, size, config.job.seed))
-    progress.tick()
+    heartbeat.tick()
     torch.manual_seed(config.job.seed)
     engine = make_engine(Clip(config.model, tokenizer.get_vocab_size(), config.job.precision), config, world)
     if found is not None:
         _load(engine, found)
     first = world.rank == 0
     bad = sum(pairs.bad.values())
-    log = on_each(world, lambda: logs.Log(run, state.step, config.optimizer.steps, bad) if first else None)
-    return Job(config, choices, run, world, progress, engine, sampler, tokenizer, heldout, log, state, now)
+    log = on_each(world, lambda: metrics.Log(run, state.step, config.optimizer.steps, bad) if first else None)
+    return Trainer(config, choices, run, world, heartbeat, engine, sampler, tokenizer, held_out, log, state, now)
 
 
-def _read_data(config: Config, world: World) -> tuple[Path, Pairs, evaluate.Data | None]:
+def _read_data(config: Config, world: World) -> tuple[Path, Pairs, HeldOut | None]:
     """The prepared folder, the training pairs, and on rank 0, which evaluates, the held-out ones too: what is wrong
     with them is said before the first step, and they are read once. Every rank asks for the data; a lock lets one
     prepare them."""
     _check_share(config.optimizer, world.size)
-    folder, data = evaluate.data_folder(config), config.data
+    folder, data = data_folder(config), config.data
     pairs = load_pairs(folder, "train", corrupt=data.corrupt, seed=data.seed, max_bad_fraction=data.max_bad_fraction)
-    return folder, pairs, evaluate.read_data(config, folder, pairs) if world.rank == 0 else None
+    return folder, pairs, read_held_out(config, folder, pairs) if world.rank == 0 else None
 
 
-def _check_share(options: Optimizer, processes: int) -> None:
+def _check_share(options: OptimizerOptions, processes: int) -> None:
     if options.batch_size % processes:
         raise ConfigError(
             f"optimizer.batch_size={options.batch_size}; allowed: a multiple of the {processes} processes"
@@ -147,8 +153,8 @@ def _checkpoint_to_resume(
 
 
 def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None:
-    """Name all that differs from when the checkpoint was written. Other data or options that are a part of what is
-    trained are refused; with other code or versions the run goes on, but need not repeat bit for bit."""
+    """Name all that differs from when the checkpoint was written. Other data, and other options that are a part of what
+    is trained, are refused; with other code or versions the run goes on, but need not repeat bit for bit."""
     fixed, changeable = checkpoint.other_options(checkpoint.read_config(folder), config)
     if fixed:
         raise ConfigError(
@@ -173,7 +179,7 @@ def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None
 
 
 def _load(engine: Any, found: Path) -> None:
-    """What is read was checked before by rank 0; files of another model or version are found out only here."""
+    """Rank 0 has checked before what is read; files of another model or version are found out only here."""
     try:
         engine.load_checkpoint(str(found), tag=checkpoint.ENGINE)
     except Exception as error:
@@ -187,7 +193,7 @@ def make_engine(model: Clip, config: Config, world: World) -> Any:
     """The DeepSpeed engine. Parameters are fp32 (bf16 is autocast), hence also the master copies that ZeRO keeps.
 
     Nothing is compiled at the start. The optimizer is PyTorch's: DeepSpeed's own for CPUs gains nothing at this size.
-    And DeepSpeed's all-reduce through shared memory is left out: it waits for a lost rank for ever.
+    And DeepSpeed's all-reduce through shared memory is left out: it waits for a lost rank forever.
     """
     options = config.optimizer
     optimizer = torch.optim.AdamW(
@@ -210,37 +216,38 @@ def make_engine(model: Clip, config: Config, world: World) -> Any:
     return engine
 
 
-def _loop(job: Job, last: int) -> str | None:
-    """Up to step `last`, or to the end of the step in which a rank is asked to stop: then the words for it."""
-    options = job.config.job
-    while job.state.step < last:
-        began, step = time.perf_counter(), job.state.step
-        job.progress.enter(step, "training")
-        batch = job.sampler.share(step, job.world.rank, job.world.size, job.world.device)
-        job.engine.train()
-        result = train_step(job.engine, batch, step, job.config, job.world.group)
-        job.state = job.state.after(result.applied)
-        if job.log is not None:
-            _record(job.log, job, step, result, time.perf_counter() - began, batch.keys)
+def _loop(trainer: Trainer, last: int) -> str | None:
+    """Train up to step `last`, or to the end of the step in which a rank is asked to stop: then returns the words for
+    it."""
+    options = trainer.config.job
+    while trainer.state.step < last:
+        began, step = time.perf_counter(), trainer.state.step
+        trainer.heartbeat.enter(step, "training")
+        batch = trainer.sampler.share(step, trainer.world.rank, trainer.world.size, trainer.world.device)
+        trainer.engine.train()
+        result = train_step(trainer.engine, batch, step, trainer.config, trainer.world.group)
+        trainer.state = trainer.state.after(result.applied)
+        _record(trainer, step, result, time.perf_counter() - began, batch.keys)
         if not result.applied:
-            on_each(job.world, partial(_check_skipped, job, step))
+            on_each(trainer.world, partial(_check_skipped, trainer, step))
         if options.evaluate_every and (step + 1) % options.evaluate_every == 0:
-            job.progress.enter(step, "evaluation")
-            _evaluate_on_the_way(job, step)
+            trainer.heartbeat.enter(step, "evaluation")
+            _evaluate_on_the_way(trainer, step)
         due = (step + 1) % options.checkpoint_every == 0 or step + 1 == last
-        request = asked_to_stop(job.world)
+        request = asked_to_stop(trainer.world)
         if due or request:
-            job.progress.enter(step, "saving")
-            save(job)
-        if request or (due and (request := asked_to_stop(job.world))):  # it takes a while to save
-            folder = job.run / checkpoint.FOLDER / checkpoint.name_of(step + 1)
-            return f"stopped by {name_of(request)} after step {step}: {folder}; go on with --resume {job.run}"
+            trainer.heartbeat.enter(step, "saving")
+            save(trainer)
+        if request or (due and (request := asked_to_stop(trainer.world))):  # it takes a while to save
+            folder = trainer.run / checkpoint.FOLDER / checkpoint.name_of(step + 1)
+            return f"stopped by {name_of(request)} after step {step}: {folder}; go on with --resume {trainer.run}"
     return None
 
 
-def _check_skipped(job: Job, step: int) -> None:
-    """Every rank counts the same, so all of them stop together, and the first says why."""
-    options, state = job.config.job, job.state
+def _check_skipped(trainer: Trainer, step: int) -> None:
+    """Raise NonFiniteError where too many steps were skipped. Every rank counts the same, so all of them stop together,
+    and the first says why."""
+    options, state = trainer.config.job, trainer.state
     recent = len(state.recent_skips)
     if options.on_nonfinite == "stop":
         why = "job.on_nonfinite=stop"
@@ -256,87 +263,91 @@ def _check_skipped(job: Job, step: int) -> None:
         return
     raise NonFiniteError(
         f"the loss or gradient of step {step} is not finite, and the job ends: {why}. The samples of each skipped "
-        f"batch are named in {job.run / logs.NONFINITE}. Go on with --resume {job.run} and that option "
+        f"batch are named in {trainer.run / metrics.NONFINITE}. Go on with --resume {trainer.run} and that option "
         "changed, or start a new run with a lower optimizer.lr"
     )
 
 
-def _record(log: logs.Log, job: Job, step: int, result: StepResult, seconds: float, keys: tuple[str, ...]) -> None:
+def _record(trainer: Trainer, step: int, result: StepResult, seconds: float, keys: tuple[str, ...]) -> None:
+    """The step's row in the log, on the rank that has one."""
+    log, config = trainer.log, trainer.config
+    if log is None:
+        return
     log.step(
         step,
         {
             "loss": result.loss,
-            "alpha": job.config.loss.alpha()(step),
+            "alpha": config.loss.alpha()(step),
             "scale": result.scale,
             "r1_image_to_text": result.r1_image_to_text,
             "r1_text_to_image": result.r1_text_to_image,
-            "lr": job.config.optimizer.lr_at(step),
+            "lr": config.optimizer.lr_at(step),
             "grad_norm": result.grad_norm,
-            "samples_per_second": job.config.optimizer.batch_size / seconds,
-            "skipped": job.state.skipped,
+            "samples_per_second": config.optimizer.batch_size / seconds,
+            "skipped": trainer.state.skipped,
         },
     )
     if not result.applied:
         log.nonfinite(step, keys)
-        log.say(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped; see {logs.NONFINITE}")
+        log.say(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped; see {metrics.NONFINITE}")
 
 
-def weights(job: Job) -> dict[str, Tensor]:
+def weights(trainer: Trainer) -> dict[str, Tensor]:
     """The whole model's parameters; under ZeRO-3 they are gathered, which every rank must take part in."""
-    module = job.engine.module
-    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=job.config.job.zero_stage == 3):
+    module = trainer.engine.module
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=trainer.config.job.zero_stage == 3):
         return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
 
 
-def save(job: Job) -> None:
+def save(trainer: Trainer) -> None:
     """A checkpoint of the present step; returns on all ranks once it is on disk. Where it cannot be, because the model
     is not finite or the disk is full, nothing of it stays, and all ranks raise together."""
-    step, tensors = job.state.step, weights(job)
-    bad = nonfinite(job.engine, tensors, job.world.group)
-    on_each(job.world, partial(_check_finite, job, bad))
+    step, tensors = trainer.state.step, weights(trainer)
+    bad = nonfinite(trainer.engine, tensors, trainer.world.group)
+    on_each(trainer.world, partial(_check_finite, trainer, bad))
     try:
-        scratch = on_first(job.world, lambda: checkpoint.begin(job.run, step))
-        job.engine.save_checkpoint(str(scratch), tag=checkpoint.ENGINE, save_latest=False)
-        on_each(job.world, job.engine.checkpoint_engine.raise_failure)
-        on_first(job.world, partial(_commit, job, scratch, tensors))
+        scratch = on_first(trainer.world, lambda: checkpoint.begin(trainer.run, step))
+        trainer.engine.save_checkpoint(str(scratch), tag=checkpoint.ENGINE, save_latest=False)
+        on_each(trainer.world, trainer.engine.checkpoint_engine.raise_failure)
+        on_first(trainer.world, partial(_commit, trainer, scratch, tensors))
     except (OSError, ElsewhereError) as error:
-        on_first(job.world, lambda: checkpoint.abandon(job.run, step))
+        on_first(trainer.world, lambda: checkpoint.abandon(trainer.run, step))
         if not isinstance(error, OSError):
             raise
         raise checkpoint.RunError(
             f"the checkpoint of step {step} cannot be written ({explain(error)}); those before it are as they were. "
-            f"Where the disk is full make room, and go on with --resume {job.run}"
+            f"Where the disk is full make room, and go on with --resume {trainer.run}"
         ) from error
 
 
-def _commit(job: Job, scratch: Path, tensors: dict[str, Tensor]) -> None:
-    checkpoint.write_portable(scratch, tensors, job.config, job.tokenizer, job.state, job.fingerprint)
-    options = job.config.job
-    checkpoint.commit(job.run, scratch, job.state.step, options.keep_checkpoints, options.keep_every)
+def _commit(trainer: Trainer, scratch: Path, tensors: dict[str, Tensor]) -> None:
+    checkpoint.write_portable(scratch, tensors, trainer.config, trainer.tokenizer, trainer.state, trainer.fingerprint)
+    options = trainer.config.job
+    checkpoint.commit(trainer.run, scratch, trainer.state.step, options.keep_checkpoints, options.keep_every)
 
 
-def _check_finite(job: Job, bad: list[str]) -> None:
+def _check_finite(trainer: Trainer, bad: list[str]) -> None:
     if bad:
         raise NonFiniteError(
-            f"the checkpoint of step {job.state.step} is not written, for the model is not finite any more: NaN or "
+            f"the checkpoint of step {trainer.state.step} is not written, for the model is not finite any more: NaN or "
             f"infinity in {checkpoint.name_some(bad)}. The checkpoints before it are as they were: go on with "
-            f"--resume {job.run}, and if it comes again start a new run with a lower optimizer.lr or max_grad_norm"
+            f"--resume {trainer.run}, and if it comes again start a new run with a lower optimizer.lr or max_grad_norm"
         )
 
 
-def _evaluate_on_the_way(job: Job, step: int) -> None:
+def _evaluate_on_the_way(trainer: Trainer, step: int) -> None:
     """Held-out R@1 by rank 0 while the others wait, in a model of its own. Training draws nothing from torch's global
     generator after set-up, so this leaves no trace in it."""
-    tensors = weights(job)
+    tensors = weights(trainer)
 
-    def run() -> None:
-        assert job.log is not None and job.heldout is not None
-        model = Clip(job.config.model, job.tokenizer.get_vocab_size())
+    def evaluate_here() -> None:
+        assert trainer.log is not None and trainer.held_out is not None
+        model = Clip(trainer.config.model, trainer.tokenizer.get_vocab_size())
         model.load_state_dict(tensors)
-        pairs = job.heldout.splits["heldout"]
+        pairs = trainer.held_out.splits["heldout"]
         x = evaluate.embed_images(model.eval(), pairs.images)
-        image_to_text, text_to_image = evaluate.retrieve(model, job.tokenizer, pairs, x)
-        job.log.row(
+        image_to_text, text_to_image = evaluate.retrieve(model, trainer.tokenizer, pairs, x)
+        trainer.log.row(
             step,
             {
                 "heldout_r1_image_to_text": image_to_text.recall[1],
@@ -344,36 +355,36 @@ def _evaluate_on_the_way(job: Job, step: int) -> None:
             },
         )
 
-    on_first(job.world, run)
+    on_first(trainer.world, evaluate_here)
 
 
-def _finish(job: Job) -> None:
-    """The table and the plot, from the checkpoint on disk: what `python -m train.evaluate` will read."""
-    job.progress.enter(job.state.step, "evaluation")
+def _finish(trainer: Trainer) -> None:
+    """The table and the plot by rank 0, from the checkpoint on disk: what `python -m train.evaluate` will read."""
+    trainer.heartbeat.enter(trainer.state.step, "evaluation")
 
-    def run() -> None:
-        assert job.log is not None and job.heldout is not None
-        folder = checkpoint.find(job.run)
-        results = evaluate.evaluate_checkpoint(folder, job.heldout, stop.check)
-        job.log.say(f"\n{evaluate.report(results, job.heldout)}\n")  # first, for the disk may be full
-        evaluate.write(job.run, folder, results, job.heldout)
-        job.log.say(f"{job.run / evaluate.TABLE}, {logs.plot(job.run)}")
+    def evaluate_here() -> None:
+        assert trainer.log is not None and trainer.held_out is not None
+        folder = checkpoint.find(trainer.run)
+        results = evaluate.evaluate_checkpoint(folder, trainer.held_out, stop.check)
+        trainer.log.say(f"\n{report.text(results, trainer.held_out)}\n")  # first, for the disk may be full
+        report.write(trainer.run, folder, results, trainer.held_out)
+        trainer.log.say(f"{trainer.run / report.TABLE}, {metrics.plot(trainer.run)}")
 
-    on_first(job.world, run)
+    on_first(trainer.world, evaluate_here)
 
 
-def _describe(job: Job) -> str:
-    count = sum(parameter.numel() for parameter in Clip(job.config.model, job.tokenizer.get_vocab_size()).parameters())
-    pairs = job.sampler.pairs
+def _describe(trainer: Trainer) -> str:
+    config, pairs, world = trainer.config, trainer.sampler.pairs, trainer.world
+    model = Clip(config.model, trainer.tokenizer.get_vocab_size())  # under ZeRO-3 the engine's lacks most parameters
+    count = sum(parameter.numel() for parameter in model.parameters())
     return (
         f"{count / 1e6:.2f} M parameters, {len(pairs)} pairs (bad samples left out: {describe_bad(pairs.bad)}), "
-        f"{job.world.size} × {job.world.device.type}, "
-        f"ZeRO-{job.config.job.zero_stage}, {job.choices}"
+        f"{world.size} × {world.device.type}, ZeRO-{config.job.zero_stage}, {trainer.choices}"
     )
 
 
 def _quiet() -> None:
-    """DeepSpeed reports every step of its set-up on every rank, and calls some of PyTorch's by their old names."""
+    """DeepSpeed reports every step of its set-up on every rank, and uses deprecated names of PyTorch's."""
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)

@@ -19,16 +19,22 @@ from deepspeed.utils import (
 from torch import Tensor
 
 from softclip_kernels import Exchange, Hard, ProgressiveSelfDistillation, Target, TwoPass, softclip_loss_with_ranks
-from train.config import Config, Loss
-from train.engine_files import tensors
-from train.model import MAX_LOG_SCALE
-from train.samples import Batch
+
+from .config import Config, LossOptions
+from .data.sampler import Batch
+from .engine_files import tensors
+from .model import MAX_LOG_SCALE
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the global batch, and the same on every rank. ``applied``: the parameters were updated, since the loss and the
-    gradient were finite. ``r1_*``: in-batch R@1. ``grad_norm``: before clipping."""
+    """Of the global batch, and the same on every rank.
+
+    applied    the parameters were updated, since the loss and the gradient were finite
+    r1_*       in-batch R@1
+    scale      the logit scale that the loss was taken with
+    grad_norm  before clipping; NaN where the loss is not finite
+    """
 
     applied: bool
     loss: float
@@ -71,7 +77,7 @@ def encode(engine: Any, batch: Batch, micro_batches: int) -> tuple[tuple[Tensor,
     return passes.outputs, passes.backward
 
 
-def target_at(step: int, pairs: int, loss: Loss, seed: int) -> Target:
+def target_at(step: int, pairs: int, loss: LossOptions, seed: int) -> Target:
     """What the global batch of `pairs` pairs should match: a function of (seed, step), alike on all ranks."""
     if loss.target == "hard":
         return Hard()

@@ -1,6 +1,6 @@
 """What is drawn: the concepts of emojibase, their families and their captions.
 
-Skin-tone variants are left out (they repeat one drawing in five colours under nearly the same words), and so are
+Skin-tone variants are left out (they repeat one drawing in five colors under nearly the same words), and so are
 emojibase's "component" group and its ungrouped regional letters, which are parts of emoji rather than things.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.data.sources import CLDR, EMOJIBASE
+from .sources import CLDR, EMOJIBASE
 
 LEFT_OUT_GROUP = "component"
 KEYWORD_PAIRS = 4
@@ -49,7 +49,7 @@ _WITH_ARTICLE = {"smileys-emotion", "people-body", "animals-nature", "food-drink
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji. ``captions[0]`` is its label; concepts of one ``family`` never straddle a concept split."""
+    """One emoji. `captions[0]` is its label; concepts of one `family` never straddle a concept split."""
 
     index: int
     hexcode: str
@@ -132,7 +132,7 @@ def _shortcodes(packages: Path) -> dict[str, list[str]]:
 
 
 def read_concepts(packages: Path, seed: int) -> tuple[list[Concept], tuple[str, ...]]:
-    """All concepts in emojibase order, and the names their ``group`` indexes."""
+    """All concepts in emojibase order, and the names their `group` indexes."""
     group_of = {int(k): v for k, v in _read(packages, EMOJIBASE.name, "meta/groups.json")["groups"].items()}
     names = tuple(name for _, name in sorted(group_of.items()) if name != LEFT_OUT_GROUP)
     keywords, shortcodes = _cldr_keywords(packages), _shortcodes(packages)

@@ -16,8 +16,8 @@ from typing import Any
 import resvg_py
 from PIL import Image
 
-from train.data.concepts import Concept, normal_hexcode
-from train.data.sources import VENDOR_PACKAGES
+from .concepts import Concept, normal_hexcode
+from .sources import VENDOR_PACKAGES
 
 UNSEEN_VENDOR = "fluent-emoji-flat"
 _DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -40,7 +40,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A drawing as PNG bytes; ``pixels`` is the SHA-256 of its decoded RGBA, equal for identical pictures."""
+    """A drawing as PNG bytes; `pixels` is the SHA-256 of its decoded RGBA, equal for identical pictures."""
 
     drawing: Drawing
     png: bytes
@@ -135,7 +135,7 @@ def read_drawings(packages: Path, concepts: list[Concept], size: int) -> list[Dr
 
 
 def render(drawings: list[Drawing], size: int) -> tuple[list[Rendered], int]:
-    """Rasterise to ``size`` x ``size`` RGBA PNG; returns the pictures and the count of blank or unreadable drawings.
+    """Rasterize to `size` × `size` RGBA PNG; returns the pictures and the count of blank or unreadable drawings.
 
     One thread: about 0.7 ms a drawing, so that a pool of processes would cost more to start than it saves.
     """

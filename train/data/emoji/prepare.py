@@ -1,4 +1,4 @@
-"""The one-time set-up: fetch the packages, draw the pictures, write the shards, write the manifest."""
+"""The one-time set-up of the emoji set: fetch the packages, draw the pictures, write the shards and the manifest."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 
 import resvg_py
 
-from train import lock
-from train.data.concepts import read_concepts
-from train.data.drawings import Rendered, read_drawings, render
-from train.data.manifest import MANIFEST_NAME, DataError, Manifest, Shard, read_manifest, write_manifest
-from train.data.shards import MAX_PIXELS, write_shard
-from train.data.sources import WORD_SECONDS, SetupError, default_root, fetch_packages, pins
-from train.data.splits import SPLITS, split_pictures
-from train.files import sha256_of
-from train.signals import say
+from ... import lock
+from ...files import sha256_of
+from ...signals import say
+from ..manifest import MANIFEST_NAME, DataError, Manifest, Shard, read_manifest, write_manifest
+from ..shards import MAX_PIXELS, write_shard
+from .concepts import read_concepts
+from .drawings import Rendered, read_drawings, render
+from .sources import WORD_SECONDS, SetupError, default_root, fetch_packages, pins
+from .splits import SPLITS, split_pictures
 
 SHARD_SAMPLES = 1000
 
@@ -37,8 +37,8 @@ def _is_ready(folder: Path, size: int, seed: int) -> bool:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Hold ``<root>/.lock``. The kernel frees it when the process ends, however it ends. Who waits for it long says so:
-    another job may be fetching."""
+    """Hold `<root>/.lock`. The kernel frees it when the process ends, however it ends. A process that waits long for it
+    says so: another job may be fetching."""
     with (root / ".lock").open("w") as file:
         if not lock.take(file, WORD_SECONDS):
             say(f"waiting for another process that prepares {root}")
@@ -60,11 +60,10 @@ def _record(picture: Rendered, group_names: tuple[str, ...]) -> dict[str, Any]:
 def _write(folder: Path, packages: Path, size: int, seed: int) -> None:
     """Write all shards of one (size, seed), then their manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    # What a killed set-up or an older version left is worthless without its manifest, which goes first.
-    own = [
-        path for split in SPLITS for path in folder.glob(f"{split}-??????.tar*")
-    ]  # and nothing that others put there
-    for stale in [folder / MANIFEST_NAME, *own]:
+    # What a killed set-up or an older version left is worthless without its manifest, which goes first. Nothing else is
+    # removed: other people may have put files there.
+    shards_left = [path for split in SPLITS for path in folder.glob(f"{split}-??????.tar*")]
+    for stale in [folder / MANIFEST_NAME, *shards_left]:
         stale.unlink(missing_ok=True)
     concepts, group_names = read_concepts(packages, seed)
     pictures, blank = render(read_drawings(packages, concepts, size), size)
@@ -87,18 +86,15 @@ def _write(folder: Path, packages: Path, size: int, seed: int) -> None:
 
 
 def prepare_emoji(root: Path | None = None, *, size: int = 48, seed: int = 0) -> Path:
-    """Fetch, rasterise and write the emoji set once; return the folder that ``load_pairs`` reads.
+    """Fetch, rasterize and write the emoji set once; return the folder that `load_pairs` reads.
+
+    root  cache folder; by default `$SOFTCLIP_DATA/emoji`, or `~/.cache/softclip_kernels/emoji` where unset
+    size  height and width of the pictures in pixels
+    seed  fixes the splits and the wording of the captions
 
     A folder with a valid manifest is returned at once. Several processes may call together: one works, the others
-    wait for its lock. A set-up that was killed is done again.
-
-    Args:
-        root: cache folder; by default ``$SOFTCLIP_DATA/emoji``, or ``~/.cache/softclip_kernels/emoji`` where unset.
-        size: height and width of the pictures in pixels.
-        seed: fixes the splits and the wording of the captions.
-
-    Raises:
-        SetupError: npm is missing or failed, a file has another hash than pinned, or an argument is out of range.
+    wait for its lock. A set-up that was killed is done again. Raises SetupError where npm is missing or failed, a file
+    has another hash than pinned, or an argument is out of range.
     """
     if not 8 <= size <= int(MAX_PIXELS**0.5):
         raise SetupError(f"size is {size!r}; from 8 to {int(MAX_PIXELS**0.5)} pixels are allowed")

@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.signals import say
+from ...signals import say
 
 NPM_TIMEOUT_SECONDS = 900
 # Before the packages, which may take their time where the network is slow, a small question that npm gives up soon: by
@@ -36,7 +36,11 @@ class SetupError(RuntimeError):
 
 @dataclass(frozen=True)
 class Package:
-    """One npm package: ``files`` maps the paths used inside it to their SHA-256."""
+    """One npm package: `files` maps the paths used inside it to their SHA-256 in hex.
+
+    The name of the folder of fetched packages depends on how these are printed (see fetch_packages): with another name
+    of this class or of a field, every cache would be fetched anew.
+    """
 
     name: str
     version: str
@@ -116,7 +120,7 @@ PACKAGES: tuple[Package, ...] = (*VENDOR_PACKAGES.values(), EMOJIBASE, CLDR)
 
 
 def default_root() -> Path:
-    """The folder of the emoji set: ``$SOFTCLIP_DATA/emoji``, or ``~/.cache/softclip_kernels/emoji`` where unset."""
+    """The folder of the emoji set: `$SOFTCLIP_DATA/emoji`, or `~/.cache/softclip_kernels/emoji` where unset."""
     base = os.environ.get("SOFTCLIP_DATA")
     return (Path(base).expanduser() if base else Path.home() / ".cache" / "softclip_kernels") / "emoji"
 
@@ -139,7 +143,7 @@ def _npm_command() -> list[str]:
 
 
 def _install(target: Path) -> None:
-    """Have npm install every pinned package under ``target/node_modules``; package scripts never run."""
+    """Have npm install every pinned package under `target/node_modules`; package scripts never run."""
     say(f"fetching the emoji set with npm: {len(PACKAGES)} packages, once")
     first = PACKAGES[0]
     probe = ["view", f"{first.name}@{first.version}", "version", *PROBE]
@@ -198,10 +202,10 @@ def _checked(path: Path, package: Package, file: str) -> bytes:
 
 
 def fetch_packages(root: Path) -> Path:
-    """Return the folder ``<root>/packages`` with the files of ``PACKAGES`` under their package names.
+    """Return the folder `<root>/packages-<hash>` with the files of PACKAGES under their package names.
 
-    Installed once into a temporary folder, checked against the pinned hashes, then renamed into place, so that the
-    folder either holds everything or does not exist. The caller holds the lock.
+    They are installed once into a temporary folder, checked against the pinned hashes, then renamed into place, so that
+    the folder either holds everything or does not exist. The caller holds the lock.
     """
     digest = hashlib.sha256(repr(PACKAGES).encode()).hexdigest()[:12]
     packages = root / f"packages-{digest}"

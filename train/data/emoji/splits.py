@@ -1,10 +1,10 @@
 """The four splits, fixed by a seed, and the rules that keep the held-out ones free of leakage.
 
-- ``train``: drawings of seen concepts by the four training vendors.
-- ``heldout``: other drawings of seen concepts; each concept keeps a drawing by another vendor in ``train``.
-- ``concepts``: the training vendors' drawings of unseen concepts. Unseen means whole families (see ``family_of``): a
-  woman cook is not held out while a man cook is trained on. No vendor's drawing of an unseen concept is in ``train``.
-- ``vendor``: the unseen vendor's drawings of seen concepts; its drawings of unseen concepts are in no split.
+- `train`: drawings of seen concepts by the four training vendors.
+- `heldout`: other drawings of seen concepts; each concept keeps a drawing by another vendor in `train`.
+- `concepts`: the training vendors' drawings of unseen concepts. Unseen means whole families (see `family_of`): a
+  woman cook is not held out while a man cook is trained on. No vendor's drawing of an unseen concept is in `train`.
+- `vendor`: the unseen vendor's drawings of seen concepts; its drawings of unseen concepts are in no split.
 
 Last, a held-out picture whose pixels equal a training picture's is dropped, and so is one equal to a picture of another
 concept in its own split, where a 1-of-N retrieval target would be ambiguous.
@@ -16,8 +16,8 @@ import random
 from collections import Counter
 from dataclasses import dataclass
 
-from train.data.concepts import Concept
-from train.data.drawings import UNSEEN_VENDOR, Rendered
+from .concepts import Concept
+from .drawings import UNSEEN_VENDOR, Rendered
 
 SPLITS = ("train", "heldout", "concepts", "vendor")
 UNSEEN_CONCEPT_SHARE = 0.0865
@@ -33,7 +33,7 @@ class Split:
 
 
 def unseen_concepts(concepts: list[Concept], seed: int, share: float = UNSEEN_CONCEPT_SHARE) -> set[int]:
-    """Indices of about ``share`` of the concepts, in whole families."""
+    """Indices of about `share` of the concepts, in whole families."""
     families: dict[str, list[int]] = {}
     for concept in concepts:
         families.setdefault(concept.family, []).append(concept.index)
@@ -48,7 +48,7 @@ def unseen_concepts(concepts: list[Concept], seed: int, share: float = UNSEEN_CO
 
 
 def _held_out_keys(seen: list[Rendered], seed: int, share: float) -> set[str]:
-    """Keys of about ``share`` of the drawings, never the last drawing left of a concept."""
+    """Keys of about `share` of the drawings, never the last drawing left of a concept."""
     left = Counter(picture.drawing.concept.index for picture in seen)
     order = sorted(seen, key=lambda picture: picture.drawing.key)
     random.Random(f"heldout:{seed}").shuffle(order)
