@@ -14,22 +14,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import signals
 import yaml
-from train_data import tiny
 
-from train import logs, progress
+from train import heartbeat, metrics
 
-ROOT = Path(__file__).resolve().parents[1]
+from . import signals
+from .data import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
 
 
 def environment(fault: str = "") -> dict[str, str]:
-    """`fault`: one of train_faults, for the job's ranks."""
+    """That of a job. `fault`: the name of a function in faults/sitecustomize.py, for its ranks."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = [str(ROOT), str(ROOT / "tests")]
     if fault:
-        path.insert(0, str(ROOT / "tests" / "train_faults"))
+        path.insert(0, str(ROOT / "tests" / "helpers" / "faults"))
     return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), "TRAIN_FAULT": fault}
 
 
@@ -104,18 +105,18 @@ def configuration(folder: Path, data: Path, steps: int = 24, micro_batches: int 
     return folder / "tiny.yaml"
 
 
-def wait_for(run: Path, rank: int, condition: Callable[[progress.Place], bool]) -> progress.Place:
+def wait_for(run: Path, rank: int, condition: Callable[[heartbeat.Place], bool]) -> heartbeat.Place:
     """The place of a rank once `condition` holds for it."""
     end = time.monotonic() + TIMEOUT
     while time.monotonic() < end:
-        for place in progress.read(run):
+        for place in heartbeat.read(run):
             if place.rank == rank and condition(place):
                 return place
         time.sleep(0.005)
-    raise AssertionError(f"rank {rank} never came there; last seen: {progress.read(run)}")
+    raise AssertionError(f"rank {rank} never came there; last seen: {heartbeat.read(run)}")
 
 
 def training_rows(run: Path) -> list[dict[str, Any]]:
     """The logged numbers that depend on the training alone, not on the clock."""
-    rows = logs.read_rows(run / logs.METRICS)
+    rows = metrics.read_rows(run / metrics.METRICS)
     return [{name: value for name, value in row.items() if name != "samples_per_second"} for row in rows]

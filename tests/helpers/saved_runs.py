@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from train_data import tiny
 
 from train import checkpoint
 from train.config import Config
 from train.files import sha256_of
 from train.fingerprint import Fingerprint
 from train.model import Clip
+
+from .data import tiny
 
 FINGERPRINT = Fingerprint("data", "code", {"torch": "1"})
 

@@ -1,4 +1,4 @@
-"""One rank of the tests that look inside a training step; test_train_failures.py starts two under torchrun.
+"""One rank of the tests that look inside a training step; test_job_failures.py starts two under torchrun.
 
 It writes what it saw to <folder>/rank-<rank>.json.
 """
@@ -21,17 +21,17 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
 )
-from train_data import tiny
 
-from train import launch
+from helpers.data import tiny
 from train.config import Config
-from train.data import load_pairs
+from train.data import Sampler, all_captions, load_pairs
 from train.engine_files import tensors, why_unusable
-from train.job import make_engine, weights
+from train.launch import leave
 from train.model import Clip
-from train.samples import Sampler, all_captions
+from train.run import make_engine, weights
 from train.step import nonfinite, train_step
 from train.tokenizer import train_tokenizer
+from train.world import join_world
 
 
 def snapshot(engine: Any) -> list[torch.Tensor]:
@@ -54,7 +54,7 @@ def distance(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 def main(data: Path, folder: Path, stage: int) -> None:
     config = Config.from_dict(tiny(data, zero_stage=stage, precision="fp32"))
     seen: dict[str, Any] = {}
-    with launch.world(config.job) as world:
+    with join_world(config.job) as world:
         pairs = load_pairs(data, "train")
         tokenizer = train_tokenizer(all_captions(pairs), 300)
 
@@ -144,4 +144,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
-    launch.leave(0)
+    leave(0)

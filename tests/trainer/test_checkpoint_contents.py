@@ -1,5 +1,5 @@
 """What a checkpoint may hold: nothing that is not finite, nothing that runs code, and a word on data, code and
-versions. Without processes of its own; see test_train_saving.py for whole jobs."""
+versions. Without processes of its own; see test_job_saving.py for whole jobs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.data import picture, tiny
+from helpers.saved_runs import FINGERPRINT, Payload, rewrite_manifest, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from train_data import picture, tiny
-from train_saved import FINGERPRINT, Payload, rewrite_manifest, write_checkpoint
 
-from train import checkpoint, engine_files, evaluate, fingerprint, job
+from train import checkpoint, engine_files, fingerprint
 from train.config import SKIP_WINDOW, Config, ConfigError, load
 from train.data.manifest import read_manifest, write_manifest
 from train.data.shards import write_shard
+from train.evaluate import report
+from train.evaluate.__main__ import main
+from train.run import NonFiniteError, _check_skipped, _compare
 
 CPU = torch.device("cpu")
 OPTIMIZER_FILE = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -109,10 +112,10 @@ def test_too_many_skips_end_the_job(
         run=tmp_path,
     )
     if message is None:
-        job._check_skipped(held, 9)
+        _check_skipped(held, 9)
     else:
-        with pytest.raises(job.NonFiniteError, match=rf"step 9 is not finite, and the job ends: .*{message}"):
-            job._check_skipped(held, 9)
+        with pytest.raises(NonFiniteError, match=rf"step 9 is not finite, and the job ends: .*{message}"):
+            _check_skipped(held, 9)
 
 
 # -------------------------------------------------------------------------------------------------- no code is ever run
@@ -140,7 +143,7 @@ def test_a_payload_in_the_portable_part_is_never_run(
     pickle.loads((tmp_path / checkpoint.FOLDER / "step-000008" / name).read_bytes())
     assert marker.is_dir(), "the payload works"
     marker.rmdir()
-    assert evaluate.main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 1
     with pytest.raises(checkpoint.CheckpointError):
         find(tmp_path)
     assert not marker.exists()
@@ -209,7 +212,7 @@ def test_no_damage_of_any_part_is_a_traceback(tmp_path: Path, data: Path, tokeni
         with pytest.raises(checkpoint.CheckpointError, match="no whole checkpoint"):
             find(run)
         if checkpoint.ENGINE not in part:
-            assert evaluate.main([str(run)]) == 1, how
+            assert main([str(run)]) == 1, how
 
 
 def test_a_checkpoints_folder_that_cannot_be_read_is_no_new_run(tmp_path: Path) -> None:
@@ -217,7 +220,7 @@ def test_a_checkpoints_folder_that_cannot_be_read_is_no_new_run(tmp_path: Path) 
     (tmp_path / checkpoint.FOLDER).write_text("")
     with pytest.raises(checkpoint.CheckpointError, match="the checkpoints cannot be read: Not a directory: /"):
         checkpoint.exist(tmp_path)
-    assert evaluate.main([str(tmp_path)]) == 1
+    assert main([str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize("content", (b"", b"\xff", b"step-000099", b"../../step-000004", b"null"))
@@ -281,27 +284,27 @@ def test_a_run_goes_on_only_with_the_options_and_data_it_began_with(
 ) -> None:
     folder = write_checkpoint(tmp_path, data, tokenizer, 8)
     same = Config.from_dict(tiny(data))
-    job._compare(same, folder, FINGERPRINT)
+    _compare(same, folder, FINGERPRINT)
     assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match=r"optimizer\.lr=0\.0015 then, 0\.01 now.*set them back in .*config\.yaml"):
-        job._compare(changed(data, "optimizer", lr=0.01, steps=99), folder, FINGERPRINT)
-    job._compare(changed(data, "job", processes=2), folder, FINGERPRINT)
+        _compare(changed(data, "optimizer", lr=0.01, steps=99), folder, FINGERPRINT)
+    _compare(changed(data, "job", processes=2), folder, FINGERPRINT)
     assert capsys.readouterr().out == "", "0 stood for the two that were started"
-    job._compare(changed(data, "optimizer", steps=99), folder, FINGERPRINT)
+    _compare(changed(data, "optimizer", steps=99), folder, FINGERPRINT)
     assert "with other options than step-000008 was written with: optimizer.steps=12 then, 99 now" in (
         capsys.readouterr().out
     )
     with pytest.raises(
         checkpoint.CheckpointError, match=r"other data \(fingerprint data then, d2 now\); let data\.folder"
     ):
-        job._compare(same, folder, replace(FINGERPRINT, data="d2"))
-    job._compare(same, folder, replace(FINGERPRINT, code="c2", versions={"torch": "2", "numpy": "3"}))
+        _compare(same, folder, replace(FINGERPRINT, data="d2"))
+    _compare(same, folder, replace(FINGERPRINT, code="c2", versions={"torch": "2", "numpy": "3"}))
     assert capsys.readouterr().out == (
         "step-000008 was written by other software, and may not go on bit for bit: code code, now c2; "
         "numpy unknown, now 3; torch 1, now 2\n"
     )
     (folder / checkpoint.FINGERPRINT).unlink()
-    job._compare(same, folder, FINGERPRINT)
+    _compare(same, folder, FINGERPRINT)
     assert capsys.readouterr().out.startswith("step-000008 holds no fingerprint.json")
 
 
@@ -326,7 +329,7 @@ def test_a_fingerprint_knows_other_code(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.undo()
     assert fingerprint.of_code() == same, "not of the folder, nor of compiled Python"
     monkeypatch.setattr(fingerprint, "__file__", str(package / "fingerprint.py"))
-    with (package / "data" / "batches.py").open("a") as file:
+    with (package / "data" / "sampler.py").open("a") as file:
         file.write("\n")
     assert fingerprint.of_code() != same
 
@@ -335,11 +338,11 @@ def test_evaluation_warns_of_other_data_and_of_what_it_cannot_write(
     tmp_path: Path, data: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(tmp_path, data, tokenizer, 8)
-    assert evaluate.main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     assert "warning: step-000008 was trained on other data (fingerprint data then, " in capsys.readouterr().err
-    (tmp_path / evaluate.TABLE).unlink()
-    (tmp_path / evaluate.TABLE).mkdir()
-    assert evaluate.main([str(tmp_path)]) == 1
+    (tmp_path / report.TABLE).unlink()
+    (tmp_path / report.TABLE).mkdir()
+    assert main([str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "| held-out drawings | 40 | 40 |" in said.out, "what cannot be written is said"
-    assert f"error: Is a directory: {tmp_path / evaluate.TABLE}\n" in said.err
+    assert f"error: Is a directory: {tmp_path / report.TABLE}\n" in said.err

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.saved_runs import names, weights, write_checkpoint
 from tokenizers import Tokenizer
-from train_saved import names, weights, write_checkpoint
 
 from train import checkpoint
 

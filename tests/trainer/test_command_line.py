@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_data import tiny
+from helpers.data import tiny
 
 from train import launch, lock
+from train.cli import main, parse
 from train.config import Config, load
-from train.main import main, parse
 
 
 def run_main(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -21,7 +21,7 @@ def run_main(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[
     return status, capsys.readouterr().err
 
 
-def test_command_line_errors(
+def test_what_cannot_be_run_is_refused_with_the_way_out(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run_main(["job.sede=1"], capsys)[0] == 2

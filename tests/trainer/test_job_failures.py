@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_data import tiny
-from train_jobs import ROOT, TIMEOUT, configuration, environment, finish, start, wait_for
+from helpers.data import tiny
+from helpers.jobs import ROOT, TIMEOUT, configuration, environment, finish, start, wait_for
 
-from train import checkpoint, launch, logs, progress
+from train import checkpoint, heartbeat, launch, metrics
 from train.config import Config
-from train.data import load_pairs
-from train.samples import Sampler
+from train.data import Sampler, load_pairs
 from train.tokenizer import train_tokenizer
 
 CPU = torch.device("cpu")
@@ -65,7 +64,7 @@ def test_a_rank_stopped_while_it_evaluates_ends_the_job(data: Path, tmp_path: Pa
     job = start("--config", str(file), "--folder", str(run), fault="stuck_evaluation")
     place = wait_for(run, 0, lambda place: place.phase == "evaluation")
     os.kill(place.pid, signal.SIGSTOP)
-    wait_for(run, 1, lambda place: place.phase == progress.FAILED)
+    wait_for(run, 1, lambda place: place.phase == heartbeat.FAILED)
     os.kill(place.pid, signal.SIGKILL)  # as the launcher does in the end; the 30 s until then are another test's
     status, said = finish(job)
     assert status != 0
@@ -108,14 +107,14 @@ def test_a_nan_sample_of_one_rank_is_skipped_counted_and_named_until_too_many_ar
     message = "the loss or gradient of step 4 is not finite, and the job ends: of the last 1000 steps 3 were skipped"
     assert said.count(message) == 1, said
     assert "Traceback" not in said
-    rows = [row for row in logs.read_rows(run / logs.METRICS) if "loss" in row]
+    rows = [row for row in metrics.read_rows(run / metrics.METRICS) if "loss" in row]
     assert [row["skipped"] for row in rows] == [0, 1, 2, 2, 3]
     assert [row["step"] for row in rows if row["loss"] is None] == [1, 2, 4]
     config = Config.from_dict(tiny(data))
     assert [row["alpha"] for row in rows] == [config.loss.alpha()(step) for step in range(5)]
     pairs = load_pairs(data, "train")
     sampler = Sampler(pairs, train_tokenizer(["thing"], 300), 12, config.optimizer.batch_size, config.job.seed)
-    named = {row["step"]: tuple(row["keys"]) for row in logs.read_rows(run / logs.NONFINITE)}
+    named = {row["step"]: tuple(row["keys"]) for row in metrics.read_rows(run / metrics.NONFINITE)}
     assert named == {step: sampler.share(step, 0, 1, CPU).keys for step in (1, 2, 4)}
     state = checkpoint.read_state(checkpoint.find(run))
     assert (state.skipped, state.skipped_in_a_row, state.recent_skips) == (2, 0, (1, 2)), "a resumed run counts on"
@@ -133,7 +132,7 @@ def test_the_first_nan_stops_the_job_where_asked_to(data: Path, tmp_path: Path) 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_nothing_is_updated_where_a_loss_or_gradient_is_not_finite(data: Path, tmp_path: Path, stage: int) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(ROOT / "tests" / "train_worker.py"), str(data), str(tmp_path), str(stage)]
+    command = [*launcher, str(ROOT / "tests" / "helpers" / "step_worker.py"), str(data), str(tmp_path), str(stage)]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     seen_by = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]

@@ -13,10 +13,10 @@ from pathlib import Path
 import parity
 import pytest
 import torch
+from helpers.data import tiny
+from helpers.jobs import configuration, finish, start, training_rows, wait_for
 from safetensors.torch import load_file
 from torch import Tensor
-from train_data import tiny
-from train_jobs import configuration, finish, start, training_rows, wait_for
 
 from softclip_kernels import Hard
 from train import checkpoint
@@ -203,7 +203,7 @@ def different(run: Path, other: Path) -> list[str]:
     return logged + [name for name in theirs if not torch.equal(ours[name], theirs[name])]
 
 
-# Stage 1 in one pass: test_train_runs.
+# Stage 1 in one pass: test_job_runs.
 @pytest.mark.long
 @pytest.mark.parametrize(("stage", "micro_batches"), ((2, 1), (3, 1), (1, 3), (2, 3), (3, 3)))
 def test_a_killed_run_resumes_bitwise_at_every_stage_and_in_two_passes(

@@ -14,15 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.data import CONCEPTS, make_data, tiny
+from helpers.jobs import configuration, finish, start, training_rows, wait_for
+from helpers.saved_runs import rewrite_manifest
 from safetensors.torch import load_file
-from train_data import CONCEPTS, make_data, tiny
-from train_jobs import configuration, finish, start, training_rows, wait_for
-from train_saved import rewrite_manifest
 
-from train import checkpoint, evaluate, logs, progress
+from train import checkpoint, heartbeat, metrics
 from train.config import Config
-from train.data import load_pairs
-from train.samples import all_captions
+from train.data import all_captions, load_pairs
+from train.evaluate import report
+from train.evaluate.__main__ import main
 from train.tokenizer import train_tokenizer
 
 STEPS = 24
@@ -48,20 +49,20 @@ def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_all_it_promises(whole_run: Path, data: Path) -> None:
-    rows = logs.read_rows(whole_run / logs.METRICS)
+    rows = metrics.read_rows(whole_run / metrics.METRICS)
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(STEPS))
     schedule = Config.from_dict(tiny(data)).loss.alpha()
     assert [row["alpha"] for row in steps] == [schedule(step) for step in range(STEPS)]
     assert all(row["grad_norm"] > 0 and row["samples_per_second"] > 0 and row["skipped"] == 0 for row in steps)
     assert all(row["bad_samples"] == 1 for row in steps)
-    table, figures = ((whole_run / name).read_text() for name in (evaluate.TABLE, evaluate.FIGURES))
+    table, figures = ((whole_run / name).read_text() for name in (report.TABLE, report.FIGURES))
     assert "Bad samples left out: train: 1 (empty_caption 1); held-out drawings: 1 (empty_caption 1); " in table
     assert json.loads(figures)["left_out"]["vendor"] == {"empty_caption": 1}
     assert [row["step"] for row in rows if "heldout_r1_image_to_text" in row] == [5, 11, 17, 23]
-    assert (whole_run / logs.PLOT).read_bytes().startswith(b"\x89PNG")
-    assert list((whole_run / logs.EVENTS).iterdir())
-    assert {place.phase for place in progress.read(whole_run)} == {"done"}
+    assert (whole_run / metrics.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert list((whole_run / metrics.EVENTS).iterdir())
+    assert {place.phase for place in heartbeat.read(whole_run)} == {"done"}
     found = checkpoint.find(whole_run)
     assert not [path for path in found.rglob("*") if path.suffix in (".py", ".sh")], "no code in a checkpoint"
     tokenizer = train_tokenizer(all_captions(load_pairs(data, "train", max_bad_fraction=0.1)), 300)
@@ -69,12 +70,12 @@ def test_a_run_leaves_all_it_promises(whole_run: Path, data: Path) -> None:
 
 
 def test_evaluate_reads_the_same_table_back(whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    written = {name: (whole_run / name).read_bytes() for name in (evaluate.TABLE, evaluate.FIGURES)}
+    written = {name: (whole_run / name).read_bytes() for name in (report.TABLE, report.FIGURES)}
     for name in written:
         (whole_run / name).unlink()
-    assert evaluate.main([str(whole_run)]) == 0
+    assert main([str(whole_run)]) == 0
     assert {name: (whole_run / name).read_bytes() for name in written} == written
-    assert capsys.readouterr().out.rstrip().endswith(written[evaluate.TABLE].decode().rstrip().splitlines()[-1])
+    assert capsys.readouterr().out.rstrip().endswith(written[report.TABLE].decode().rstrip().splitlines()[-1])
 
 
 def test_a_killed_run_says_who_and_resumes_bitwise_from_the_last_good_checkpoint(
@@ -83,7 +84,7 @@ def test_a_killed_run_says_who_and_resumes_bitwise_from_the_last_good_checkpoint
     run = tmp_path / "run"
     job = start("--config", str(configuration(tmp_path, data)), "--folder", str(run))
     wait_for(run, 1, lambda place: place.step >= 9)
-    os.kill(next(place.pid for place in progress.read(run) if place.rank == 1), signal.SIGKILL)
+    os.kill(next(place.pid for place in heartbeat.read(run) if place.rank == 1), signal.SIGKILL)
     status, said = finish(job)
     assert status != 0
     assert "rank 1 was the first to fail (killed by SIGKILL" in said
@@ -102,7 +103,7 @@ def test_a_killed_run_says_who_and_resumes_bitwise_from_the_last_good_checkpoint
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert training_rows(run) == training_rows(whole_run)
-    figures = [json.loads((one / evaluate.FIGURES).read_text()) for one in (run, whole_run)]
+    figures = [json.loads((one / report.FIGURES).read_text()) for one in (run, whole_run)]
     assert figures[0] == figures[1]
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_jobs import configuration, finish, start
-from train_saved import Payload, names, rewrite_manifest
+from helpers.jobs import configuration, finish, start
+from helpers.saved_runs import Payload, names, rewrite_manifest
 
-from train import checkpoint, evaluate, logs
+from train import checkpoint, metrics
+from train.evaluate import report
 
 
 def test_moments_that_are_not_finite_are_never_saved(data: Path, tmp_path: Path) -> None:
@@ -36,8 +37,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
     file = configuration(tmp_path, data, steps=12)
     status, said = finish(start("--config", str(file), "--folder", str(run), fault="full_disk"))
     assert status == 1, said
-    assert said.count(f"warning: {logs.METRICS} cannot be written (No space left on device: ") == 1, said
-    assert said.count(f"warning: {logs.EVENTS} cannot be written (No space left on device: ") == 1, said
+    assert said.count(f"warning: {metrics.METRICS} cannot be written (No space left on device: ") == 1, said
+    assert said.count(f"warning: {metrics.EVENTS} cannot be written (No space left on device: ") == 1, said
     problem = r"error: rank 1, step 7, saving: the checkpoint of step 8 cannot be written \(No space left on device: "
     assert (
         len(re.findall(problem + r".*optim_states\.pt \([0-9.]+ MB free\)\); those before it are as they", said)) == 1
@@ -55,7 +56,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
     rewrite_manifest(folder)
     settings = run / "config.yaml"
     settings.write_text(settings.read_text().replace("steps: 12\n", "steps: 9\n"))
-    (run / evaluate.TABLE).mkdir()
+    (run / report.TABLE).mkdir()
     planted = run / checkpoint.FOLDER / "step-000006"
     shutil.copytree(folder, planted)
     torch.save({"module": Payload(tmp_path / "was run")}, next((planted / checkpoint.ENGINE).glob("*_optim_states.pt")))
@@ -66,11 +67,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
     assert "checkpoint step-000006 cannot be used (UnpicklingError: " in said
     assert not (tmp_path / "was run").exists()
     assert "| held-out drawings | 40 | 40 |" in said, "what cannot be written is said"
-    assert f"error: rank 0, step 9, evaluation: Is a directory: {run / evaluate.TABLE}. Last seen" in said
+    assert f"error: rank 0, step 9, evaluation: Is a directory: {run / report.TABLE}. Last seen" in said
     assert "Traceback" not in said
     assert (
         said.count("going on with other options than step-000004 was written with: optimizer.steps=12 then, 9 now") == 1
     )
     assert said.count("step-000004 was written by other software, and may not go on bit for bit: torch 1.0, now ") == 1
     assert names(run) == ["latest", "step-000008", "step-000009"]
-    assert [row["step"] for row in logs.read_rows(run / logs.METRICS) if "loss" in row] == list(range(9))
+    assert [row["step"] for row in metrics.read_rows(run / metrics.METRICS) if "loss" in row] == list(range(9))

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from train_jobs import configuration, finish, start
+from helpers.jobs import configuration, finish, start
 
-from train import progress
+from train import heartbeat
 
 STEPS = 2000
 LAUNCHER = -1  # among the ranks: the process that started them
@@ -46,8 +46,8 @@ def watch(job: subprocess.Popen[str], run: Path) -> dict[int, list[Holdings]]:
     seen: dict[int, list[Holdings]] = {}
     end = time.monotonic() + PATIENCE
     while job.poll() is None:
-        assert time.monotonic() < end, f"not over after {PATIENCE:.0f} s: {progress.read(run)}"
-        places = progress.read(run)
+        assert time.monotonic() < end, f"not over after {PATIENCE:.0f} s: {heartbeat.read(run)}"
+        places = heartbeat.read(run)
         pids = {place.rank: (place.pid, place.step) for place in places}
         if places:
             pids[LAUNCHER] = (job.pid, max(place.step for place in places))

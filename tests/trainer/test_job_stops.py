@@ -16,10 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from train_jobs import TIMEOUT, configuration, finish, read_terminal, start, start_in_terminal, wait_for
+from helpers.jobs import TIMEOUT, configuration, finish, read_terminal, start, start_in_terminal, wait_for
 
-from train import checkpoint, config, lock, logs, progress
-from train.main import main
+from train import checkpoint, config, heartbeat, lock, metrics
+from train.cli import main
 from train.signals import INTERRUPTED, STOPPED
 
 LONG_RUN = 5000  # steps that no test waits for
@@ -27,7 +27,7 @@ PROMISE = 10.0  # seconds after which no rank lives on without its launcher
 
 
 def pids(run: Path) -> list[int]:
-    return [place.pid for place in progress.read(run)]
+    return [place.pid for place in heartbeat.read(run)]
 
 
 def is_alive(pid: int) -> bool:
@@ -39,7 +39,7 @@ def is_alive(pid: int) -> bool:
 
 
 def steps_logged(run: Path) -> list[int]:
-    return [row["step"] for row in logs.read_rows(run / logs.METRICS) if "loss" in row]
+    return [row["step"] for row in metrics.read_rows(run / metrics.METRICS) if "loss" in row]
 
 
 def put_a_file_in_place_of(folder: Path) -> None:
@@ -105,13 +105,13 @@ def test_each_signal_stops_the_job_with_a_checkpoint_that_the_next_job_goes_on_f
     # To all, as by Ctrl-C, while no heartbeat can be written.
     job = start("--resume", str(run))
     wait_for(run, 1, lambda place: place.step > done)
-    put_a_file_in_place_of(run / progress.FOLDER)
-    time.sleep(2 * progress.BEAT_SECONDS)
+    put_a_file_in_place_of(run / heartbeat.FOLDER)
+    time.sleep(2 * heartbeat.BEAT_SECONDS)
     os.killpg(job.pid, signal.SIGINT)
     status, said = finish(job)
     assert said.count("no heartbeat can be written") == 2, said
     done = check_stopped(run, status, said, "SIGINT")
-    (run / progress.FOLDER).unlink()
+    (run / heartbeat.FOLDER).unlink()
 
     # And to its end, which is now nearer.
     status, said = finish(start("--resume", str(run), f"optimizer.steps={done + 2}", "job.evaluate_every=1"))
@@ -205,12 +205,12 @@ def test_who_ends_the_job_where_nobody_moves(
 ) -> None:
     """Without heartbeats a rank cannot tell whether rank 0 works for all, which watches itself."""
     ended = threading.Event()
-    monkeypatch.setattr(progress, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(progress.faulthandler, "dump_traceback", lambda all_threads: None)
-    monkeypatch.setattr(progress.os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr(heartbeat, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(heartbeat.faulthandler, "dump_traceback", lambda all_threads: None)
+    monkeypatch.setattr(heartbeat.os, "_exit", lambda status: ended.set())
     if not writable:
-        (tmp_path / progress.FOLDER).touch()
-    watch = progress.Progress(tmp_path, rank, SimpleNamespace(timeout_seconds=0.3))  # type: ignore[arg-type]
+        (tmp_path / heartbeat.FOLDER).touch()
+    watch = heartbeat.Heartbeat(tmp_path, rank, SimpleNamespace(timeout_seconds=0.3))  # type: ignore[arg-type]
     watch.enter(4, "evaluation")
     assert ended.wait(60 if ends else 2) is ends
     watch.close()

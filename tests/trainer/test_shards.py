@@ -193,7 +193,7 @@ def test_no_message_advises_to_delete_data() -> None:
     """Of all that the trainer says: its strings, docstrings aside."""
     advice = re.compile(r"\b(delete|rm -r|wipe|erase)\b|remove the (data|folder|shard|cache)", re.IGNORECASE)
     found = []
-    for path in sorted((Path(__file__).parent.parent / "train").rglob("*.py")):
+    for path in sorted((Path(__file__).parents[2] / "train").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         spoken = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
         for node in ast.walk(tree):
@@ -268,7 +268,7 @@ def test_shard_names_are_plain_files(tmp_path: Path, name: Any, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("text", ("[]", "{", "[" * 99999, '{"format": 1, "shards": []}', '{"format": 99}'))
-def test_broken_manifest(tmp_path: Path, text: str) -> None:
+def test_a_broken_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (folder_with(tmp_path, tar_of(GOOD), 4) / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"python -m train\.data"):
         load_pairs(tmp_path, "train")

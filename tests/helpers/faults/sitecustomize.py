@@ -1,5 +1,6 @@
-"""Faults in the ranks of a whole job. Python imports a module of this name at every start, where it finds one; the jobs
-of train_jobs.start(fault=...) find this one, and TRAIN_FAULT names what to break. The launching process stays whole."""
+"""Faults in the ranks of a whole job. Python imports a module of this name at every start, where it finds one. The jobs
+of helpers.jobs.start(fault=...) find this one, and TRAIN_FAULT names what to break; the launching process stays whole.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def no_memory_on_rank_1() -> None:
 
 def nan_on_rank_1() -> None:
     """One picture of rank 1's share of the steps 1, 2 and 4."""
-    from train.samples import Sampler
+    from train.data import Sampler
 
     real = Sampler.share
 
@@ -71,16 +72,17 @@ def nan_moment_on_rank_1() -> None:
 def full_disk() -> None:
     """For the logs from step 5 on, and for rank 1's file of the checkpoint of 8 steps."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from train import engine_files, logs
+    from train import engine_files, metrics
 
-    row, write = logs.Log.row, engine_files.write
+    row, write = metrics.Log.row, engine_files.write
 
-    def full_row(self: logs.Log, step: int, *others: Any) -> None:
+    def full_row(self: metrics.Log, step: int, *others: Any) -> None:
         if step == 5:
-            os.dup2(os.open("/dev/full", os.O_WRONLY), self._files[logs.METRICS]._file.fileno())  # type: ignore[union-attr]
-            for path in (self._run / logs.EVENTS).iterdir():
-                path.unlink()
-                path.symlink_to("/dev/full")
+            os.dup2(os.open("/dev/full", os.O_WRONLY), self._files[metrics.METRICS]._file.fileno())  # type: ignore[union-attr]
+            for path in list((self._run / metrics.EVENTS).iterdir()):
+                full = path.with_name("full")
+                full.symlink_to("/dev/full")
+                full.replace(path)  # at once: TensorBoard's thread would make the file anew
         row(self, step, *others)
 
     def full_write(path: Any, content: Any) -> None:
@@ -88,12 +90,12 @@ def full_disk() -> None:
             path.symlink_to("/dev/full")
         write(path, content)
 
-    logs.Log.row = full_row  # type: ignore[method-assign]
+    metrics.Log.row = full_row  # type: ignore[method-assign]
     engine_files.write = full_write
 
 
 def one_share_for_all() -> None:
-    from train.samples import Sampler
+    from train.data import Sampler
 
     real = Sampler.share
     Sampler.share = lambda self, step, rank, *others: real(self, step, 0, *others)  # type: ignore[method-assign]
@@ -109,7 +111,7 @@ def forgotten_moments() -> None:
 
 def leaks() -> None:
     """A handle and 20 kB a step, and a thread every tenth."""
-    from train.samples import Sampler
+    from train.data import Sampler
 
     real, kept = Sampler.share, []
 
@@ -159,9 +161,10 @@ def stuck_set_up() -> None:
 
 def slow_evaluation_and_saving() -> None:
     """Each of an evaluation's many chunks and each of a checkpoint's files takes its time."""
-    from train import checkpoint, evaluate
+    from train import checkpoint
+    from train.evaluate import embed
 
-    composite, sync_file = evaluate.composite, checkpoint.sync_file
+    composite, sync_file = embed.composite, checkpoint.sync_file
 
     def slow_composite(*arguments: Any) -> Any:
         time.sleep(SLOW_SECONDS)
@@ -171,14 +174,14 @@ def slow_evaluation_and_saving() -> None:
         time.sleep(SLOW_SECONDS)
         sync_file(path)
 
-    evaluate.CHUNK = 8
-    evaluate.composite = slow_composite
+    embed.CHUNK = 8
+    embed.composite = slow_composite
     checkpoint.sync_file = slow_sync_file
 
 
 def rank_1_killed_once() -> None:
     """At step 5 of the first of several starts under torchrun."""
-    from train.samples import Sampler
+    from train.data import Sampler
 
     real = Sampler.share
 
