@@ -46,7 +46,7 @@ def find(run: Path) -> tuple[str, list[str]]:
     return checkpoint.find(run, warnings.append, engine=True).name, warnings
 
 
-# -------------------------------------------------------------------------------------------------- only what is finite
+# --- Only what is finite
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
@@ -118,7 +118,7 @@ def test_too_many_skips_end_the_job(
             _check_skipped(held, 9)
 
 
-# -------------------------------------------------------------------------------------------------- no code is ever run
+# --- No code is ever run
 
 
 def planted(run: Path, name: str, marker: Path, keep_zip: bool = False) -> None:
@@ -168,7 +168,7 @@ def test_a_payload_in_the_engine_is_never_run(
     assert not marker.exists()
 
 
-# ---------------------------------------------------------------------------------------- damage of every part and kind
+# --- Damage of every part and kind
 
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
@@ -270,7 +270,7 @@ def test_a_damaged_configuration_is_named(tmp_path: Path, text: bytes) -> None:
         load(tmp_path / "run.yaml")
 
 
-# ------------------------------------------------------------------------------------- other options, data and software
+# --- Other options, data and software
 
 
 def changed(data: Path, section: str, **options: Any) -> Config:

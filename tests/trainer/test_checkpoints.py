@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from train import checkpoint
 
-# ----------------------------------------------------------------------------------------------- crashes and full disks
+# --- Crashes and full disks
 
 
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -146,7 +146,7 @@ def test_a_flush_that_finds_the_disk_full_leaves_a_whole_checkpoint(
     assert names(tmp_path) == ["latest", "step-000004", "step-000008"]
 
 
-# --------------------------------------------------------------------------------------------------- order and damage
+# --- Order and damage
 
 
 def test_only_the_newest_are_kept_and_one_of_each_long_interval(

@@ -33,7 +33,7 @@ SIZE = 16
 COOKS = {"1F9D1-200D-1F373": "cook", "1F468-200D-1F373": "man cook", "1F469-200D-1F373": "woman cook"}
 
 
-# ---------------------------------------------------------------------------------------------------- a fake npm tree
+# --- A fake npm tree
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -172,7 +172,7 @@ def test_splits_follow_the_seed_and_count_what_they_drop(drawn: tuple[list[Conce
         assert sum(map(len, split.pictures.values())) + sum(split.dropped.values()) == len(pictures)
 
 
-# ------------------------------------------------------------------------------------------------------------- set-up
+# --- Set-up
 
 
 def test_a_set_up_is_done_once_and_then_loaded(tmp_path: Path, fetches: list[Path]) -> None:
@@ -318,7 +318,7 @@ def test_the_webdataset_library_reads_our_shards(tmp_path: Path, fetches: list[P
     assert [entry["txt"].decode() for entry in read] == [captions[0] for captions in ours.captions]
 
 
-# ------------------------------------------------------------------------------------------------ corruption, batches
+# --- Corruption
 
 
 def test_loading_refuses_arguments_out_of_range(tmp_path: Path, fetches: list[Path]) -> None:

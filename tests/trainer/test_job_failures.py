@@ -25,7 +25,7 @@ from train.tokenizer import train_tokenizer
 CPU = torch.device("cpu")
 
 
-# ------------------------------------------------------------------------------------------------ lost and stuck ranks
+# --- Lost and stuck ranks
 
 
 def test_a_stopped_rank_ends_the_job_within_the_time_out(data: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_what_one_rank_alone_finds_in_set_up_is_said_with_its_name(
     assert "Timed out" not in said
 
 
-# ----------------------------------------------------------------------------------------- non-finite losses, gradients
+# --- Non-finite losses, gradients
 
 
 def test_a_nan_sample_of_one_rank_is_skipped_counted_and_named_until_too_many_are(data: Path, tmp_path: Path) -> None:

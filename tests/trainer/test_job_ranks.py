@@ -67,7 +67,7 @@ def parameters(run: Path) -> dict[str, Tensor]:
     return load_file(checkpoint.find(run) / checkpoint.WEIGHTS)
 
 
-# ------------------------------------------------------------------------------------------------- numbers of processes
+# --- Numbers of processes
 
 
 def initial_parameters(run: Path) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def test_another_number_of_processes_is_refused_clearly(job: Job, tmp_path: Path
     assert "Traceback" not in said
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
+# --- Resume
 
 
 def killed_and_resumed(folder: Path, data: Path, fault: str = "", **given: object) -> tuple[Path, int]:

@@ -65,7 +65,7 @@ def check_stopped(run: Path, status: int, said: str, name: str) -> int:
     return done
 
 
-# ---------------------------------------------------------------------------------------------------------- the signals
+# --- The signals
 
 
 def test_each_signal_stops_the_job_with_a_checkpoint_that_the_next_job_goes_on_from(
@@ -168,7 +168,7 @@ def test_ranks_end_within_10_s_of_their_launcher(data: Path, tmp_path: Path) -> 
     lock.hold(run).close()  # it is free
 
 
-# ------------------------------------------------------------------------------------------------------------ time-outs
+# --- Time-outs
 
 
 def test_a_long_evaluation_and_a_slow_disk_are_no_hang(data: Path, tmp_path: Path) -> None:
@@ -228,7 +228,7 @@ def test_a_rank_that_hangs_in_set_up_ends_the_job(data: Path, tmp_path: Path) ->
     assert "in load_pairs" in said or "rank 1: step 0, set-up" in said
 
 
-# ------------------------------------------------------------------------------------------------------ other launchers
+# --- Other launchers
 
 
 def test_torchrun_restarts_a_job_that_lost_a_rank_and_hands_signals_on(data: Path, tmp_path: Path) -> None:
