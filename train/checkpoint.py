@@ -71,7 +71,7 @@ class State:
 
     def after(self, applied: bool) -> State:
         """The state one step on, whose batch was `applied` or skipped."""
-        recent = tuple(one for one in self.recent_skips if one > self.step - SKIP_WINDOW)
+        recent = tuple(step for step in self.recent_skips if step > self.step - SKIP_WINDOW)
         return replace(
             self,
             step=self.step + 1,
@@ -172,7 +172,7 @@ def find(run: Path, warn: Callable[[str], None] = print, engine: bool = False) -
     except (OSError, UnicodeDecodeError):
         latest = ""
     names = _names(run)
-    for name in sorted(names, key=lambda one: one == latest, reverse=True):
+    for name in sorted(names, key=lambda name: name == latest, reverse=True):
         problem = why_broken(run / FOLDER / name, engine)
         if problem is None:
             return run / FOLDER / name
@@ -229,37 +229,35 @@ def steps_done(run: Path) -> int:
 def read_state(folder: Path) -> State:
     """Fields that an earlier version did not know have their defaults. Raises CheckpointError where a field is unknown,
     missing, or no count."""
-    found = _read_mapping(folder / STATE)
-    known = {one.name: one.default is MISSING for one in fields(State)}
-    unknown, missing = (
-        sorted(found.keys() - known.keys()),
-        sorted(name for name in known if known[name] and name not in found),
-    )
+    content = _read_mapping(folder / STATE)
+    required = {field.name: field.default is MISSING for field in fields(State)}
+    unknown = sorted(content.keys() - required.keys())
+    missing = sorted(name for name in required if required[name] and name not in content)
     if unknown:
         raise CheckpointError(
             f"{STATE} holds {', '.join(unknown)}, which this version does not know: a newer one wrote it"
         )
     if missing:
         raise CheckpointError(f"{STATE} lacks {', '.join(missing)}")
-    recent = found.pop("recent_skips", [])
+    recent = content.pop("recent_skips", [])
     if not isinstance(recent, list):
         raise CheckpointError(f"{STATE} gives recent_skips as {recent!r}, and a list is allowed")
-    for name, value in (*found.items(), *(("recent_skips", one) for one in recent)):
+    for name, value in (*content.items(), *(("recent_skips", step) for step in recent)):
         if type(value) is not int or not 0 <= value < MAX_COUNT:
             raise CheckpointError(f"{STATE} gives {name} as {value!r}, and a whole number from 0 to 2^62 is allowed")
-    return State(**found, recent_skips=tuple(recent))
+    return State(**content, recent_skips=tuple(recent))
 
 
 def read_config(folder: Path) -> Config:
     """Options of earlier versions that others replaced are left out: they never were a part of what is trained. Raises
     CheckpointError where it is not a configuration of this version."""
-    found = _read_mapping(folder / CONFIG)
+    content = _read_mapping(folder / CONFIG)
     for name in REPLACED:
         section, _, option = name.partition(".")
-        if isinstance(found.get(section), dict):
-            found[section].pop(option, None)
+        if isinstance(content.get(section), dict):
+            content[section].pop(option, None)
     try:
-        return Config.from_dict(found)
+        return Config.from_dict(content)
     except ConfigError as error:
         raise CheckpointError(f"{CONFIG}: {error}") from error
 
@@ -275,12 +273,12 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        mapping = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: {_short(error)}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path.name} holds {type(found).__name__}; a mapping is needed")
-    return found
+    if not isinstance(mapping, dict):
+        raise CheckpointError(f"{path.name} holds {type(mapping).__name__}; a mapping is needed")
+    return mapping
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -297,11 +295,11 @@ def read_model(folder: Path) -> tuple[Clip, Tokenizer, Config]:
 
 def describe_mismatch(state: State, processes: int, zero_stage: int) -> str | None:
     """Why the engine's files of `state` cannot go on here, or None."""
-    found: dict[str, Any] = {
+    pairs: dict[str, Any] = {
         "job.processes": (state.processes, processes),
         "job.zero_stage": (state.zero_stage, zero_stage),
     }
-    for name, (then, now) in found.items():
+    for name, (then, now) in pairs.items():
         if then != now:
             return (
                 f"the checkpoint was written with {name}={then} and this job has {now}; its optimizer state is cut "
@@ -354,6 +352,6 @@ def _names(run: Path) -> list[str]:
     return sorted(names, key=_step, reverse=True)
 
 
-def exist(run: Path) -> bool:
+def has_any(run: Path) -> bool:
     """Whether the run ever finished a checkpoint, good or not."""
     return bool(_names(run))

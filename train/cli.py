@@ -52,21 +52,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point of every process, launched or not; returns the exit status."""
     options = parse(arguments)
     try:
-        settings, run = _prepared(options)
+        settings, run = _asked_for(options)
         if launch.is_launched():
-            return _ranked(settings, run, options)
+            return _run_rank(settings, run, options)
         count = launch.process_count(settings.job)
-        held = _take(settings, run, options)
+        held = _hold(settings, run, options)
         # The run's folder carries the configuration, so that every process reads one and the same.
         stop_after = [] if options.stop_after is None else ["--stop-after", str(options.stop_after)]
         return launch.launch(count, run, ["--resume", str(run), *stop_after], held)
     except (*USER_ERRORS, OSError) as error:
-        _say(error)
+        _print_error(error)
         return launch.BAD_REQUEST
 
 
-def _prepared(options: argparse.Namespace) -> tuple[Config, Path]:
-    """The configuration and folder that the command line asks for."""
+def _asked_for(options: argparse.Namespace) -> tuple[Config, Path]:
+    """The configuration and folder that the command line asks for. Raises ConfigError where it asks for what is not
+    there, or for what the run cannot go on with."""
     if options.stop_after is not None and options.stop_after < 1:
         raise ConfigError(f"--stop-after {options.stop_after}: allowed: 1 or more")
     if options.resume == AUTO:
@@ -111,8 +112,8 @@ def _check_changes(run: Path, before: Config, after: Config) -> None:
         )
 
 
-def _take(settings: Config, run: Path, options: argparse.Namespace) -> TextIO:
-    """Make the run, or bring its configuration up to date, and hold its lock, which is returned."""
+def _hold(settings: Config, run: Path, options: argparse.Namespace) -> TextIO:
+    """Make the run, or bring its configuration up to date. Returns its lock, which holds as long as it is open."""
     if options.resume is None or not (run / CONFIG_FILE).exists():
         _create(run, settings, exist_ok=options.resume == AUTO)
     held = lock.hold(run, AUTO_PATIENCE if options.resume == AUTO else 0.0)
@@ -122,8 +123,8 @@ def _take(settings: Config, run: Path, options: argparse.Namespace) -> TextIO:
 
 
 def _create(run: Path, settings: Config, exist_ok: bool) -> None:
-    """A new run's folder with its configuration; never an old one's. `exist_ok`: one without a configuration will do,
-    which a job left that ended too early."""
+    """Make a new run's folder with its configuration; never touches an old run's. `exist_ok`: a folder without a
+    configuration will do, such as a job leaves that ended too early."""
     try:
         run.mkdir(parents=True, exist_ok=exist_ok)
     except FileExistsError as error:
@@ -133,15 +134,15 @@ def _create(run: Path, settings: Config, exist_ok: bool) -> None:
     write_atomically(run / CONFIG_FILE, settings.to_yaml().encode())
 
 
-def _ranked(settings: Config, run: Path, options: argparse.Namespace) -> int:
-    """One process of the job."""
+def _run_rank(settings: Config, run: Path, options: argparse.Namespace) -> int:
+    """Be one process of the job; returns its exit status."""
     rank = int(os.environ["RANK"])
     stop.act_at_once(lambda name: end(launch.stopped_early(run, name) if rank == 0 else None))
     watch = heartbeat.begin(run, rank, settings.job)
     stopped: str | None = None
     try:
         # Held until the process ends. What the command line changes is written before the others can go on.
-        held = _take(settings, run, options) if rank == 0 and not launch.is_launched_by_train() else None
+        held = _hold(settings, run, options) if rank == 0 and not launch.is_launched_by_train() else None
         with join_world(settings.job) as world:
             # DeepSpeed takes seconds to import, which the launching process does without. It picks its device by this.
             os.environ.setdefault("DS_ACCELERATOR", world.device.type)
@@ -163,7 +164,7 @@ def _ranked(settings: Config, run: Path, options: argparse.Namespace) -> int:
 
 
 def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
-    """Say what ended this rank, unless another rank says it; returns the exit status."""
+    """Say what ended this rank, unless another rank says it. Returns the exit status."""
     if isinstance(error, StoppedError):
         say(f"stopped by {error} in the evaluation at the end; all steps are done and kept; go on with --resume {run}")
         return STOPPED
@@ -171,7 +172,7 @@ def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
         # The launcher ends this rank, and calls the other one the first to fail; or asks it to stop like the other.
         return STOPPED if stop.wait(launch.GRACE_SECONDS) else 1
     if isinstance(error, USER_ERRORS):
-        _say(error)
+        _print_error(error)
         return launch.BAD_REQUEST
     if is_lost_contact(error):
         if watch.phase == heartbeat.SET_UP and stop.wait(launch.GRACE_SECONDS):  # another was asked a moment before
@@ -188,7 +189,7 @@ def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
     return 1
 
 
-def _say(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     rank, words = os.environ.get("RANK", "0"), _words(error)
     print(f"error: {words}" if rank == "0" else f"error: rank {rank}: {words}", file=sys.stderr, flush=True)
 

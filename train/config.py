@@ -253,7 +253,7 @@ class Config:
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Config:
         """From nested mappings; what is left out keeps its default."""
-        sections = {one.name: one.default_factory for one in fields(cls)}
+        sections = {section.name: section.default_factory for section in fields(cls)}
         _known("section", mapping, sections)
         made = {}
         for name, values in mapping.items():
@@ -301,7 +301,7 @@ def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _section(section: str, kind: type, values: dict[str, Any]) -> Any:
-    known = {one.name: one for one in fields(kind)}
+    known = {option.name: option for option in fields(kind)}
     for name in sorted(str(name) for name in values if f"{section}.{name}" in REPLACED):
         raise ConfigError(f"{section}.{name} is of an earlier version; give {REPLACED[f'{section}.{name}']} instead")
     _known(f"option of {section!r}", values, known)
@@ -315,7 +315,7 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
         if value is None and base != annotation:
             return None
         if base.startswith("tuple") and isinstance(value, (list, tuple)):
-            return tuple(_typed(name, one, base.removeprefix("tuple[").split(",")[0]) for one in value)
+            return tuple(_typed(name, element, base.removeprefix("tuple[").split(",")[0]) for element in value)
         if base == "int" and isinstance(value, int) and not isinstance(value, bool):
             return value
         if base == "float" and isinstance(value, (int, float, str)) and not isinstance(value, bool):

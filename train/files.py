@@ -50,7 +50,7 @@ def explain(error: OSError) -> str:
         return error.strerror or str(error)
     place = Path(os.fsdecode(error.filename)).absolute()
     words = f"{error.strerror}: {place}"
-    folder = next((one for one in (place, *place.parents) if os.path.isdir(one)), None)  # Path.is_dir may raise
+    folder = next((path for path in (place, *place.parents) if os.path.isdir(path)), None)  # Path.is_dir may raise
     if folder is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return words
     try:

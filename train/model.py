@@ -129,7 +129,7 @@ class Clip(nn.Module):
             x = self.log_scale.new_empty(0) if images is None else self.image(images)
             y = self.log_scale.new_empty(0) if tokens is None else self.text(tokens)
         # Norms, similarities and the loss stay in fp32: they are a small part of the work and decide its precision.
-        x, y = (F.normalize(one.float(), dim=-1) if len(one) else one for one in (x, y))
+        x, y = (F.normalize(rows.float(), dim=-1) if len(rows) else rows for rows in (x, y))
         return x, y, self.log_scale.float().exp()
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:

@@ -94,19 +94,19 @@ def _set_up(config: Config, run: Path, world: World, heartbeat: Heartbeat, stop_
     heartbeat.tick()
     config, choices = on_first(world, lambda: settle(config, world.size, world.device))
     now = on_first(world, lambda: fingerprint.take(folder, world.device))
-    found = on_first(world, lambda: _checkpoint_to_resume(config, run, world, stop_after, now))
-    if found is None:
+    resumed = on_first(world, lambda: _checkpoint_to_resume(config, run, world, stop_after, now))
+    if resumed is None:
         text = on_first(world, lambda: train_tokenizer(all_captions(pairs), config.model.vocab_size).to_str())
         tokenizer, state = Tokenizer.from_str(text), checkpoint.State(0, 0, world.size, config.job.zero_stage)
     else:
-        tokenizer, state = on_each(world, lambda: (checkpoint.read_tokenizer(found), checkpoint.read_state(found)))
+        tokenizer, state = on_each(world, lambda: (checkpoint.read_tokenizer(resumed), checkpoint.read_state(resumed)))
     length, size = config.model.context_length, config.optimizer.batch_size
     sampler = on_each(world, lambda: Sampler(pairs, tokenizer, length, size, config.job.seed))
     heartbeat.tick()
     torch.manual_seed(config.job.seed)
     engine = make_engine(Clip(config.model, tokenizer.get_vocab_size(), config.job.precision), config, world)
-    if found is not None:
-        _load(engine, found)
+    if resumed is not None:
+        _load(engine, resumed)
     first = world.rank == 0
     bad = sum(pairs.bad.values())
     log = on_each(world, lambda: metrics.Log(run, state.step, config.optimizer.steps, bad) if first else None)
@@ -139,7 +139,7 @@ def _checkpoint_to_resume(
     config: Config, run: Path, world: World, stop_after: int | None, now: fingerprint.Fingerprint
 ) -> Path | None:
     """The newest good checkpoint, None where the run never wrote one; raises where it does not fit this job."""
-    if not checkpoint.exist(run):
+    if not checkpoint.has_any(run):
         return None
     folder = checkpoint.find(run, engine=True)
     state = checkpoint.read_state(folder)
@@ -178,14 +178,14 @@ def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None
         print(f"{folder.name} was written by other software, and may not go on bit for bit: {'; '.join(software)}")
 
 
-def _load(engine: Any, found: Path) -> None:
+def _load(engine: Any, folder: Path) -> None:
     """Rank 0 has checked before what is read; files of another model or version are found out only here."""
     try:
-        engine.load_checkpoint(str(found), tag=checkpoint.ENGINE)
+        engine.load_checkpoint(str(folder), tag=checkpoint.ENGINE)
     except Exception as error:
         raise checkpoint.CheckpointError(
-            f"{found}: DeepSpeed cannot go on from {checkpoint.ENGINE}/ ({type(error).__name__}: {error}); remove this "
-            "checkpoint, so that an older one is used, or start a new run"
+            f"{folder}: DeepSpeed cannot go on from {checkpoint.ENGINE}/ ({type(error).__name__}: {error}); remove "
+            "this checkpoint, so that an older one is used, or start a new run"
         ) from error
 
 

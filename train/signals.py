@@ -57,10 +57,10 @@ class Stop:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for one in SIGNALS:
-            if signal.getsignal(one) is not signal.SIG_IGN:
-                signal.signal(one, lambda *_: None)
-                signal.siginterrupt(one, False)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+                signal.siginterrupt(number, False)
         parent = int(os.environ.get(LAUNCHER, os.getppid())) if "RANK" in os.environ else None
         threading.Thread(target=self._listen, args=(reader, parent), name="signals", daemon=True).start()
 

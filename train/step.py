@@ -109,8 +109,8 @@ MASTER = "master copy"
 def nonfinite(engine: Any, weights: dict[str, Tensor], group: Any) -> list[str]:
     """What holds NaN or infinity of the whole model's `weights`, of their fp32 master copies, and of the moments, of
     which each rank holds its part: by parameter, and the same on every rank. Every rank calls it."""
-    own = [*tensors(weights), *tensors(engine.optimizer.state_dict())]
-    bad = torch.tensor(float(not all(torch.isfinite(one).all() for one in own)), device=engine.device)
+    local = [*tensors(weights), *tensors(engine.optimizer.state_dict())]
+    bad = torch.tensor(float(not all(torch.isfinite(tensor).all() for tensor in local)), device=engine.device)
     dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
     if not bad:
         return []
@@ -123,23 +123,23 @@ def _nonfinite_here(engine: Any, weights: dict[str, Tensor]) -> list[str]:
     """What this rank alone can name."""
     parts = dict(weights)
     for name, parameter in engine.module.named_parameters():
-        for key, part in _own_parts(engine, parameter).items():
+        for key, part in _local_parts(engine, parameter).items():
             parts[f"{name} ({key})"] = part
     return [name for name, part in parts.items() if not torch.isfinite(part).all()]
 
 
-def _own_parts(engine: Any, parameter: Any) -> dict[str, Tensor]:
+def _local_parts(engine: Any, parameter: Any) -> dict[str, Tensor]:
     """This rank's part of a parameter's master copy and moments. In ZeRO 1 and 2 by hand: DeepSpeed's own way to the
     moments links those of the first parameter group alone, for the others have none yet when it looks."""
     optimizer = engine.optimizer
     moments = MOMENTS if optimizer.optimizer.state else ()
     if hasattr(parameter, "ds_id"):
-        found = {f"moment {key}": safe_get_local_optimizer_state(parameter, key) for key in moments}
-        return {MASTER: safe_get_local_fp32_param(parameter), **found}
+        held = {f"moment {key}": safe_get_local_optimizer_state(parameter, key) for key in moments}
+        return {MASTER: safe_get_local_fp32_param(parameter), **held}
     mapping = parameter._hp_mapping
     if mapping is None:
         return {}
     address, flat = mapping.get_hp_fragment_address(), optimizer.single_partition_of_fp32_groups
     state = optimizer.optimizer.state.get(flat[mapping.param_group_index], {})
-    found = {f"moment {key}": state[key].narrow(0, address.start, address.numel) for key in moments if key in state}
-    return {MASTER: mapping.hp_fragment, **found}
+    held = {f"moment {key}": state[key].narrow(0, address.start, address.numel) for key in moments if key in state}
+    return {MASTER: mapping.hp_fragment, **held}

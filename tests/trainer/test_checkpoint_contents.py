@@ -216,10 +216,10 @@ def test_no_damage_of_any_part_is_a_traceback(tmp_path: Path, data: Path, tokeni
 
 
 def test_a_checkpoints_folder_that_cannot_be_read_is_no_new_run(tmp_path: Path) -> None:
-    assert not checkpoint.exist(tmp_path)
+    assert not checkpoint.has_any(tmp_path)
     (tmp_path / checkpoint.FOLDER).write_text("")
     with pytest.raises(checkpoint.CheckpointError, match="the checkpoints cannot be read: Not a directory: /"):
-        checkpoint.exist(tmp_path)
+        checkpoint.has_any(tmp_path)
     assert main([str(tmp_path)]) == 1
 
 

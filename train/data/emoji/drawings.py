@@ -82,10 +82,10 @@ def _by_name(known: dict[str, set[str]], icons: dict[str, Any]) -> dict[str, str
         aliases[entry["parent"]].append(alias)
 
     def find(names: Iterable[str]) -> set[str]:
-        found: set[str] = set()
+        codes: set[str] = set()
         for name in names:
-            found |= next((known[r] for r in _readings(name) if len(known.get(r, ())) == 1), set())
-        return found
+            codes |= next((known[r] for r in _readings(name) if len(known.get(r, ())) == 1), set())
+        return codes
 
     joined: dict[str, str] = {}
     for name in icons["icons"]:
