@@ -1,6 +1,5 @@
-"""What a run writes while it goes: a JSON line and TensorBoard scalars a step, a progress bar, and the plot at the end.
-
-Only rank 0 has a Log; the others have none.
+"""What a run writes as it goes: a JSON line and TensorBoard scalars a step, a progress bar, and a plot at the end. Only
+rank 0 has a Log.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ BAR_SECONDS = {True: 1.0, False: 30.0}  # between updates on a terminal, and in 
 
 
 class Log:
-    """Appends rows from step `start` on; rows of later steps, which a crash left behind the checkpoint, go first.
-    `bad_samples`: so many were left out of the training data, which the bar and every step's row say."""
+    """Appends rows from step `start` on; rows of later steps, which a crash left behind the checkpoint, are removed
+    first. `bad_samples`: how many were left out of the training data, for the bar and every step's row."""
 
     def __init__(self, run: Path, start: int, steps: int, bad_samples: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -49,7 +48,7 @@ class Log:
         )
 
     def row(self, step: int, values: dict[str, float]) -> None:
-        """Numbers that belong to a step. JSON knows no NaN and no infinity: they are written as null."""
+        """Write numbers that belong to a step. JSON knows no NaN and no infinity: they are written as null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._append(METRICS, {"step": step, **finite})
         try:
@@ -70,20 +69,21 @@ class Log:
         self._bar.update()
 
     def nonfinite(self, step: int, keys: tuple[str, ...]) -> None:
+        """Name the samples of a batch that was skipped."""
         self._append(NONFINITE, {"step": step, "keys": keys})
 
     def say(self, text: str) -> None:
         self._bar.write(text)
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
-        """A log that cannot be written ends no run: the rows wait for room."""
+        """Append a row. A log that cannot be written ends no run: its rows wait for room."""
         try:
             self._files[name].append(json.dumps(row))
         except OSError as error:
             self._complain(name, error, "its rows wait for room, and the run goes on")
 
     def _complain(self, name: str, error: OSError, consequence: str) -> None:
-        """Once for each log."""
+        """Warn, once for each log."""
         if name not in self._lost:
             self._lost.add(name)
             error.filename = error.filename or str(self._run / name)
@@ -101,14 +101,15 @@ class Log:
 
 
 class _Lines:
-    """A file that lines are appended to. Those that the disk did not take come before the next, whole and in order."""
+    """A file that lines are appended to. Lines that the disk did not take are written before the next, whole and in
+    order."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._waiting = path, b""
         self._file: io.FileIO | None = None
 
     def append(self, line: str) -> None:
-        """Raises OSError where it does not reach the file now."""
+        """Raises OSError where the line does not reach the file now; it waits for the next call."""
         self._waiting += f"{line}\n".encode()
         if self._file is None:
             self._file = io.FileIO(self._path, "a")
@@ -121,7 +122,7 @@ class _Lines:
 
 
 def _end_threads_quietly() -> None:
-    """TensorBoard writes in a thread, whose end by a full disk the next row learns of and says."""
+    """TensorBoard writes in a thread. Where a full disk ends it, the next row finds out and says so."""
     before = threading.excepthook
 
     def hook(ended: threading.ExceptHookArgs) -> None:
@@ -132,7 +133,7 @@ def _end_threads_quietly() -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file that belong to a step; a line cut by a crash, or altered, is left out."""
+    """The rows of a JSONL file that belong to a step; lines that a crash cut or somebody altered are left out."""
     rows = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
@@ -151,7 +152,7 @@ def _keep_before(path: Path, start: int) -> None:
 
 
 def plot(run: Path) -> Path:
-    """Loss, alpha and R@1 over the steps as a PNG."""
+    """Loss, α and R@1 over the steps as a PNG; returns its path."""
     import matplotlib
 
     matplotlib.use("Agg")

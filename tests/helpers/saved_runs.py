@@ -75,5 +75,5 @@ def rewrite_manifest(folder: Path) -> None:
     (folder / checkpoint.MANIFEST).write_text(json.dumps(entries), encoding="utf-8")
 
 
-def names(run: Path) -> list[str]:
+def checkpoint_names(run: Path) -> list[str]:
     return sorted(path.name for path in (run / checkpoint.FOLDER).iterdir())

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.saved_runs import names, weights, write_checkpoint
+from helpers.saved_runs import checkpoint_names, weights, write_checkpoint
 from tokenizers import Tokenizer
 
 from train import checkpoint
@@ -89,7 +89,7 @@ def test_a_kill_at_any_write_leaves_a_whole_checkpoint(
         )
         write_checkpoint(run, data, tokenizer, 8)  # the resumed run passes the same step again
         assert checkpoint.find(run).name == "step-000008"
-        assert names(run) == ["latest", "step-000004", "step-000008"], "what the crash left is cleared away"
+        assert checkpoint_names(run) == ["latest", "step-000004", "step-000008"], "what the crash left is cleared away"
     assert status == 0
     assert len(found) > 20, "the moments were not counted"
     assert found == sorted(found)
@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, data: Path, to
         write_checkpoint(tmp_path, data, tokenizer, 8, spoil)
     assert checkpoint.find(tmp_path).name == "step-000004"
     write_checkpoint(tmp_path, data, tokenizer, 8)
-    assert names(tmp_path) == ["latest", "step-000004", "step-000008"]
+    assert checkpoint_names(tmp_path) == ["latest", "step-000004", "step-000008"]
 
 
 def test_a_flush_that_finds_the_disk_full_leaves_a_whole_checkpoint(
@@ -143,7 +143,7 @@ def test_a_flush_that_finds_the_disk_full_leaves_a_whole_checkpoint(
         found = checkpoint.find(tmp_path)
         assert checkpoint.why_broken(found) is None
     assert failures > 8, "the flushes were not counted"
-    assert names(tmp_path) == ["latest", "step-000004", "step-000008"]
+    assert checkpoint_names(tmp_path) == ["latest", "step-000004", "step-000008"]
 
 
 # --- Order and damage
@@ -154,11 +154,11 @@ def test_only_the_newest_are_kept_and_one_of_each_long_interval(
 ) -> None:
     for step in (4, 8, 12):
         write_checkpoint(tmp_path / "short", data, tokenizer, step)
-    assert names(tmp_path / "short") == ["latest", "step-000008", "step-000012"]
+    assert checkpoint_names(tmp_path / "short") == ["latest", "step-000008", "step-000012"]
     for step in range(4, 45, 4):  # the multiples of 10 lie between the steps
         write_checkpoint(tmp_path / "long", data, tokenizer, step, keep_every=10)
     kept = [f"step-{step:06d}" for step in (12, 20, 32, 40, 44)]
-    assert names(tmp_path / "long") == ["latest", *kept]
+    assert checkpoint_names(tmp_path / "long") == ["latest", *kept]
     assert checkpoint.spared([4, 8], 0) == set()
 
 
@@ -172,7 +172,7 @@ def test_what_a_resumed_run_passed_over_counts_for_no_good_checkpoint(
     assert checkpoint.find(tmp_path, lambda text: None).name == "step-000004"
     write_checkpoint(tmp_path, data, tokenizer, 6)
     assert checkpoint.find(tmp_path).name == "step-000006"
-    assert "step-000004" in names(tmp_path), "two good ones are left"
+    assert "step-000004" in checkpoint_names(tmp_path), "two good ones are left"
 
 
 def damage(folder: Path, how: str) -> None:
@@ -225,7 +225,7 @@ def test_a_checkpoint_reloads_and_says_what_it_fits(tmp_path: Path, data: Path, 
 def test_a_step_with_more_digits_is_newer(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
     for step in (999_998, 999_999, 1_000_000):
         write_checkpoint(tmp_path, data, tokenizer, step)
-    assert names(tmp_path) == ["latest", "step-1000000", "step-999999"]
+    assert checkpoint_names(tmp_path) == ["latest", "step-1000000", "step-999999"]
     (tmp_path / checkpoint.FOLDER / "step-by-hand").mkdir()
     (tmp_path / checkpoint.FOLDER / checkpoint.LATEST).unlink()
     assert checkpoint.find(tmp_path).name == "step-1000000"

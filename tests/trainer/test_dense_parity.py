@@ -57,7 +57,7 @@ def test_training_with_a_fused_loss_is_training_with_the_dense_one(tmp_path: Pat
     print(found)
     assert {name: beyond(one, BAND) for name, one in found.items()} == {name: {} for name in found}
     if steps == 500:
-        assert min(reference.recalls.values()) > 0.5, "a model that has learnt nothing shows nothing"
+        assert min(reference.recalls.values()) > 0.5, "a model that has learned nothing shows nothing"
 
 
 @pytest.mark.parametrize("target", ("psd", pytest.param("hard", marks=LONG)))

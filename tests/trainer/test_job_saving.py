@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.jobs import configuration, finish, start
-from helpers.saved_runs import Payload, names, rewrite_manifest
+from helpers.saved_runs import Payload, checkpoint_names, rewrite_manifest
 
 from train import checkpoint, metrics
 from train.evaluate import report
@@ -27,7 +27,7 @@ def test_moments_that_are_not_finite_are_never_saved(data: Path, tmp_path: Path)
     )
     assert said.count("is not written") == 1
     assert "Traceback" not in said
-    assert names(run) == ["latest", "step-000004"]
+    assert checkpoint_names(run) == ["latest", "step-000004"]
     assert checkpoint.find(run).name == "step-000004"
 
 
@@ -45,7 +45,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
     )
     assert said.count("cannot be written") == 3
     assert "Traceback" not in said
-    assert names(run) == ["latest", "step-000004"], "nothing half-written stays"
+    assert checkpoint_names(run) == ["latest", "step-000004"], "nothing half-written stays"
 
     # Gone on with by other software, to another step than it was begun for. There is a newer checkpoint with a payload,
     # and the table cannot be written.
@@ -73,5 +73,5 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
         said.count("going on with other options than step-000004 was written with: optimizer.steps=12 then, 9 now") == 1
     )
     assert said.count("step-000004 was written by other software, and may not go on bit for bit: torch 1.0, now ") == 1
-    assert names(run) == ["latest", "step-000008", "step-000009"]
+    assert checkpoint_names(run) == ["latest", "step-000008", "step-000009"]
     assert [row["step"] for row in metrics.read_rows(run / metrics.METRICS) if "loss" in row] == list(range(9))

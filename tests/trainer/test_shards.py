@@ -173,7 +173,7 @@ def test_a_shard_is_what_its_manifest_describes(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(DataError, match="lacks the shard"):
         load_pairs(folder, "train")
-    os.mkfifo(shard)  # reading it would wait for ever
+    os.mkfifo(shard)  # reading it would wait forever
     with pytest.raises(DataError, match=r"is no file; allowed: a plain tar file"):
         load_pairs(folder, "train")
 

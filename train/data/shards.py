@@ -223,7 +223,7 @@ def _check_file(path: Path, shard: Shard) -> None:
         raise DataError(
             f"{path.parent} lacks the shard {shard.name!r} of its manifest; bring it back, or leave it out there"
         )
-    if not path.is_file():  # opening a pipe would wait for ever
+    if not path.is_file():  # opening a pipe would wait forever
         raise DataError(f"the shard {path} is no file; allowed: a plain tar file")
     found = sha256_of(path) if shard.sha256 else ""
     if found != shard.sha256:
