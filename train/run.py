@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -20,13 +19,13 @@ from . import checkpoint, evaluate, fingerprint, metrics
 from .auto import settle
 from .config import SKIP_WINDOW, Config, ConfigError, OptimizerOptions
 from .data import HeldOut, Pairs, Sampler, all_captions, data_folder, describe_bad, load_pairs, read_held_out
-from .engine_files import EngineFiles
+from .engine import gather_weights, load_engine, make_engine, nonfinite
 from .evaluate import report
 from .files import explain
 from .heartbeat import Heartbeat
 from .model import Clip
 from .signals import name_of, stop
-from .step import StepResult, nonfinite, train_step
+from .step import StepResult, train_step
 from .tokenizer import train_tokenizer
 from .world import ElsewhereError, World, asked_to_stop, on_each, on_first
 
@@ -106,7 +105,7 @@ def _set_up(config: Config, run: Path, world: World, heartbeat: Heartbeat, stop_
     torch.manual_seed(config.job.seed)
     engine = make_engine(Clip(config.model, tokenizer.get_vocab_size(), config.job.precision), config, world)
     if resumed is not None:
-        _load(engine, resumed)
+        load_engine(engine, resumed)
     first = world.rank == 0
     bad = sum(pairs.bad.values())
     log = on_each(world, lambda: metrics.Log(run, state.step, config.optimizer.steps, bad) if first else None)
@@ -176,44 +175,6 @@ def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None
     software = fingerprint.other_software(then, now)
     if software:
         print(f"{folder.name} was written by other software, and may not go on bit for bit: {'; '.join(software)}")
-
-
-def _load(engine: Any, folder: Path) -> None:
-    """Rank 0 has checked before what is read; files of another model or version are found out only here."""
-    try:
-        engine.load_checkpoint(str(folder), tag=checkpoint.ENGINE)
-    except Exception as error:
-        raise checkpoint.CheckpointError(
-            f"{folder}: DeepSpeed cannot go on from {checkpoint.ENGINE}/ ({type(error).__name__}: {error}); remove "
-            "this checkpoint, so that an older one is used, or start a new run"
-        ) from error
-
-
-def make_engine(model: Clip, config: Config, world: World) -> Any:
-    """The DeepSpeed engine. Parameters are fp32 (bf16 is autocast), hence also the master copies that ZeRO keeps.
-
-    Nothing is compiled at the start. The optimizer is PyTorch's: DeepSpeed's own for CPUs gains nothing at this size.
-    And DeepSpeed's all-reduce through shared memory is left out: it waits for a lost rank forever.
-    """
-    options = config.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameter_groups(options.weight_decay), lr=options.lr, betas=(options.betas[0], options.betas[1])
-    )
-    settings = {
-        "train_micro_batch_size_per_gpu": options.batch_size // world.size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": options.max_grad_norm,
-        "zero_optimization": {"stage": config.job.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1_000_000_000,
-    }
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=model.to(world.device), optimizer=optimizer, config=settings, dist_init_required=False
-    )
-    engine.checkpoint_engine = EngineFiles()
-    engine._copy_recovery_script = lambda folder: None  # a checkpoint holds no code
-    return engine
 
 
 def _loop(trainer: Trainer, last: int) -> str | None:
@@ -292,24 +253,17 @@ def _record(trainer: Trainer, step: int, result: StepResult, seconds: float, key
         log.say(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped; see {metrics.NONFINITE}")
 
 
-def weights(trainer: Trainer) -> dict[str, Tensor]:
-    """The whole model's parameters; under ZeRO-3 they are gathered, which every rank must take part in."""
-    module = trainer.engine.module
-    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=trainer.config.job.zero_stage == 3):
-        return {name: tensor.detach().cpu().clone() for name, tensor in module.state_dict().items()}
-
-
 def save(trainer: Trainer) -> None:
     """A checkpoint of the present step; returns on all ranks once it is on disk. Where it cannot be, because the model
     is not finite or the disk is full, nothing of it stays, and all ranks raise together."""
-    step, tensors = trainer.state.step, weights(trainer)
-    bad = nonfinite(trainer.engine, tensors, trainer.world.group)
+    step, weights = trainer.state.step, gather_weights(trainer.engine, trainer.config.job.zero_stage)
+    bad = nonfinite(trainer.engine, weights, trainer.world.group)
     on_each(trainer.world, partial(_check_finite, trainer, bad))
     try:
         scratch = on_first(trainer.world, lambda: checkpoint.begin(trainer.run, step))
         trainer.engine.save_checkpoint(str(scratch), tag=checkpoint.ENGINE, save_latest=False)
         on_each(trainer.world, trainer.engine.checkpoint_engine.raise_failure)
-        on_first(trainer.world, partial(_commit, trainer, scratch, tensors))
+        on_first(trainer.world, partial(_commit, trainer, scratch, weights))
     except (OSError, ElsewhereError) as error:
         on_first(trainer.world, lambda: checkpoint.abandon(trainer.run, step))
         if not isinstance(error, OSError):
@@ -320,8 +274,8 @@ def save(trainer: Trainer) -> None:
         ) from error
 
 
-def _commit(trainer: Trainer, scratch: Path, tensors: dict[str, Tensor]) -> None:
-    checkpoint.write_portable(scratch, tensors, trainer.config, trainer.tokenizer, trainer.state, trainer.fingerprint)
+def _commit(trainer: Trainer, scratch: Path, weights: dict[str, Tensor]) -> None:
+    checkpoint.write_portable(scratch, weights, trainer.config, trainer.tokenizer, trainer.state, trainer.fingerprint)
     options = trainer.config.job
     checkpoint.commit(trainer.run, scratch, trainer.state.step, options.keep_checkpoints, options.keep_every)
 
@@ -338,12 +292,12 @@ def _check_finite(trainer: Trainer, bad: list[str]) -> None:
 def _evaluate_on_the_way(trainer: Trainer, step: int) -> None:
     """Held-out R@1 by rank 0 while the others wait, in a model of its own. Training draws nothing from torch's global
     generator after set-up, so this leaves no trace in it."""
-    tensors = weights(trainer)
+    weights = gather_weights(trainer.engine, trainer.config.job.zero_stage)
 
     def evaluate_here() -> None:
         assert trainer.log is not None and trainer.held_out is not None
         model = Clip(trainer.config.model, trainer.tokenizer.get_vocab_size())
-        model.load_state_dict(tensors)
+        model.load_state_dict(weights)
         pairs = trainer.held_out.splits["heldout"]
         x = evaluate.embed_images(model.eval(), pairs.images)
         image_to_text, text_to_image = evaluate.retrieve(model, trainer.tokenizer, pairs, x)

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
 )
@@ -22,7 +21,6 @@ from softclip_kernels import Exchange, Hard, ProgressiveSelfDistillation, Target
 
 from .config import Config, LossOptions
 from .data.sampler import Batch
-from .engine_files import tensors
 from .model import MAX_LOG_SCALE
 
 
@@ -99,47 +97,3 @@ def clamp_log_scale(log_scale: torch.nn.Parameter) -> None:
         safe_set_full_fp32_param(log_scale, master.clamp(max=MAX_LOG_SCALE))
     with deepspeed.zero.GatheredParameters([log_scale], modifier_rank=0, enabled=partitioned):
         log_scale.clamp_(max=MAX_LOG_SCALE)
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
-MASTER = "master copy"
-
-
-@torch.no_grad()
-def nonfinite(engine: Any, weights: dict[str, Tensor], group: Any) -> list[str]:
-    """What holds NaN or infinity of the whole model's `weights`, of their fp32 master copies, and of the moments, of
-    which each rank holds its part: by parameter, and the same on every rank. Every rank calls it."""
-    local = [*tensors(weights), *tensors(engine.optimizer.state_dict())]
-    bad = torch.tensor(float(not all(torch.isfinite(tensor).all() for tensor in local)), device=engine.device)
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
-    if not bad:
-        return []
-    names: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(names, _nonfinite_here(engine, weights), group=group)
-    return sorted(set().union(*names)) or ["the optimizer's state"]
-
-
-def _nonfinite_here(engine: Any, weights: dict[str, Tensor]) -> list[str]:
-    """What this rank alone can name."""
-    parts = dict(weights)
-    for name, parameter in engine.module.named_parameters():
-        for key, part in _local_parts(engine, parameter).items():
-            parts[f"{name} ({key})"] = part
-    return [name for name, part in parts.items() if not torch.isfinite(part).all()]
-
-
-def _local_parts(engine: Any, parameter: Any) -> dict[str, Tensor]:
-    """This rank's part of a parameter's master copy and moments. In ZeRO 1 and 2 by hand: DeepSpeed's own way to the
-    moments links those of the first parameter group alone, for the others have none yet when it looks."""
-    optimizer = engine.optimizer
-    moments = MOMENTS if optimizer.optimizer.state else ()
-    if hasattr(parameter, "ds_id"):
-        held = {f"moment {key}": safe_get_local_optimizer_state(parameter, key) for key in moments}
-        return {MASTER: safe_get_local_fp32_param(parameter), **held}
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return {}
-    address, flat = mapping.get_hp_fragment_address(), optimizer.single_partition_of_fp32_groups
-    state = optimizer.optimizer.state.get(flat[mapping.param_group_index], {})
-    held = {f"moment {key}": state[key].narrow(0, address.start, address.numel) for key in moments if key in state}
-    return {MASTER: mapping.hp_fragment, **held}

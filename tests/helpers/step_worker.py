@@ -11,7 +11,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,11 +24,11 @@ from deepspeed.utils import (
 from helpers.data import tiny
 from train.config import Config
 from train.data import Sampler, all_captions, load_pairs
+from train.engine import gather_weights, make_engine, nonfinite
 from train.engine_files import tensors, why_unusable
 from train.launch import leave
 from train.model import Clip
-from train.run import make_engine, weights
-from train.step import nonfinite, train_step
+from train.step import train_step
 from train.tokenizer import train_tokenizer
 from train.world import join_world
 
@@ -108,20 +107,19 @@ def main(data: Path, folder: Path, stage: int) -> None:
         seen["scale seen by the next step"] = step(5).scale
 
         # What a checkpoint must not hold is found by all, whichever rank holds it. What it holds comes back.
-        held: Any = SimpleNamespace(engine=engine, config=config)
-        seen["all is finite"] = nonfinite(engine, weights(held), world.group) == []
+        seen["all is finite"] = nonfinite(engine, gather_weights(engine, stage), world.group) == []
         saved = folder / "saved"
         engine.save_checkpoint(str(saved), tag="engine", save_latest=False)
         engine.checkpoint_engine.raise_failure()
         seen["readable without code"] = why_unusable(saved / "engine", world.size) is None
         parameters, state = snapshot(engine), optimizer_state(engine)
         engine.destroy()
-        engine = held.engine = new_engine()
+        engine = new_engine()
         engine.load_checkpoint(str(saved), tag="engine")
         seen["restored"] = same(parameters, snapshot(engine)) and same(state, optimizer_state(engine))
         if world.rank == 1:
             next(iter(engine.optimizer.optimizer.state.values()))["exp_avg"][0] = torch.nan
-        seen["moments of rank 1"] = nonfinite(engine, weights(held), world.group)
+        seen["moments of rank 1"] = nonfinite(engine, gather_weights(engine, stage), world.group)
         engine.save_checkpoint(str(folder / "spoilt"), tag="engine", save_latest=False)
         seen["seen in the files"] = "NaN or infinity" in str(why_unusable(folder / "spoilt" / "engine", world.size))
 
