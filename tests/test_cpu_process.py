@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import signals
 import torch
+from helpers import signals
 
 from softclip_kernels import softclip_loss
 from softclip_kernels.backends import cpu, registered
