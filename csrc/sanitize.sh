@@ -27,6 +27,6 @@ check() {
 
 check "AddressSanitizer and UndefinedBehaviorSanitizer" libasan.so \
   "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined" \
-  tests/test_cpu.py tests/test_cpu_process.py -k "not cannot_be_had"  # the sanitizer needs the address space
-check "ThreadSanitizer" libtsan.so "-fsanitize=thread" tests/test_cpu.py \
+  tests/backends/test_cpu.py tests/backends/test_cpu_process.py -k "not cannot_be_had"  # the sanitizer needs the address space
+check "ThreadSanitizer" libtsan.so "-fsanitize=thread" tests/backends/test_cpu.py \
   -k "threads_change or more_threads or float32_against"

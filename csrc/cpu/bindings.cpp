@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "engine.h"
 #include "levels.h"
+#include "operations.h"
 #include "team.h"
 
 namespace py = pybind11;
@@ -68,29 +68,32 @@ PYBIND11_MODULE(_cpu, module) {
            py::arg("column_bias"));
 
   py::class_<Problem>(module, "Problem")
-      .def(py::init([](const Matrix& x, const Matrix& y, double scale, Address positive, Address row_segment,
+      .def(py::init([](const Matrix& x, const Matrix& y, double scale, Address positive_column, Address row_segment,
                        Address column_segment, std::vector<Teacher> teachers, Address row_threshold,
                        Address column_threshold) {
-             return Problem{x, y, scale, pointer<const int64_t>(positive), pointer<const int32_t>(row_segment),
+             return Problem{x, y, scale, pointer<const int64_t>(positive_column), pointer<const int32_t>(row_segment),
                             pointer<const int32_t>(column_segment), std::move(teachers),
                             pointer<const float>(row_threshold), pointer<const float>(column_threshold)};
            }),
-           py::kw_only(), py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("positive"), py::arg("row_segment"),
+           py::kw_only(), py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("positive_column"), py::arg("row_segment"),
            py::arg("column_segment"), py::arg("teachers"), py::arg("row_threshold"), py::arg("column_threshold"));
 
   module.def(
       "forward",
-      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns, Address positive,
+      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns, Address positive_logit,
          Address row_ranks, Address column_ranks) {
         const Kernels& kernels = kernels_of(level);
-        const Statistics out{pointer<float>(rows), pointer<float>(columns), pointer<float>(positive),
-                             pointer<int64_t>(row_ranks), pointer<int64_t>(column_ranks)};
-        int64_t redone = 0;
-        interruptible([&](const auto& poll) { return forward(kernels, problem, out, threads, poll, &redone); });
-        return redone;
+        const Statistics out{{pointer<float>(rows), problem.x.rows},
+                             {pointer<float>(columns), problem.y.rows},
+                             pointer<float>(positive_logit),
+                             pointer<int64_t>(row_ranks),
+                             pointer<int64_t>(column_ranks)};
+        int64_t summed_twice = 0;
+        interruptible([&](const Poll& poll) { return forward(kernels, problem, out, threads, poll, &summed_twice); });
+        return summed_twice;
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
-      py::arg("positive"), py::arg("row_ranks"), py::arg("column_ranks"),
+      py::arg("positive_logit"), py::arg("row_ranks"), py::arg("column_ranks"),
       "How many blocks were summed twice, because a term had outgrown the reference of its row or column.");
 
   module.def(
@@ -98,9 +101,13 @@ PYBIND11_MODULE(_cpu, module) {
       [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
          Address grad_rows, Address grad_columns, Address gx, Address gy) {
         const Kernels& kernels = kernels_of(level);
-        const Gradients in{pointer<const float>(rows), pointer<const float>(columns), pointer<const float>(grad_rows),
-                           pointer<const float>(grad_columns), pointer<float>(gx), pointer<float>(gy)};
-        interruptible([&](const auto& poll) { return backward(kernels, problem, in, threads, poll); });
+        const Gradients in{{pointer<const float>(rows), problem.x.rows},
+                           {pointer<const float>(columns), problem.y.rows},
+                           pointer<const float>(grad_rows),
+                           pointer<const float>(grad_columns),
+                           pointer<float>(gx),
+                           pointer<float>(gy)};
+        interruptible([&](const Poll& poll) { return backward(kernels, problem, in, threads, poll); });
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
       py::arg("grad_rows"), py::arg("grad_columns"), py::arg("gx"), py::arg("gy"));
@@ -109,11 +116,13 @@ PYBIND11_MODULE(_cpu, module) {
       "peak",
       [](const std::string& level, int threads, bool bfloat16, int64_t repeats) {
         const Kernels& kernels = kernels_of(level);
+        const bool bf16x2 = bfloat16 && kernels.has_bf16x2();
+        const auto multiply_registers = (bf16x2 ? kernels.bf16x2 : kernels.float32).multiply_registers;
         const py::gil_scoped_release release;
         Team team(threads, [] { return true; });
         std::vector<double> operations(threads);
         const auto start = std::chrono::steady_clock::now();
-        team.run([&](int thread) { operations[thread] = kernels.multiply_registers(repeats, bfloat16); }, false);
+        team.run([&](int thread) { operations[thread] = multiply_registers(repeats); }, false);
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         return std::accumulate(operations.begin(), operations.end(), 0.0) / seconds.count();
       },

@@ -1,29 +1,65 @@
-// The level's table of kernels.h. Included after the level's functions.
+// One instruction-set level: everything of kernels.h, compiled with the level's own flags. Included by level_<name>.cpp,
+// which defines
+//   SOFTCLIP_LEVEL  the level's name, here its namespace
+//   SOFTCLIP_SIMD   the header of its vector operations; one that has bf16 dot products defines SOFTCLIP_BF16X2
+// All functions are in an anonymous namespace and none is from std:: — an inline function emitted with these flags could
+// be linked into code that any machine runs.
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+
+#define SOFTCLIP_INLINE static inline __attribute__((always_inline))
+#define SOFTCLIP_UNROLL _Pragma("GCC unroll 16")
+
+// The compiler must not drop the value, which lies in a vector register.
+#if defined(__AVX512F__)
+#define SOFTCLIP_KEEP(value) asm volatile("" : "+v"(value))
+#elif defined(__x86_64__)
+#define SOFTCLIP_KEEP(value) asm volatile("" : "+x"(value))
+#elif defined(__aarch64__)
+#define SOFTCLIP_KEEP(value) asm volatile("" : "+w"(value))
+#else
+#define SOFTCLIP_KEEP(value) asm volatile("" : "+m"(value))
+#endif
+
+namespace softclip::SOFTCLIP_LEVEL {
+namespace {
+
+#include SOFTCLIP_SIMD
+
+constexpr int kTileColumns = kVectors * kLanes;
+static_assert(kBlock % kTileRows == 0 && kBlock % kTileColumns == 0, "blocks hold whole tiles");
+
+#include "packing.inl"
+#include "products.inl"
+#include "softmax.inl"
+
+}  // namespace
+
+extern const Kernels kernels;
 
 const Kernels kernels = {
     kBlock,
     kTileRows,
     kTileColumns,
-    SOFTCLIP_PAIRS != 0,
     pack,
     pack_transposed,
-    multiply,
-    add_product,
-    add_transposed_product,
-#if SOFTCLIP_PAIRS
-    narrow,
-    add_product_pairs,
-    add_transposed_product_pairs,
+    product_kernels<Float32>(),
+#if defined(SOFTCLIP_BF16X2)
+    product_kernels<Bf16x2>(),
+    round_to_bf16x2,
 #else
-    nullptr,
-    nullptr,
+    {},
     nullptr,
 #endif
     add_tiles,
     maxima,
     accumulate,
     gradient,
-    paired_gradient,
+    mirrored_gradient,
     count_above,
-    multiply_registers,
 };
+
+}  // namespace softclip::SOFTCLIP_LEVEL

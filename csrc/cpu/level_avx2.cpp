@@ -1,24 +1,3 @@
-// The avx2 level. Its flags are in build_extension.py.
-#include <immintrin.h>
-
-#include "kernels.h"
-
-#define SOFTCLIP_PAIRS 0
-#define SOFTCLIP_INLINE static inline __attribute__((always_inline))
-#define SOFTCLIP_MEMBER static inline __attribute__((always_inline))
-#define SOFTCLIP_KEEP(value) asm volatile("" : "+x"(value))  // the compiler must not drop it
-#define SOFTCLIP_UNROLL _Pragma("GCC unroll 16")
-
-namespace softclip::avx2 {
-namespace {
-
-#include "simd_avx2.h"
-#include "products.inl"
-#include "packing.inl"
-#include "epilogues.inl"
-
-}  // namespace
-
-#include "table.inl"
-
-}  // namespace softclip::avx2
+#define SOFTCLIP_LEVEL avx2
+#define SOFTCLIP_SIMD "simd_avx2.h"
+#include "level.inl"

@@ -1,4 +1,4 @@
-// Packing of panels (kernels.h) for one instruction set. Included inside the set's own namespace after products.inl.
+// Packing of panels (kernels.h). Included by level.inl.
 
 SOFTCLIP_INLINE uint32_t bits_of(float value) {
   uint32_t bits;
@@ -8,11 +8,11 @@ SOFTCLIP_INLINE uint32_t bits_of(float value) {
 
 struct FromFloat32 {
   using Stored = float;
-  SOFTCLIP_MEMBER uint32_t bits(float value) { return bits_of(value); }
+  SOFTCLIP_INLINE uint32_t bits(float value) { return bits_of(value); }
 };
 struct FromBfloat16 {
   using Stored = uint16_t;
-  SOFTCLIP_MEMBER uint32_t bits(uint16_t value) { return static_cast<uint32_t>(value) << 16; }
+  SOFTCLIP_INLINE uint32_t bits(uint16_t value) { return static_cast<uint32_t>(value) << 16; }
 };
 
 #if defined(__clang__)
@@ -63,15 +63,15 @@ SOFTCLIP_INLINE void interleave_rows(const char* rows, int64_t row_bytes, int wi
   }
 }
 
-// kPair: an element is bf16 values 2k and 2k + 1 of the row, otherwise the k-th value as a float.
-template <class From, bool kPair>
+// kBf16x2: an element is bf16 values 2k and 2k + 1 of the row, otherwise the k-th value as a float.
+template <class From, bool kBf16x2>
 void pack_rows(const Matrix& m, int64_t begin, int count, int width, uint32_t* out) {
   using Stored = typename From::Stored;
-  const int64_t summed = kPair ? (m.width + 1) / 2 : m.width, step = m.column_step;
+  const int64_t summed = kBf16x2 ? (m.width + 1) / 2 : m.width, step = m.column_step;
   // Rows of adjacent elements: all but the last few elements of full panels go fast.
-  constexpr bool kWiden = !kPair && sizeof(Stored) == 2;
+  constexpr bool kWiden = !kBf16x2 && sizeof(Stored) == 2;
   const bool adjacent = step == 1;
-  const int64_t whole = (kPair ? m.width / 2 : m.width) / 4 * 4;
+  const int64_t whole = (kBf16x2 ? m.width / 2 : m.width) / 4 * 4;
   for (int first = 0; first < count; first += width, out += summed * width) {
     const auto* rows = static_cast<const Stored*>(m.data) + (begin + first) * m.row_step;
     int64_t done = 0;
@@ -85,8 +85,8 @@ void pack_rows(const Matrix& m, int64_t begin, int count, int width, uint32_t* o
       const bool valid = first + r < count;
       for (int64_t k = done; k < summed; ++k) {
         uint32_t bits = 0;
-        if (valid && !kPair) bits = From::bits(row[k * step]);
-        if (valid && kPair) {
+        if (valid && !kBf16x2) bits = From::bits(row[k * step]);
+        if (valid && kBf16x2) {
           bits = From::bits(row[2 * k * step]) >> 16;
           if (2 * k + 1 < m.width) bits |= From::bits(row[(2 * k + 1) * step]);
         }
@@ -96,44 +96,44 @@ void pack_rows(const Matrix& m, int64_t begin, int count, int width, uint32_t* o
   }
 }
 
-// kPair: an element is the values of rows 2k and 2k + 1. kStep: the column step where it is known, else 0.
-template <class From, bool kPair, int kStep>
+// kBf16x2: an element is the values of rows 2k and 2k + 1. kStep: the column step where it is known, else 0.
+template <class From, bool kBf16x2, int kStep>
 void pack_columns(const Matrix& m, int64_t begin, int count, uint32_t* out) {
   const auto* data = static_cast<const typename From::Stored*>(m.data) + begin * m.row_step;
   const int64_t step = kStep > 0 ? kStep : m.column_step;
-  const int summed = kPair ? (count + 1) / 2 : count;
+  const int summed = kBf16x2 ? (count + 1) / 2 : count;
   for (int64_t d = 0; d < m.width; d += kTileColumns) {
     const int valid = m.width - d < kTileColumns ? static_cast<int>(m.width - d) : kTileColumns;
     for (int k = 0; k < summed; ++k, out += kTileColumns) {
-      const auto* row = data + (kPair ? 2 * k : k) * m.row_step + d * step;
-      const bool second = kPair && 2 * k + 1 < count;
+      const auto* row = data + (kBf16x2 ? 2 * k : k) * m.row_step + d * step;
+      const bool second = kBf16x2 && 2 * k + 1 < count;
       const auto* next = second ? row + m.row_step : row;
       const uint32_t keep = second ? ~uint32_t{0} : 0;
       for (int c = 0; c < valid; ++c) {
         const uint32_t bits = From::bits(row[c * step]);
-        out[c] = kPair ? (bits >> 16) | (From::bits(next[c * step]) & keep) : bits;
+        out[c] = kBf16x2 ? (bits >> 16) | (From::bits(next[c * step]) & keep) : bits;
       }
       for (int c = valid; c < kTileColumns; ++c) out[c] = 0;
     }
   }
 }
 
-template <class From, bool kPair>
+template <class From, bool kBf16x2>
 void pack_columns_by_step(const Matrix& m, int64_t begin, int count, uint32_t* out) {
-  m.column_step == 1 ? pack_columns<From, kPair, 1>(m, begin, count, out)
-                     : pack_columns<From, kPair, 0>(m, begin, count, out);
+  m.column_step == 1 ? pack_columns<From, kBf16x2, 1>(m, begin, count, out)
+                     : pack_columns<From, kBf16x2, 0>(m, begin, count, out);
 }
 
-void pack(const Matrix& m, int64_t begin, int count, int width, bool pairs, void* panels) {
+void pack(const Matrix& m, int64_t begin, int count, int width, bool bf16x2, void* panels) {
   auto* out = static_cast<uint32_t*>(panels);
   if (m.dtype == Dtype::float32) return pack_rows<FromFloat32, false>(m, begin, count, width, out);
-  pairs ? pack_rows<FromBfloat16, true>(m, begin, count, width, out)
+  bf16x2 ? pack_rows<FromBfloat16, true>(m, begin, count, width, out)
         : pack_rows<FromBfloat16, false>(m, begin, count, width, out);
 }
 
-void pack_transposed(const Matrix& m, int64_t begin, int count, bool pairs, void* panels) {
+void pack_transposed(const Matrix& m, int64_t begin, int count, bool bf16x2, void* panels) {
   auto* out = static_cast<uint32_t*>(panels);
   if (m.dtype == Dtype::float32) return pack_columns_by_step<FromFloat32, false>(m, begin, count, out);
-  pairs ? pack_columns_by_step<FromBfloat16, true>(m, begin, count, out)
+  bf16x2 ? pack_columns_by_step<FromBfloat16, true>(m, begin, count, out)
         : pack_columns_by_step<FromBfloat16, false>(m, begin, count, out);
 }

@@ -18,8 +18,8 @@ struct Job {
 // separates rounds.
 class Schedule {
  public:
-  // paired: blocks (I, J) and (J, I) are worked on together; a job then owns both its ranges as rows and as columns.
-  Schedule(int64_t rows, int64_t columns, int threads, bool paired);
+  // mirrored: blocks (I, J) and (J, I) are worked on together; a job then owns both its ranges as rows and as columns.
+  Schedule(int64_t rows, int64_t columns, int threads, bool mirrored);
   int rounds() const;
   std::vector<Job> jobs(int round, int thread) const;
 
@@ -27,7 +27,7 @@ class Schedule {
   Job between(int row_group, int column_group) const;
   const int64_t rows_, columns_;
   const int threads_;
-  const bool paired_;
+  const bool mirrored_;
   const int groups_;
 };
 

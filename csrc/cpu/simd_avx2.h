@@ -1,5 +1,4 @@
-// AVX2 and FMA: 8 lanes. A tile of 6 x 16 takes 12 of the 16 registers. Included inside the instruction set's own
-// namespace.
+// AVX2 and FMA: 8 lanes. A tile of 6 x 16 takes 12 of the 16 registers. Included by level.inl.
 
 constexpr int kLanes = 8;
 constexpr int kTileRows = 6;

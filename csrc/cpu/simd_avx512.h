@@ -1,5 +1,5 @@
 // AVX-512: 16 lanes. A tile of 14 x 32 accumulators takes 28 of the 32 registers, two hold the right operand, one the
-// broadcast. Included inside the instruction set's own namespace.
+// broadcast. Included by level.inl.
 
 constexpr int kLanes = 16;
 constexpr int kTileRows = 14;

@@ -1,5 +1,5 @@
-// Four lanes in the compilers' own vector type: SSE2 or NEON or scalar code, whatever the target has. Included inside
-// the portable level's own namespace.
+// Four lanes in the compilers' own vector type: SSE2 or NEON or scalar code, whatever the target has. Included by
+// level.inl.
 
 constexpr int kLanes = 4;
 #if defined(__aarch64__)

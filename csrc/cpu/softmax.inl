@@ -1,5 +1,5 @@
-// What happens to a block of dots: maxima, sums, gradient coefficients, counts (kernels.h). Included inside the
-// instruction set's own namespace after its simd_*.h.
+// What becomes of a block of dots: maxima, sums of exponentials, the gradient G, counts (kernels.h). Included by
+// level.inl.
 
 struct Power {
   Vector fraction;  // 2^f, f in [-1/2, 1/2]
@@ -95,28 +95,31 @@ void gradient_of(const Weights& w, const Coefficients& c, float* g) {
   }
 }
 
-// One exponential for each of the two dots serves four probabilities, and those the G of both sides.
-void paired_gradient(const PairedGradient& first, const PairedGradient& second, float factor_high, float factor_rest,
-                     int rows, int columns) {
+// One exponential for each of the two dots serves four probabilities, and those the G of block and mirror.
+void mirrored_gradient(const MirroredGradient& block, const MirroredGradient& mirror, float factor_high,
+                       float factor_rest, int rows, int columns) {
   const Vector factor = broadcast(factor_high), factor_low = broadcast(factor_rest);
   for (int i = 0; i < rows; ++i) {
     const int64_t at = int64_t{i} * kBlock;
-    const Vector row_reference = broadcast(first.own.row_reference[i]), row = broadcast(first.own.row[i]);
-    const Vector teacher_row = broadcast(first.teacher.row[i]);
-    const Vector row_reference2 = broadcast(second.own.row_reference[i]), row2 = broadcast(second.own.row[i]);
-    const Vector teacher_row2 = broadcast(second.teacher.row[i]);
+    const Vector row_reference = broadcast(block.student.row_reference[i]), row = broadcast(block.student.row[i]);
+    const Vector teacher_row = broadcast(block.teacher.row[i]);
+    const Vector mirror_row_reference = broadcast(mirror.student.row_reference[i]);
+    const Vector mirror_row = broadcast(mirror.student.row[i]);
+    const Vector mirror_teacher_row = broadcast(mirror.teacher.row[i]);
     for (int j = 0; j < columns; j += kLanes) {
-      const Power power = power_of_two(load(first.dots + at + j), factor, factor_low);
-      const Power power2 = power_of_two(load(second.dots + at + j), factor, factor_low);
+      const Power power = power_of_two(load(block.dots + at + j), factor, factor_low);
+      const Power mirror_power = power_of_two(load(mirror.dots + at + j), factor, factor_low);
+      // The probabilities along the row (p) and along the column (q).
       const Vector p = scale_by_power(power.fraction, power.exponent - row_reference);
-      const Vector q = scale_by_power(power.fraction, power.exponent - load(first.own.column_reference + j));
-      const Vector p2 = scale_by_power(power2.fraction, power2.exponent - row_reference2);
-      const Vector q2 = scale_by_power(power2.fraction, power2.exponent - load(second.own.column_reference + j));
-      Vector g = q * load(first.own.column + j), g2 = q2 * load(second.own.column + j);
-      g = multiply_add(q2, load(first.teacher.column + j), multiply_add(p, row, g));
-      g2 = multiply_add(q, load(second.teacher.column + j), multiply_add(p2, row2, g2));
-      store(first.g + at + j, multiply_add(p2, teacher_row, g));
-      store(second.g + at + j, multiply_add(p, teacher_row2, g2));
+      const Vector q = scale_by_power(power.fraction, power.exponent - load(block.student.column_reference + j));
+      const Vector mirror_p = scale_by_power(mirror_power.fraction, mirror_power.exponent - mirror_row_reference);
+      const Vector mirror_q = scale_by_power(mirror_power.fraction,
+                                             mirror_power.exponent - load(mirror.student.column_reference + j));
+      Vector g = q * load(block.student.column + j), mirror_g = mirror_q * load(mirror.student.column + j);
+      g = multiply_add(mirror_q, load(block.teacher.column + j), multiply_add(p, row, g));
+      mirror_g = multiply_add(q, load(mirror.teacher.column + j), multiply_add(mirror_p, mirror_row, mirror_g));
+      store(block.g + at + j, multiply_add(mirror_p, teacher_row, g));
+      store(mirror.g + at + j, multiply_add(p, mirror_teacher_row, mirror_g));
     }
   }
 }

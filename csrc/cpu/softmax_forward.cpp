@@ -1,14 +1,17 @@
 #include <atomic>
 #include <cmath>
+#include <cstdint>
 #include <vector>
 
+#include "operations.h"
 #include "plan.h"
+#include "traversal.h"
+#include "workspace.h"
 
 namespace softclip {
 namespace {
 
-constexpr double kLn2 = 0.69314718055994530942;
-// Of a block, above which it is summed again with higher references. Far from float32's end also when multiplied by a
+// Above this a sum of a block is taken again with higher references. Far from float32's end also when multiplied by a
 // dot.
 constexpr float kLargestSum = 1.152921504606846976e18f;  // 2^60
 
@@ -75,9 +78,9 @@ class Forward final : public Visitor {
   }
 
   void block(Workspace& workspace, int, const Block& block) override {
-    for (int side = 0; side < (block.both ? 2 : 1); ++side) {
+    for (int side = 0; side < block.sides(); ++side) {
       for (size_t q = 0; q < plan_.distributions.size(); ++q) {
-        if (q == 0 || q != plan_.tied) accumulate(workspace, block, side, q);
+        if (q != plan_.shares_student) accumulate(workspace, block, side, q);
       }
       take_positives(workspace, block, side);
       if (plan_.problem.row_threshold != nullptr) count(workspace, block, side);
@@ -86,77 +89,90 @@ class Forward final : public Visitor {
 
   void finish() const {
     for (size_t q = 0; q < plan_.distributions.size(); ++q) {
-      const bool tied = q > 0 && q == plan_.tied;
-      const Sums &rows = tied ? columns_[0] : rows_[q], &columns = tied ? rows_[0] : columns_[q];
-      const int64_t statistic = q == 0 ? 0 : 2 * static_cast<int64_t>(q) - 1;
-      rows.log_sum_exp(out_.rows + statistic * plan_.rows);
-      columns.log_sum_exp(out_.columns + statistic * plan_.columns);
-      if (q == 0) continue;
-      rows.mean(plan_.problem.scale, out_.rows + (statistic + 1) * plan_.rows);
-      columns.mean(plan_.problem.scale, out_.columns + (statistic + 1) * plan_.columns);
+      // The transposed student's rows are the student's columns.
+      const bool shared = q == plan_.shares_student;
+      write(shared ? columns_[0] : rows_[q], q, out_.rows);
+      write(shared ? rows_[0] : columns_[q], q, out_.columns);
     }
   }
 
-  int64_t redone() const { return redone_; }
+  int64_t summed_twice() const { return summed_twice_; }
 
  private:
+  void write(const Sums& sums, size_t q, const PackedStatistics<float>& out) const {
+    if (q == 0) return sums.log_sum_exp(out.log_sum_exp());
+    sums.log_sum_exp(out.teacher_log_sum_exp(q - 1));
+    sums.mean(plan_.problem.scale, out.teacher_mean(q - 1));
+  }
+
+  // What a distribution's exponentials are multiplied by before they are summed: for a teacher's mean logits the
+  // student's dots. A transposed teacher of the student's scale has the student's column softmax as its row softmax, so
+  // its sums are those of the student's exponentials times the opposite side's dots. Null: nobody needs such sums.
+  const float* averaged_dots(const Workspace& workspace, int side, size_t q) const {
+    if (q > 0) return workspace.dots(0, side);
+    return plan_.shares_student ? workspace.dots(0, opposite(side)) : nullptr;
+  }
+
   void accumulate(const Workspace& workspace, const Block& block, int side, size_t q) {
     const Weights w = weights(plan_, workspace, plan_.distributions[q], block, side);
-    Sums& rows = (side == 0 ? rows_ : columns_)[q];
-    Sums& columns = (side == 0 ? columns_ : rows_)[q];
-    // A teacher's means are those of the student's dots. The tied teacher's come from the student's own exponentials,
-    // which are its on the other side.
-    const bool dots = q > 0 || plan_.tied > 0;
-    float *row_reference = workspace.line(3), *column_reference = workspace.line(4);
-    const BlockSums sums{row_reference, column_reference, dots ? workspace.dots(0, q > 0 ? side : 1 - side) : nullptr,
-                         workspace.line(5), workspace.line(6), workspace.line(7), workspace.line(8)};
+    Sums& rows = (side == kDirect ? rows_ : columns_)[q];
+    Sums& columns = (side == kDirect ? columns_ : rows_)[q];
+    float *row_reference = workspace.line(kRowReference), *column_reference = workspace.line(kColumnReference);
+    const BlockSums sums{row_reference,
+                         column_reference,
+                         averaged_dots(workspace, side, q),
+                         workspace.line(kRowSum),
+                         workspace.line(kColumnSum),
+                         workspace.line(kRowDot),
+                         workspace.line(kColumnDot)};
     // Maxima cost a pass, and references seldom move: take those in force, and look at the sums.
     const bool known = rows.current(block.row, block.rows, row_reference) &
                        columns.current(block.column, block.columns, column_reference);
     if (known) plan_.kernels.accumulate(w, sums);
     if (!known || !moderate(sums.row_sum, block.rows) || !moderate(sums.column_sum, block.columns)) {
-      redone_.fetch_add(known ? 1 : 0, std::memory_order_relaxed);
-      float *row_maximum = workspace.line(9), *column_maximum = workspace.line(10);
+      summed_twice_.fetch_add(known ? 1 : 0, std::memory_order_relaxed);
+      float *row_maximum = workspace.line(kRowMaximum), *column_maximum = workspace.line(kColumnMaximum);
       plan_.kernels.maxima(w, row_maximum, column_maximum);
       rows.raise(block.row, block.rows, row_maximum, row_reference);
       columns.raise(block.column, block.columns, column_maximum, column_reference);
       plan_.kernels.accumulate(w, sums);
     }
+    const bool dots = sums.other != nullptr;
     rows.add(block.row, block.rows, sums.row_sum, dots ? sums.row_dot : nullptr);
     columns.add(block.column, block.columns, sums.column_sum, dots ? sums.column_dot : nullptr);
   }
 
   void take_positives(const Workspace& workspace, const Block& block, int side) const {
-    const int64_t* positive = plan_.problem.positive;
-    if (positive == nullptr) return;
+    const int64_t* positive_column = plan_.problem.positive_column;
+    if (positive_column == nullptr) return;
     const float* dots = workspace.dots(0, side);
     const int64_t length = plan_.kernels.block, row = block.row, column = block.column;
     const auto logit = [&](int64_t at) { return static_cast<float>(plan_.problem.scale * dots[at]); };
-    if (side == 0) {
+    if (side == kDirect) {
       for (int64_t i = 0; i < block.rows; ++i) {
-        const int64_t j = positive[row + i] - column;
-        if (j >= 0 && j < block.columns) out_.positive[row + i] = logit(i * length + j);
+        const int64_t j = positive_column[row + i] - column;
+        if (j >= 0 && j < block.columns) out_.positive_logit[row + i] = logit(i * length + j);
       }
       return;
     }
     for (int64_t j = 0; j < block.columns; ++j) {
-      const int64_t i = positive[column + j] - row;
-      if (i >= 0 && i < block.rows) out_.positive[column + j] = logit(i * length + j);
+      const int64_t i = positive_column[column + j] - row;
+      if (i >= 0 && i < block.rows) out_.positive_logit[column + j] = logit(i * length + j);
     }
   }
 
   void count(const Workspace& workspace, const Block& block, int side) const {
     const Problem& problem = plan_.problem;
-    const float* row_threshold = side == 0 ? problem.row_threshold : problem.column_threshold;
-    const float* column_threshold = side == 0 ? problem.column_threshold : problem.row_threshold;
-    int64_t* row_ranks = side == 0 ? out_.row_ranks : out_.column_ranks;
-    int64_t* column_ranks = side == 0 ? out_.column_ranks : out_.row_ranks;
-    float* threshold = workspace.line(3);
+    const float* row_threshold = side == kDirect ? problem.row_threshold : problem.column_threshold;
+    const float* column_threshold = side == kDirect ? problem.column_threshold : problem.row_threshold;
+    int64_t* row_ranks = side == kDirect ? out_.row_ranks : out_.column_ranks;
+    int64_t* column_ranks = side == kDirect ? out_.column_ranks : out_.row_ranks;
+    float* threshold = workspace.line(kColumnThreshold);
+    float *row_count = workspace.line(kRowCount), *column_count = workspace.line(kColumnCount);
     for (int j = 0; j < block.columns; ++j) threshold[j] = column_threshold[block.column + j];
     const Weights w = weights(plan_, workspace, plan_.distributions[0], block, side);
     plan_.kernels.count_above(w, static_cast<float>(problem.scale), row_threshold + block.row, threshold,
-                              workspace.line(4), workspace.line(5));
-    const float *row_count = workspace.line(4), *column_count = workspace.line(5);
+                              row_count, column_count);
     for (int i = 0; i < block.rows; ++i) row_ranks[block.row + i] += static_cast<int64_t>(row_count[i]);
     for (int j = 0; j < block.columns; ++j) column_ranks[block.column + j] += static_cast<int64_t>(column_count[j]);
   }
@@ -164,18 +180,18 @@ class Forward final : public Visitor {
   const Plan& plan_;
   const Statistics& out_;
   std::vector<Sums> rows_, columns_;
-  std::atomic<int64_t> redone_{0};
+  std::atomic<int64_t> summed_twice_{0};
 };
 
 }  // namespace
 
 bool forward(const Kernels& kernels, const Problem& problem, const Statistics& out, int threads,
-             const std::function<bool()>& poll, int64_t* redone) {
+             const Poll& poll, int64_t* summed_twice) {
   const Plan plan(kernels, problem, threads, {false, false});
   Forward state(plan, out);
-  if (!run(plan, poll, state)) return false;
+  if (!traverse(plan, poll, state)) return false;
   state.finish();
-  *redone = state.redone();
+  *summed_twice = state.summed_twice();
   return true;
 }
 

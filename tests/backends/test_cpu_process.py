@@ -22,7 +22,7 @@ from softclip_kernels.testing import unit_rows
 
 pytestmark = pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CPU = registered()["cpu"]
 
 
