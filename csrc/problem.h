@@ -1,5 +1,5 @@
-// What a block operation works on, and what comes out: plain memory that knows nothing of who computes on it. The fields
-// are those of softclip_kernels/problem.py.
+// What a block operation works on, and what comes out: plain memory that knows nothing of who computes on it. The
+// fields are those of softclip_kernels/problem.py.
 //
 // Legend, here and in every file: N rows (images), M columns (texts), D embedding width, E a teacher's embedding width,
 // K teachers.

@@ -50,20 +50,28 @@ void interruptible(const Operation& operation) {
 
 PYBIND11_MODULE(_cpu, module) {
   py::class_<Matrix>(module, "Matrix")
-      .def(py::init([](Address data, int64_t rows, int64_t width, int64_t row_step, int64_t column_step,
-                       bool bfloat16) {
-             return Matrix{pointer<const void>(data), rows, width, row_step, column_step,
-                           bfloat16 ? Dtype::bfloat16 : Dtype::float32};
-           }),
-           py::arg("data"), py::arg("rows"), py::arg("width"), py::arg("row_step"), py::arg("column_step"),
-           py::arg("bfloat16"));
+      .def(
+          py::init([](Address data, int64_t rows, int64_t width, int64_t row_step, int64_t column_step, bool bfloat16) {
+            return Matrix{pointer<const void>(data),
+                          rows,
+                          width,
+                          row_step,
+                          column_step,
+                          bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+          }),
+          py::arg("data"), py::arg("rows"), py::arg("width"), py::arg("row_step"), py::arg("column_step"),
+          py::arg("bfloat16"));
 
   py::class_<Teacher>(module, "Teacher")
-      .def(py::init([](int source, double scale, const Matrix* x, const Matrix* y, Address row_bias,
-                       Address column_bias) {
-             return Teacher{static_cast<Source>(source), scale, x ? *x : Matrix{}, y ? *y : Matrix{},
-                            pointer<const float>(row_bias), pointer<const float>(column_bias)};
-           }),
+      .def(py::init(
+               [](int source, double scale, const Matrix* x, const Matrix* y, Address row_bias, Address column_bias) {
+                 return Teacher{static_cast<Source>(source),
+                                scale,
+                                x ? *x : Matrix{},
+                                y ? *y : Matrix{},
+                                pointer<const float>(row_bias),
+                                pointer<const float>(column_bias)};
+               }),
            py::arg("source"), py::arg("scale"), py::arg("x").none(true), py::arg("y").none(true), py::arg("row_bias"),
            py::arg("column_bias"));
 
@@ -71,17 +79,24 @@ PYBIND11_MODULE(_cpu, module) {
       .def(py::init([](const Matrix& x, const Matrix& y, double scale, Address positive_column, Address row_segment,
                        Address column_segment, std::vector<Teacher> teachers, Address row_threshold,
                        Address column_threshold) {
-             return Problem{x, y, scale, pointer<const int64_t>(positive_column), pointer<const int32_t>(row_segment),
-                            pointer<const int32_t>(column_segment), std::move(teachers),
-                            pointer<const float>(row_threshold), pointer<const float>(column_threshold)};
+             return Problem{x,
+                            y,
+                            scale,
+                            pointer<const int64_t>(positive_column),
+                            pointer<const int32_t>(row_segment),
+                            pointer<const int32_t>(column_segment),
+                            std::move(teachers),
+                            pointer<const float>(row_threshold),
+                            pointer<const float>(column_threshold)};
            }),
-           py::kw_only(), py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("positive_column"), py::arg("row_segment"),
-           py::arg("column_segment"), py::arg("teachers"), py::arg("row_threshold"), py::arg("column_threshold"));
+           py::kw_only(), py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("positive_column"),
+           py::arg("row_segment"), py::arg("column_segment"), py::arg("teachers"), py::arg("row_threshold"),
+           py::arg("column_threshold"));
 
   module.def(
       "forward",
-      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns, Address positive_logit,
-         Address row_ranks, Address column_ranks) {
+      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
+         Address positive_logit, Address row_ranks, Address column_ranks) {
         const Kernels& kernels = kernels_of(level);
         const Statistics out{{pointer<float>(rows), problem.x.rows},
                              {pointer<float>(columns), problem.y.rows},
@@ -129,9 +144,12 @@ PYBIND11_MODULE(_cpu, module) {
       py::arg("level"), py::arg("threads"), py::arg("bfloat16"), py::arg("repeats"),
       "Floating-point operations a second of multiply-adds on registers alone: the yardstick of the benchmark.");
 
-  module.def("levels", [] {
-    std::vector<std::string> names;
-    for (const Level& level : supported_levels()) names.push_back(level.name);
-    return names;
-  }, "The instruction-set levels that this machine can run, best first.");
+  module.def(
+      "levels",
+      [] {
+        std::vector<std::string> names;
+        for (const Level& level : supported_levels()) names.push_back(level.name);
+        return names;
+      },
+      "The instruction-set levels that this machine can run, best first.");
 }

@@ -1,9 +1,9 @@
-// One instruction-set level: everything of kernels.h, compiled with the level's own flags. Included by level_<name>.cpp,
-// which defines
+// One instruction-set level: everything of kernels.h, compiled with the level's own flags. Included by
+// level_<name>.cpp, which defines
 //   SOFTCLIP_LEVEL  the level's name, here its namespace
 //   SOFTCLIP_SIMD   the header of its vector operations; one that has bf16 dot products defines SOFTCLIP_BF16X2
-// All functions are in an anonymous namespace and none is from std:: — an inline function emitted with these flags could
-// be linked into code that any machine runs.
+// Its functions are in an anonymous namespace and call none of std::, because the linker keeps one copy of an inline
+// function, and could take the one that these flags compiled for code that every machine runs.
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -36,30 +36,20 @@ static_assert(kBlock % kTileRows == 0 && kBlock % kTileColumns == 0, "blocks hol
 #include "products.inl"
 #include "softmax.inl"
 
+#if defined(SOFTCLIP_BF16X2)
+constexpr ProductKernels bf16x2 = product_kernels<Bf16x2>();
+#else
+constexpr ProductKernels bf16x2{};
+constexpr decltype(Kernels::round_to_bf16x2) round_to_bf16x2 = nullptr;
+#endif
+
 }  // namespace
 
-extern const Kernels kernels;
+extern const Kernels kernels;  // seen from levels.cpp
 
 const Kernels kernels = {
-    kBlock,
-    kTileRows,
-    kTileColumns,
-    pack,
-    pack_transposed,
-    product_kernels<Float32>(),
-#if defined(SOFTCLIP_BF16X2)
-    product_kernels<Bf16x2>(),
-    round_to_bf16x2,
-#else
-    {},
-    nullptr,
-#endif
-    add_tiles,
-    maxima,
-    accumulate,
-    gradient,
-    mirrored_gradient,
-    count_above,
+    kBlock,          kTileRows, kTileColumns, pack,       pack_transposed, product_kernels<Float32>(), bf16x2,
+    round_to_bf16x2, add_tiles, maxima,       accumulate, gradient,        mirrored_gradient,          count_above,
 };
 
 }  // namespace softclip::SOFTCLIP_LEVEL

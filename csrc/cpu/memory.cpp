@@ -58,8 +58,7 @@ Pages::~Pages() {
   if (data_ != nullptr) munmap(data_, bytes_);
 }
 
-Scratch::Scratch(size_t bytes, size_t most_kept)
-    : pages_(kept_pages.exchange(nullptr)), most_kept_(most_kept) {
+Scratch::Scratch(size_t bytes, size_t most_kept) : pages_(kept_pages.exchange(nullptr)), most_kept_(most_kept) {
   if (pages_ != nullptr && pages_->bytes() >= bytes) return;
   pages_.reset();  // before the larger ones are mapped
   pages_ = std::make_unique<Pages>(bytes);

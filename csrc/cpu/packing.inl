@@ -128,12 +128,12 @@ void pack(const Matrix& m, int64_t begin, int count, int width, bool bf16x2, voi
   auto* out = static_cast<uint32_t*>(panels);
   if (m.dtype == Dtype::float32) return pack_rows<FromFloat32, false>(m, begin, count, width, out);
   bf16x2 ? pack_rows<FromBfloat16, true>(m, begin, count, width, out)
-        : pack_rows<FromBfloat16, false>(m, begin, count, width, out);
+         : pack_rows<FromBfloat16, false>(m, begin, count, width, out);
 }
 
 void pack_transposed(const Matrix& m, int64_t begin, int count, bool bf16x2, void* panels) {
   auto* out = static_cast<uint32_t*>(panels);
   if (m.dtype == Dtype::float32) return pack_columns_by_step<FromFloat32, false>(m, begin, count, out);
   bf16x2 ? pack_columns_by_step<FromBfloat16, true>(m, begin, count, out)
-        : pack_columns_by_step<FromBfloat16, false>(m, begin, count, out);
+         : pack_columns_by_step<FromBfloat16, false>(m, begin, count, out);
 }

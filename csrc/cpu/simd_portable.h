@@ -33,10 +33,11 @@ SOFTCLIP_INLINE Vector multiply_subtract(Vector a, Vector b, Vector c) {
 SOFTCLIP_INLINE Vector maximum(Vector a, Vector b) { return a > b ? a : b; }
 SOFTCLIP_INLINE Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
 SOFTCLIP_INLINE Vector nearest(Vector v) {
-  const Vector shift = broadcast(12582912.0f), large = broadcast(4194304.0f);  // 1.5 * 2^23, 2^22
-  const Vector rounded = (v + shift) - shift;  // adding it rounds to a whole number
+  // Adding 1.5 * 2^23 rounds to a whole number; from 2^22 on v is whole, as good as (or NaN).
+  const Vector shift = broadcast(12582912.0f), large = broadcast(4194304.0f);
+  const Vector rounded = (v + shift) - shift;
   const Vector magnitude = v < broadcast(0) ? -v : v;
-  return magnitude < large ? rounded : v;  // so large (or NaN): whole already, as good as
+  return magnitude < large ? rounded : v;
 }
 // value * 2^exponent, exponent a whole number; 0 below the range. The bit pattern of exponent -127 is zero.
 SOFTCLIP_INLINE Vector scale_by_power(Vector value, Vector exponent) {

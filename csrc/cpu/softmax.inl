@@ -113,8 +113,8 @@ void mirrored_gradient(const MirroredGradient& block, const MirroredGradient& mi
       const Vector p = scale_by_power(power.fraction, power.exponent - row_reference);
       const Vector q = scale_by_power(power.fraction, power.exponent - load(block.student.column_reference + j));
       const Vector mirror_p = scale_by_power(mirror_power.fraction, mirror_power.exponent - mirror_row_reference);
-      const Vector mirror_q = scale_by_power(mirror_power.fraction,
-                                             mirror_power.exponent - load(mirror.student.column_reference + j));
+      const Vector mirror_q =
+          scale_by_power(mirror_power.fraction, mirror_power.exponent - load(mirror.student.column_reference + j));
       Vector g = q * load(block.student.column + j), mirror_g = mirror_q * load(mirror.student.column + j);
       g = multiply_add(mirror_q, load(block.teacher.column + j), multiply_add(p, row, g));
       mirror_g = multiply_add(q, load(mirror.teacher.column + j), multiply_add(mirror_p, mirror_row, mirror_g));
@@ -126,8 +126,10 @@ void mirrored_gradient(const MirroredGradient& block, const MirroredGradient& mi
 
 void maxima(const Weights& w, float* row_maximum, float* column_maximum) {
   const bool bias = w.column_factor != nullptr, mask = w.row_segment != nullptr;
-  if (bias) return mask ? maxima_of<true, true>(w, row_maximum, column_maximum)
-                        : maxima_of<true, false>(w, row_maximum, column_maximum);
+  if (bias) {
+    return mask ? maxima_of<true, true>(w, row_maximum, column_maximum)
+                : maxima_of<true, false>(w, row_maximum, column_maximum);
+  }
   mask ? maxima_of<false, true>(w, row_maximum, column_maximum)
        : maxima_of<false, false>(w, row_maximum, column_maximum);
 }

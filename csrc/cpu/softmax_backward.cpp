@@ -158,8 +158,7 @@ class Backward final : public Visitor {
 
 }  // namespace
 
-bool backward(const Kernels& kernels, const Problem& problem, const Gradients& in, int threads,
-              const Poll& poll) {
+bool backward(const Kernels& kernels, const Problem& problem, const Gradients& in, int threads, const Poll& poll) {
   const Wanted wanted{in.gx != nullptr, in.gy != nullptr};
   if (!wanted.any()) return true;
   const Plan plan(kernels, problem, threads, wanted);

@@ -171,8 +171,8 @@ class Forward final : public Visitor {
     float *row_count = workspace.line(kRowCount), *column_count = workspace.line(kColumnCount);
     for (int j = 0; j < block.columns; ++j) threshold[j] = column_threshold[block.column + j];
     const Weights w = weights(plan_, workspace, plan_.distributions[0], block, side);
-    plan_.kernels.count_above(w, static_cast<float>(problem.scale), row_threshold + block.row, threshold,
-                              row_count, column_count);
+    plan_.kernels.count_above(w, static_cast<float>(problem.scale), row_threshold + block.row, threshold, row_count,
+                              column_count);
     for (int i = 0; i < block.rows; ++i) row_ranks[block.row + i] += static_cast<int64_t>(row_count[i]);
     for (int j = 0; j < block.columns; ++j) column_ranks[block.column + j] += static_cast<int64_t>(column_count[j]);
   }
@@ -185,8 +185,8 @@ class Forward final : public Visitor {
 
 }  // namespace
 
-bool forward(const Kernels& kernels, const Problem& problem, const Statistics& out, int threads,
-             const Poll& poll, int64_t* summed_twice) {
+bool forward(const Kernels& kernels, const Problem& problem, const Statistics& out, int threads, const Poll& poll,
+             int64_t* summed_twice) {
   const Plan plan(kernels, problem, threads, {false, false});
   Forward state(plan, out);
   if (!traverse(plan, poll, state)) return false;

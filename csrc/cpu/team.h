@@ -18,8 +18,8 @@ class Team {
 
   bool cancelled() const;
   void wait();  // until every thread of the team has come here
-  // Calls work(0) .. work(threads - 1) concurrently. `long_call`: leave the calling thread free to poll. What one of them
-  // throws cancels the others and is thrown again here.
+  // Calls work(0) .. work(threads - 1) concurrently. `long_call`: leave the calling thread free to poll. What one of
+  // them throws cancels the others and is thrown again here.
   void run(const std::function<void(int)>& work, bool long_call);
 
  private:
