@@ -47,9 +47,13 @@ constexpr decltype(Kernels::round_to_bf16x2) round_to_bf16x2 = nullptr;
 
 extern const Kernels kernels;  // seen from levels.cpp
 
+// clang-format off: in the order and the groups of kernels.h
 const Kernels kernels = {
-    kBlock,          kTileRows, kTileColumns, pack,       pack_transposed, product_kernels<Float32>(), bf16x2,
-    round_to_bf16x2, add_tiles, maxima,       accumulate, gradient,        mirrored_gradient,          count_above,
+    kBlock, kTileRows, kTileColumns,
+    pack, pack_transposed,
+    product_kernels<Float32>(), bf16x2, round_to_bf16x2, add_tiles,
+    maxima, accumulate, gradient, mirrored_gradient, count_above,
 };
+// clang-format on
 
 }  // namespace softclip::SOFTCLIP_LEVEL
