@@ -125,14 +125,14 @@ def test_bfloat16_against_float64(level, size, threads):
 
 
 @pytest.mark.parametrize("norm", (1e-3, 1.0, 30.0))
-def test_logits_of_any_size(level, norm):
+def test_logits_of_any_size_are_exact(level, norm):
     """Logits up to 9e4 and down to 1e-5: references move with every row and column, so nothing leaves the range."""
     problem = random_problem(130, 130, 12, scale=100.0, norm=norm)
     largest = 100 * norm**2 * 1.5
     assert_same_backward(problem, assert_same_forward(problem, 1e-6 * largest + 1e-5), 1e-6 * largest + 1e-5)
 
 
-def test_rows_far_apart_in_one_block(level):
+def test_rows_far_apart_in_one_block_are_exact(level):
     """Neighbouring rows whose logits differ by thousands, and columns with one entry 1e4 above all others: the largest
     terms come in the last block, so every running sum is rescaled, by more than fp32 can hold."""
     n = 500
@@ -150,7 +150,7 @@ def test_rows_far_apart_in_one_block(level):
     torch.testing.assert_close(got.rows[0][calm].double(), expected.rows[0][calm], rtol=1e-6, atol=1e-4)
 
 
-def test_references_that_are_outgrown(level):
+def test_references_that_are_outgrown_are_raised(level):
     """A block is summed with the references in force and again with higher ones where a term outgrows them, which the
     counter shows; in blocks of like rows that never happens."""
     n = 3 * 240
@@ -165,7 +165,7 @@ def test_references_that_are_outgrown(level):
         assert_same_backward(problem, assert_same_forward(problem, 1e-3), 1e-3)
 
 
-def test_logits_beyond_all_precision(level):
+def test_logits_beyond_all_precision_stay_finite(level):
     """Where a logit's spacing is thousands nothing is resolved, but what comes back is finite and of its size. (Below
     -6e28 a pair counts as excluded.)"""
     for size in (1e10, 1e15, 1e20, 1e28):
@@ -179,7 +179,7 @@ def fused(x, y, scale, target):
 
 
 @pytest.mark.parametrize("name", ALL_TARGETS)
-def test_every_target(level, name, threads):
+def test_every_target_is_as_accurate_as_dense(level, name, threads):
     """The library's standard of accuracy, on one size below a block, one above, and (rectangular) both."""
     sizes = ((65, 65, 96), (257, 257, 64)) if name in SQUARE_TARGETS else ((63, 250, 70), (257, 64, 33))
     for n, m, d in sizes:
@@ -193,7 +193,7 @@ def test_every_target(level, name, threads):
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.parametrize("scale", (1.0, 14.3, 100.0, 300.0))
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_external", "labels_smoothing"))
-def test_dtypes_and_scales(level, name, scale, dtype):
+def test_every_dtype_and_scale_is_as_accurate_as_dense(level, name, scale, dtype):
     n = 129
     target = ALL_TARGETS[name](n, n)
     x = unit_rows(n, 64, dtype=dtype)
@@ -201,7 +201,7 @@ def test_dtypes_and_scales(level, name, scale, dtype):
     assert_as_accurate_as_dense(fused(x, y, scale, target), x, y, scale, target)
 
 
-def test_adversarial_rows(level):
+def test_adversarial_rows_are_as_accurate_as_dense(level):
     """Logits of ±1e4, identical rows, opposite rows, zero rows, converged pairs."""
     base = unit_rows(65, 32, dtype=torch.float32)
     zero_row = base.clone()
@@ -234,7 +234,7 @@ def assert_same_bits(problem, other):
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
-def test_strides(level):
+def test_strides_change_no_bit(level):
     """Transposed, sliced, expanded, reversed operands and a teacher's: bit for bit as contiguous ones."""
     wide = unit_rows(100, 64, dtype=torch.float32)
     views = (
@@ -250,7 +250,7 @@ def test_strides(level):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_offsets_beyond_31_bits(level, dtype, tmp_path):
+def test_offsets_beyond_31_bits_are_followed(level, dtype, tmp_path):
     """Rows, then columns, 2^30 + 5 elements apart, in a file of which a few pages exist."""
     step, count, width = 2**30 + 5, 3, 40
     path = tmp_path / "sparse"
@@ -266,7 +266,7 @@ def test_offsets_beyond_31_bits(level, dtype, tmp_path):
     assert_same_bits(with_own_teacher(columns, y[:, :count]), with_own_teacher(x.T.contiguous(), y[:, :count]))
 
 
-def test_negated_views(level):
+def test_negated_views_keep_their_sign(level):
     """A view that is negative lazily has the other sign in memory."""
     x, y = torch.randn(5, 6, dtype=torch.complex64).conj().imag, unit_rows(5, 6, dtype=torch.float32)
     assert x.is_neg()
@@ -274,7 +274,7 @@ def test_negated_views(level):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_memory_beside_the_operands(level, dtype, threads, monkeypatch):
+def test_memory_beside_the_operands_is_left_alone(level, dtype, threads, monkeypatch):
     """What lies around inputs is not read into a result (NaN and wild indices there), around results not written."""
 
     def surrounded(tensor):
@@ -325,7 +325,7 @@ def test_shapes_are_checked_once_more(level):
             CPU.forward(problem)
 
 
-def test_empty_operands(level):
+def test_empty_operands_give_empty_results(level):
     for n, m in ((0, 3), (3, 0), (0, 0)):
         problem = Problem(torch.zeros(n, 4), torch.zeros(m, 4), torch.ones(()))
         statistics = CPU.forward(problem)
@@ -336,7 +336,7 @@ def test_empty_operands(level):
 
 @pytest.mark.parametrize("teachers", ((), (TeacherOperand(Source.TRANSPOSED),)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_one_gradient_alone(level, dtype, teachers, threads):
+def test_one_gradient_alone_has_the_same_bits(level, dtype, teachers, threads):
     """Without the other it has the same bits."""
     x, y = (unit_rows(460, 40, seed=seed).to(dtype) for seed in (0, 1))
     problem = Problem(x, y, torch.tensor(9.0), torch.arange(460), teachers=teachers)
@@ -361,7 +361,7 @@ def test_nan_and_infinity_come_back(level, dtype):
         assert statistics.rows[0, 6:].isfinite().all()
 
 
-def test_fully_excluded_rows(level):
+def test_a_row_that_sees_nothing_contributes_nothing(level):
     """A row that sees no column: log-sum-exp -inf, mean 0, no gradient."""
     n = 40
     segment = torch.zeros(n, dtype=torch.int64)
@@ -393,13 +393,13 @@ def test_threads_change_rounding_only(level, name, threads):
 
 
 @pytest.mark.parametrize("shape", ((1, 1), (1, 9), (5, 2), (7, 7)))
-def test_more_threads_than_rows(level, threads, shape):
+def test_more_threads_than_rows_are_allowed(level, threads, shape):
     threads(16)
     problem = random_problem(*shape, 5)
     assert_same_backward(problem, assert_same_forward(problem, 2e-5), 1e-5)
 
 
-def test_auto_takes_it():
+def test_auto_takes_float32_and_bfloat16():
     x = unit_rows(8, 4, dtype=torch.float32)
     for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "chunked")):
         one = x.to(dtype)

@@ -1,5 +1,5 @@
-"""How the CPU extension comes to be: the source distribution holds it, and no compiler or an older one costs the
-extension or a level of it, never the installation."""
+"""How the distributions and the CPU extension in them come to be: nothing is missing from either distribution, and no
+compiler or an older one costs the extension or a level of it, never the installation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("csrc", "softclip_kernels", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "NOTICE")
+# What is not the repository's: built, cached or downloaded.
+IGNORED = shutil.ignore_patterns(
+    ".git", ".venv*", ".*_cache", ".hypothesis", ".benchmarks", "__pycache__", "*.so", "*.pyd", "*.egg-info", "build",
+    "dist", "runs",
+)  # fmt: skip
 COMPILER = os.environ.get("CXX", "c++")
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
 
@@ -23,15 +27,17 @@ needs_compiler = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no 
 @pytest.fixture
 def sources(tmp_path):
     """A copy to build in: nothing appears in the working tree."""
-    copy = tmp_path / "sources"
-    copy.mkdir()
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd")
-    for name in NEEDED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=ignore)
-        else:
-            shutil.copy(ROOT / name, copy)
-    return copy
+    return shutil.copytree(ROOT, tmp_path / "sources", ignore=IGNORED)
+
+
+@pytest.fixture
+def unpacked(sources, tmp_path):
+    """The source distribution made of the copy, and unpacked elsewhere."""
+    archive, _ = build(sources, "sdist")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    (tree,) = tmp_path.glob("softclip_kernels-*")
+    return tree
 
 
 def build(sources, kind, **environment):
@@ -51,6 +57,10 @@ def build(sources, kind, **environment):
     return sources / "dist" / name, [line for line in lines if line.startswith("softclip_kernels: ")]
 
 
+def modules(folder):
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
+
+
 def levels_in(wheel, directory):
     """What the wheel's extension offers on this machine; None where it has none."""
     with zipfile.ZipFile(wheel) as archive:
@@ -65,22 +75,45 @@ def levels_in(wheel, directory):
     return json.loads(run.stdout)
 
 
+def test_the_source_distribution_holds_all_that_its_tests_need(sources, unpacked):
+    """Every file of Python, and whatever else the tests read while they are collected; none is found elsewhere."""
+    assert modules(sources) == modules(unpacked)
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=unpacked,
+        env={**os.environ, "PYTHONPATH": str(unpacked)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "tests/backends/test_cpu_build.py::test_the_source_distribution" in run.stdout
+
+
+def test_the_wheel_holds_every_package(sources):
+    """A sub-package that is new as well, at any depth, and the mark of typed packages; no other package."""
+    for name in ("added", "added/below"):
+        (sources / "softclip_kernels" / name).mkdir()
+        (sources / "softclip_kernels" / name / "__init__.py").touch()
+    wheel, _ = build(sources, "wheel", CXX="/nonexistent/c++")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    expected = {f"softclip_kernels/{name}" for name in modules(sources / "softclip_kernels")}
+    assert names == expected | {"softclip_kernels/py.typed"}
+
+
 @needs_compiler
-def test_source_distribution_builds(sources, tmp_path):
+def test_an_unpacked_source_distribution_builds(unpacked, tmp_path):
     """What is unpacked from an sdist builds a wheel with the extension, and no other file is needed. The objects of the
     levels have no symbol that the linker could merge with another level's, and nothing that runs before a level is
     chosen: an instruction that the CPU lacks can only be reached through the level's table."""
-    archive, _ = build(sources, "sdist")
-    with tarfile.open(archive) as unpacked:
-        unpacked.extractall(tmp_path, filter="data")
-    (tree,) = tmp_path.glob("softclip_kernels-*")
-    assert (tree / "NOTICE").exists() and (tree / "csrc" / "sanitize.sh").exists()
-    wheel, lines = build(tree, "wheel")
+    assert (unpacked / "NOTICE").exists() and (unpacked / "csrc" / "sanitize.sh").exists()
+    wheel, lines = build(unpacked, "wheel")
     assert not lines
     assert levels_in(wheel, tmp_path / "wheel")[-1] == "portable"
     if shutil.which("nm") is None or sys.platform != "linux":
         pytest.skip("no nm: the objects' symbols were not looked at")
-    objects = list(tree.glob("build/**/level_*.o"))
+    objects = list(unpacked.glob("build/**/level_*.o"))
     assert objects
     for one in objects:
         symbols = subprocess.run(["nm", one], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -101,7 +134,7 @@ def test_no_compiler_costs_the_extension_alone(sources, tmp_path, compiler):
 
 
 @needs_compiler
-def test_older_compiler_costs_a_level(sources, tmp_path):
+def test_an_older_compiler_costs_a_level(sources, tmp_path):
     """One that does not know avx512bf16: one line, the other levels work, and its own words are in the log."""
     old = tmp_path / "old-c++"
     refusal = "error: unrecognized command-line option '-mavx512bf16'"

@@ -72,14 +72,14 @@ def started_in_the_background():
         "backend.backward(problem, Statistics(zeros, zeros, zeros[0], zeros[0], zeros[0]), zeros, zeros)",
     ),
 )
-def test_interrupt_within_a_second(call, started_in_the_background):
+def test_an_interrupt_ends_a_call_within_a_second(call, started_in_the_background):
     """Ctrl-C during a call that would take minutes ends it, in a process of its own."""
     sent, ended = map(float, run_python(INTERRUPTED.format(call=call)))
     assert ended - sent < 1.0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux counts it")
-def test_threads_that_cannot_be_had():
+def test_threads_that_cannot_be_had_are_an_error():
     """Where the system refuses memory or the 40th thread the call is an error, and the next one works."""
     code = """
 import resource, torch
@@ -131,7 +131,7 @@ def _loss_in_child(queue):
     queue.put(softclip_loss(x, x, torch.tensor(10.0), backend="cpu").item())
 
 
-def test_forked_children(threads):
+def test_a_forked_child_computes_after_its_parent(threads):
     """A forked child computes after its parent has, as data-loader workers do."""
     x = unit_rows(300, 16, dtype=torch.float32)
     expected = softclip_loss(x, x, torch.tensor(10.0), backend="cpu").item()
@@ -160,7 +160,7 @@ class _Losses(torch.utils.data.Dataset):
         return torch.stack([statistics.rows.sum(), gx.abs().sum()])
 
 
-def test_data_loader_workers(threads):
+def test_data_loader_workers_compute_beside_a_busy_thread(threads):
     """Forked while another thread is within a call."""
     expected = torch.stack([_Losses()[index] for index in range(6)])
     x = unit_rows(3000, 128, dtype=torch.float32)
