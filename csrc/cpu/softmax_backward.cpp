@@ -46,7 +46,7 @@ class Backward final : public Visitor {
       const float* column_log_sum_exp = log_sum_exp(in.columns, q);
       const float* grad_rows = in.grad_rows + static_cast<int64_t>(q) * plan.rows;
       const float* grad_columns = in.grad_columns + static_cast<int64_t>(q) * plan.columns;
-      if (q == plan.shares_student) {  // the transposed student's rows are the student's columns
+      if (q == plan.shares_student) {  // its exponentials along rows are the student's along columns
         const Exponentials rows(columns_[0], row_log_sum_exp, grad_rows, plan.rows);
         const Exponentials columns(rows_[0], column_log_sum_exp, grad_columns, plan.columns);
         rows_.push_back(rows);
@@ -66,7 +66,9 @@ class Backward final : public Visitor {
       for (size_t q = shared ? 1 : 0; q < plan_.distributions.size(); ++q) {
         if (q != plan_.shares_student) form_gradient(workspace, block, side, q);
       }
-      clear_positives(workspace.g(side), block, side);
+      // The caller adds the positives' entries in full precision.
+      float* g = workspace.g(side);
+      each_positive(plan_, block, side, [g](int64_t, int64_t at) { g[at] = 0; });
     }
     for (int side = 0; side < block.sides(); ++side) add_products(workspace, member, block, side);
   }
@@ -108,24 +110,6 @@ class Backward final : public Visitor {
     const Distribution& student = plan_.distributions[0];
     plan_.kernels.mirrored_gradient(sides[kDirect], sides[kMirror], student.factor, student.factor_low, block.rows,
                                     block.columns);
-  }
-
-  // The caller adds the positives' entries in full precision.
-  void clear_positives(float* g, const Block& block, int side) const {
-    const int64_t* positive_column = plan_.problem.positive_column;
-    if (positive_column == nullptr) return;
-    const int64_t length = plan_.kernels.block;
-    if (side == kDirect) {
-      for (int64_t i = 0; i < block.rows; ++i) {
-        const int64_t j = positive_column[block.row + i] - block.column;
-        if (j >= 0 && j < block.columns) g[i * length + j] = 0;
-      }
-      return;
-    }
-    for (int64_t j = 0; j < block.columns; ++j) {
-      const int64_t i = positive_column[block.column + j] - block.row;
-      if (i >= 0 && i < block.rows) g[i * length + j] = 0;
-    }
   }
 
   void add_products(Workspace& workspace, int member, const Block& block, int side) const {

@@ -143,22 +143,10 @@ class Forward final : public Visitor {
   }
 
   void take_positives(const Workspace& workspace, const Block& block, int side) const {
-    const int64_t* positive_column = plan_.problem.positive_column;
-    if (positive_column == nullptr) return;
     const float* dots = workspace.dots(0, side);
-    const int64_t length = plan_.kernels.block, row = block.row, column = block.column;
-    const auto logit = [&](int64_t at) { return static_cast<float>(plan_.problem.scale * dots[at]); };
-    if (side == kDirect) {
-      for (int64_t i = 0; i < block.rows; ++i) {
-        const int64_t j = positive_column[row + i] - column;
-        if (j >= 0 && j < block.columns) out_.positive_logit[row + i] = logit(i * length + j);
-      }
-      return;
-    }
-    for (int64_t j = 0; j < block.columns; ++j) {
-      const int64_t i = positive_column[column + j] - row;
-      if (i >= 0 && i < block.rows) out_.positive_logit[column + j] = logit(i * length + j);
-    }
+    each_positive(plan_, block, side, [&](int64_t row, int64_t at) {
+      out_.positive_logit[row] = static_cast<float>(plan_.problem.scale * dots[at]);
+    });
   }
 
   void count(const Workspace& workspace, const Block& block, int side) const {
