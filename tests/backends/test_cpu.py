@@ -1,6 +1,7 @@
 """The CPU backend at every instruction-set level of this machine: against float64 at the level of the Backend
-protocol, against the library's standard at the level of the loss, and what native code alone can get wrong: strides and
-offsets, memory beside the operands, references that move, threads. (The process around it: test_cpu_process.py.)"""
+protocol, against the library's standard at the level of the loss, and what C++ alone can get wrong: strides and
+offsets, memory beside the operands, references that move, threads. (Its choice, and the process around it:
+test_cpu_process.py.)"""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from conftest import ALL_TARGETS, SQUARE_TARGETS
 
-from softclip_kernels import Hard, Mix, SelfTeacher, backends, softclip_loss
+from softclip_kernels import Hard, Mix, SelfTeacher, softclip_loss
 from softclip_kernels.backends import cpu, registered
 from softclip_kernels.problem import Problem, Source, Statistics, TeacherOperand
 from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, contested_rows, unit_rows
@@ -397,17 +398,3 @@ def test_more_threads_than_rows_are_allowed(level, threads, shape):
     threads(16)
     problem = random_problem(*shape, 5)
     assert_same_backward(problem, assert_same_forward(problem, 2e-5), 1e-5)
-
-
-def test_auto_takes_float32_and_bfloat16():
-    x = unit_rows(8, 4, dtype=torch.float32)
-    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "chunked")):
-        one = x.to(dtype)
-        assert backends.select("auto", Problem(one, one, torch.ones(()))).name == name
-    assert "float16" in str(CPU.why_not(Problem(x.half(), x.half(), torch.ones(()))))
-
-
-def test_unknown_level_is_an_error(monkeypatch):
-    monkeypatch.setenv(cpu.ISA_VARIABLE, "avx1024")
-    with pytest.raises(ValueError, match=r"'avx1024'.*allowed: .*portable"):
-        softclip_loss(torch.eye(3), torch.eye(3), torch.ones(()))

@@ -1,5 +1,5 @@
-"""The CPU backend in the process around it: interruption, the interpreter lock, threads that cannot be had,
-forked children and the data loader's workers."""
+"""The CPU backend in the process around it: which backend and level are chosen, interruption, the interpreter lock,
+threads that cannot be had, forked children and the data loader's workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import signals
 import torch
 
-from softclip_kernels import softclip_loss
+from softclip_kernels import backends, softclip_loss
 from softclip_kernels.backends import cpu, registered
 from softclip_kernels.problem import Problem
 from softclip_kernels.testing import unit_rows
@@ -38,6 +38,20 @@ def run_python(code):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=signals.restore)
     assert run.returncode == 0, run.stderr
     return run.stdout.split()
+
+
+def test_auto_takes_float32_and_bfloat16():
+    x = unit_rows(8, 4, dtype=torch.float32)
+    for dtype, name in ((torch.float32, "cpu"), (torch.bfloat16, "cpu"), (torch.float64, "chunked")):
+        one = x.to(dtype)
+        assert backends.select("auto", Problem(one, one, torch.ones(()))).name == name
+    assert "float16" in str(CPU.why_not(Problem(x.half(), x.half(), torch.ones(()))))
+
+
+def test_unknown_level_is_an_error(monkeypatch):
+    monkeypatch.setenv(cpu.ISA_VARIABLE, "avx1024")
+    with pytest.raises(ValueError, match=r"'avx1024'.*allowed: .*portable"):
+        softclip_loss(torch.eye(3), torch.eye(3), torch.ones(()))
 
 
 INTERRUPTED = """
@@ -84,7 +98,7 @@ def test_threads_that_cannot_be_had_are_an_error():
     code = """
 import resource, torch
 from pathlib import Path
-from softclip_kernels import softclip_loss
+from softclip_kernels import backends, softclip_loss
 from softclip_kernels.backends import cpu
 cpu.MULTIPLY_ADDS_PER_THREAD = 1
 x = torch.nn.functional.normalize(torch.randn(500, 64))
