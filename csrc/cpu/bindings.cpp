@@ -1,5 +1,5 @@
 // The Python module softclip_kernels._cpu. Tensors arrive as addresses, sizes and strides, so that one build serves
-// every version of PyTorch; softclip_kernels/backends/cpu.py is the only caller and has checked everything.
+// every version of PyTorch. softclip_kernels/backends/cpu.py, the only caller, has checked everything.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

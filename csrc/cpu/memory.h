@@ -6,8 +6,8 @@
 
 namespace softclip {
 
-// Numbers below the normal range become 0 while this lives, on this thread: they would slow some machines down, and
-// next to a sum that holds its largest term they mean nothing.
+// While this lives, numbers below the normal range become 0 on this thread: they slow some machines down, and mean
+// nothing beside a sum that holds its largest term.
 class FlushDenormals {
  public:
   FlushDenormals();
@@ -19,7 +19,7 @@ class FlushDenormals {
   unsigned previous_ = 0;
 };
 
-// Pages straight from the system, back to it at the end: what is not touched costs nothing.
+// Pages straight from the system, and back to it at the end. Pages that nobody touches cost nothing.
 class Pages {
  public:
   explicit Pages(size_t bytes);
@@ -34,9 +34,9 @@ class Pages {
   const size_t bytes_;
 };
 
-// Memory for one call, its contents undefined. Where it is small, the next call gets the same pages, since fresh ones
-// cost a small call more than its arithmetic. One set is kept in the process, and taken out of its place while in use:
-// calls at the same time get different ones, and a forked child whichever lay there, its own copy.
+// Memory for one call, its contents undefined. If it is small, the next call gets the same pages, because fresh ones
+// cost a small call more than its arithmetic. The process keeps one set, which is taken out of its place while in use:
+// simultaneous calls get different sets, and a forked child gets its own copy of what lay there.
 class Scratch {
  public:
   Scratch(size_t bytes, size_t most_kept);

@@ -28,7 +28,7 @@ struct Product {
   int64_t summed;  // elements along the width, as packed
 };
 
-// A bias in powers of two, apart as a whole exponent and a factor; (length + kBlock,) each, empty without a bias.
+// A bias in powers of two, split into a whole exponent and a factor; (length + kBlock,) each, empty without a bias.
 struct Bias {
   std::vector<float> exponent, factor;
 };

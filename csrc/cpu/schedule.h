@@ -7,8 +7,8 @@
 
 namespace softclip {
 
-// A rectangle of the similarity matrix. With `triangle` (rows and columns are the same range) the blocks (I, J), I <=
-// J.
+// A rectangle of the similarity matrix; with `triangle`, where rows and columns are the same range, only its blocks
+// (I, J) with I <= J.
 struct Job {
   int64_t row_begin, row_end, column_begin, column_end;
   bool triangle;

@@ -22,7 +22,7 @@ struct Sums {
   std::vector<float> reference;
   std::vector<double> sum, dot;
 
-  // The references in force; false where something has seen nothing yet and has none.
+  // The references in force; false if one of these rows or columns has seen nothing yet and has none.
   bool current(int64_t begin, int count, float* out) const {
     bool all = true;
     for (int i = 0; i < count; ++i) {
