@@ -23,7 +23,7 @@ def backend(request, monkeypatch):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny data set for the trainer."""
-    from train_data import make_data  # the library's own tests run without what the trainer needs
+    from helpers.data import make_data  # the library's own tests run without what the trainer needs
 
     return make_data(tmp_path_factory.mktemp("data"))
 
@@ -31,8 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(data: Path) -> Any:
     """The trainer's, of the training captions in `data`."""
-    from train.data import load_pairs
-    from train.samples import all_captions
+    from train.data import all_captions, load_pairs
     from train.tokenizer import train_tokenizer
 
     return train_tokenizer(all_captions(load_pairs(data, "train")), 300)

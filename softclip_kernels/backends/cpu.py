@@ -65,6 +65,7 @@ def peak(name: str, threads: int, bfloat16: bool) -> float:
 class CpuBackend:
     name = "cpu"
     device: str | None = "cpu"
+    blocks_summed_twice = 0  # by the last forward, because a term had outgrown the references in force; for tests
 
     def details(self) -> dict[str, str]:
         """The instruction-set level in use and those that could be; empty where the extension was not built."""
@@ -82,10 +83,6 @@ class CpuBackend:
         return None
 
     def forward(self, problem: Problem) -> Statistics:
-        return self.counted_forward(problem)[0]
-
-    def counted_forward(self, problem: Problem) -> tuple[Statistics, int]:
-        """The forward, and how many blocks were summed twice, because a term had outgrown the references in force."""
         call = _Call(problem)
         statistics, n, m = 1 + 2 * len(problem.teachers), problem.rows, problem.columns
         ranked = problem.row_threshold is not None
@@ -96,17 +93,17 @@ class CpuBackend:
             torch.zeros(n if ranked else 0, dtype=torch.int64),
             torch.zeros(m if ranked else 0, dtype=torch.int64),
         )
-        redone = _cpu.forward(
+        self.blocks_summed_twice = _cpu.forward(
             call.problem,
             level(),
             _threads(problem),
             rows=result.rows.packed.data_ptr(),
             columns=result.columns.packed.data_ptr(),
-            positive=result.positive_logit.data_ptr(),
+            positive_logit=result.positive_logit.data_ptr(),
             row_ranks=result.row_ranks.data_ptr(),
             column_ranks=result.column_ranks.data_ptr(),
         )
-        return result, redone
+        return result
 
     def backward(
         self,
@@ -162,7 +159,7 @@ class _Call:
             x=self._matrix(problem.x),
             y=self._matrix(problem.y),
             scale=problem.scale.item(),
-            positive=self.vector(problem.positive_column, torch.int64),
+            positive_column=self.vector(problem.positive_column, torch.int64),
             row_segment=self.vector(row_segment, torch.int32),
             column_segment=self.vector(column_segment, torch.int32),
             teachers=[self._teacher(teacher) for teacher in problem.teachers],
@@ -188,17 +185,17 @@ class _Call:
         own = teacher.source == Source.EMBEDDINGS
         assert own == (teacher.x is not None) == (teacher.y is not None)
         return _cpu.Teacher(
-            int(teacher.source),
-            1.0 if teacher.scale is None else teacher.scale.item(),
-            self._matrix(teacher.x) if teacher.x is not None else None,
-            self._matrix(teacher.y) if teacher.y is not None else None,
-            self.vector(teacher.row_bias),
-            self.vector(teacher.column_bias),
+            source=int(teacher.source),
+            scale=1.0 if teacher.scale is None else teacher.scale.item(),
+            x=self._matrix(teacher.x) if teacher.x is not None else None,
+            y=self._matrix(teacher.y) if teacher.y is not None else None,
+            row_bias=self.vector(teacher.row_bias),
+            column_bias=self.vector(teacher.column_bias),
         )
 
 
 def _assert_lengths(length: int, *tensors: Tensor | None) -> None:
-    """Native code reads as many elements as it is told, whatever lies there."""
+    """C++ code reads as many elements as it is told, whatever lies there."""
     for tensor in tensors:
         assert tensor is None or len(tensor) == length, f"{tuple(tensor.shape)}, not {length}"
 

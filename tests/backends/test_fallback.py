@@ -16,7 +16,7 @@ from softclip_kernels import SlowerBackendWarning, SoftClipLoss, backends, info,
 from softclip_kernels.backends import cpu, triton
 from softclip_kernels.problem import Problem
 from softclip_kernels.testing import unit_rows
-from train import choices
+from train import auto
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_compiled_calls_warn_too(monkeypatch):
 def test_those_that_say_the_choice_themselves_do_not_warn(monkeypatch):
     """The report, and the trainer, whose first line holds the reasons."""
     missing(monkeypatch, "cpu")
-    (name, words), messages = warned(lambda: choices.backend("auto", 4, 8, torch.device("cpu")))
+    (name, words), messages = warned(lambda: auto.backend("auto", 4, 8, torch.device("cpu")))
     assert name == "chunked" and "cpu: its extension is not there" in words and not messages
     monkeypatch.undo()
     assert not warned(info.report)[1]

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
-from train_data import make_data, tiny
 
+from helpers.data import make_data, tiny
 from softclip_kernels import Target, softclip_loss
 from softclip_kernels.targets import ForBatch, Mix
 from softclip_kernels.testing import FIELDS, Result, dense_loss
-from train import evaluate
 from train.config import Config
-from train.data import Pairs, load_pairs
+from train.data import Pairs, Sampler, all_captions, load_pairs
+from train.evaluate.embed import embed_images
+from train.evaluate.retrieval import retrieve
 from train.model import MAX_LOG_SCALE, Clip
-from train.samples import Sampler, all_captions
 from train.step import target_at
 from train.tokenizer import train_tokenizer
 
@@ -159,7 +159,7 @@ def train(problem: Problem, loss_of: LossFunction, seed: int = 0, watch: Watch =
         run.scales.append(scale.item())
     run.parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
     for name, pairs in problem.held_out.items():
-        ways = evaluate.retrieve(model, problem.tokenizer, pairs, evaluate.embed_images(model, pairs.images))
+        ways = retrieve(model, problem.tokenizer, pairs, embed_images(model, pairs.images))
         run.recalls |= {f"{name} {i}": way.recall[1] for i, way in enumerate(ways)}
     return run
 
