@@ -5,19 +5,17 @@ python -m bench cpu --long      also N = 32768 and 65536 (together about a quart
 python -m bench cpu --only peak memory
 
 Times are medians with their quartiles. "bound" is the ratio to dense float32 that multiply-adds alone, at this
-machine's peak, would allow: what no kernel can exceed here. Rows go to bench/results/cpu.json. On a machine with other
-work running, only the ratios within a table mean something.
+machine's peak, would allow: what no kernel can exceed here. Rows go to bench/results/cpu/. On a machine with other work
+running, only the ratios within a table mean something.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +23,15 @@ from torch import Tensor
 from softclip_kernels.backends import native
 from softclip_kernels.testing import Result
 
-from . import common
+from . import memory as resident
+from . import problems
+from .problems import FORWARD_PRODUCTS, PRODUCTS, dtype_name
+from .records import Record, Row, environment, table
+from .timing import forward_backward, forward_only, interleaved
 
-Row = dict[str, Any]
+LABELS = ("table", "loss", "dtype", "pass", "n", "d", "scale", "threads")
 F32, BF16 = torch.float32, torch.bfloat16
 SCALES = (14.3, 100.0)
-PRODUCTS = {"hard": 8, "psd": 8, "psd_teacher": 12}  # multiples of N² D floating-point operations, forward + backward
-FORWARD_PRODUCTS = {"hard": 2, "psd": 2, "psd_teacher": 4}
 
 # What the project asks for, as multiples of dense eager float32 at N = 8192, D = 512 and two threads.
 GOALS = {
@@ -48,25 +48,22 @@ MEMORY_GOAL_MIB = 32
 GROWTH_GOAL, GROWTH_UP_TO = 1.10, 32768  # time over N², relative to the first size
 
 
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def speed(n: int, d: int, rounds: int) -> list[Row]:
     """Goals 1 to 3: every loss and dtype, native and dense, interleaved; correctness first."""
     contenders: dict[str, Callable[[], object]] = {}
     cases: list[tuple[str, torch.dtype, str, float, str]] = []
-    for loss in common.LOSSES:
+    for loss in problems.LOSSES:
         for dtype in (F32, BF16):
-            common.check(loss, d, dtype, backend="native")
-            timed = [("forward + backward", common.forward_backward)]
+            problems.check(loss, d, dtype, backend="native")
+            timed: list[tuple[str, Callable[..., Callable[[], object]]]] = [("forward + backward", forward_backward)]
             if loss == "hard":
-                timed.append(("forward", common.forward_only))
-            dense = common.dense(loss, n, d, dtype)
-            fused = common.fused(common.target(loss, n, d, dtype), "native")
+                timed.append(("forward", forward_only))
+            dense = problems.dense(loss, n, d, dtype)
+            fused = problems.fused(problems.target(loss, n, d, dtype), "native")
             for scale in SCALES:
-                x, y, s = common.operands(n, d, dtype, scale=scale)
-                _check_timed_size(loss, fused, x.detach(), y.detach(), s.detach())
+                x, y, s = problems.operands(n, d, dtype, scale=scale)
+                leaves = [leaf.detach() for leaf in (x, y, s)]
+                problems.check_at_size(loss, {"native": Result.of(fused, *leaves)}, *leaves)
                 for name, wrap in timed:
                     key = f"{loss} {dtype} {name} {scale}"
                     contenders[key] = wrap(fused, x, y, s)
@@ -75,7 +72,7 @@ def speed(n: int, d: int, rounds: int) -> list[Row]:
                         contenders[f"dense {loss} {dtype} {name}"] = wrap(dense, x, y, s)
     peaks: dict[torch.dtype, list[float]] = {F32: [], BF16: []}
     contenders |= {f"peak {dtype}": partial(_measure_peak, dtype, peaks[dtype]) for dtype in peaks}
-    timings = common.interleaved(contenders, rounds)
+    timings = interleaved(contenders, rounds)
     rows = []
     for loss, dtype, name, scale, key in cases:
         goal = GOALS.get((loss, dtype, name))
@@ -86,7 +83,7 @@ def speed(n: int, d: int, rounds: int) -> list[Row]:
         rows.append(
             {
                 "loss": loss,
-                "dtype": _dtype(dtype),
+                "dtype": dtype_name(dtype),
                 "pass": name,
                 "n": n,
                 "d": d,
@@ -107,10 +104,29 @@ def speed(n: int, d: int, rounds: int) -> list[Row]:
     return rows
 
 
-def _check_timed_size(loss: str, fused: common.Loss, x: Tensor, y: Tensor, scale: Tensor) -> None:
-    dense = common.dense(loss, x.shape[0], x.shape[1], F32, rounded=x.dtype)
-    results = {"dense": Result.of(dense, x.float(), y.float(), scale), "native": Result.of(fused, x, y, scale)}
-    common.check_equal(results, x, y, scale)
+def frozen(n: int, d: int, rounds: int) -> list[Row]:
+    """A tower that is not trained (LiT): the hard loss where x or y needs no gradient, beside the one where both do."""
+    rows: list[Row] = []
+    for dtype in (F32, BF16):
+        fused = problems.fused(problems.target("hard", n, d, dtype), "native")
+        contenders: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
+        for side in ("none", "x", "y"):
+            x, y, scale = problems.operands(n, d, dtype)
+            x.requires_grad_(side != "x"), y.requires_grad_(side != "y")
+            contenders[side] = forward_backward(fused, x, y, scale)
+        leaves = [leaf.detach() for leaf in (x, y, scale)]
+        both = Result.of(fused, *leaves)
+        results = {"both sides": both}
+        for side, replaced in (("frozen x", "dy"), ("frozen y", "dx")):
+            alone, dscale = contenders[side[-1]]()
+            results[side] = replace(both, **{replaced: alone, "dscale": dscale})
+        problems.check_at_size("hard", results, *leaves)
+        timings = interleaved(contenders, rounds)
+        for side in ("x", "y"):
+            row: Row = {"loss": "hard", "dtype": dtype_name(dtype), "pass": f"frozen {side}", "n": n, "d": d}
+            row |= {"native": timings[side], "both sides": timings["none"]}
+            rows.append(row | {"of both sides": timings[side].median / timings["none"].median})
+    return rows
 
 
 def _measure_peak(dtype: torch.dtype, found: list[float]) -> None:
@@ -125,14 +141,14 @@ def peak(n: int, widths: tuple[int, ...], rounds: int) -> list[Row]:
         for d in widths:
             shares: dict[str, Callable[[], object]] = {}
             for loss in ("hard", "psd"):
-                x, y, s = common.operands(n, d, dtype)
-                fused = common.fused(common.target(loss, n, d, dtype), "native")
-                shares[loss] = common.forward_backward(fused, x, y, s)
+                x, y, s = problems.operands(n, d, dtype)
+                fused = problems.fused(problems.target(loss, n, d, dtype), "native")
+                shares[loss] = forward_backward(fused, x, y, s)
                 if loss == "hard":
-                    shares["forward"] = common.forward_only(fused, x, y, s)
+                    shares["forward"] = forward_only(fused, x, y, s)
             peaks: list[float] = []
             shares["peak"] = partial(_measure_peak, dtype, peaks)
-            timings = common.interleaved(shares, rounds)
+            timings = interleaved(shares, rounds)
             reached = statistics.median(peaks)
             for name, products in (("forward", 2), ("hard", 8), ("psd", 8)):
                 rate = products * n * n * d / timings[name].median
@@ -140,7 +156,7 @@ def peak(n: int, widths: tuple[int, ...], rounds: int) -> list[Row]:
                 rows.append(
                     {
                         "loss": "hard, forward" if name == "forward" else name,
-                        "dtype": _dtype(dtype),
+                        "dtype": dtype_name(dtype),
                         "n": n,
                         "d": d,
                         "seconds": timings[name],
@@ -159,13 +175,11 @@ def memory(n: int, d: int) -> list[Row]:
     rows = []
     for loss in ("hard", "psd"):
         for dtype in (F32, BF16):
-            context = multiprocessing.get_context("spawn")
-            with context.Pool(1) as pool:
-                growth = pool.apply(_growth, (loss, n, d, _dtype(dtype), torch.get_num_threads()))
+            growth = resident.in_fresh_process(_growth, loss, n, d, dtype, torch.get_num_threads())
             rows.append(
                 {
                     "loss": loss,
-                    "dtype": _dtype(dtype),
+                    "dtype": dtype_name(dtype),
                     "n": n,
                     "d": d,
                     "growth MiB": growth,
@@ -176,37 +190,27 @@ def memory(n: int, d: int) -> list[Row]:
     return rows
 
 
-def _growth(loss: str, n: int, d: int, dtype_name: str, threads: int) -> float:
+def _growth(loss: str, n: int, d: int, dtype: torch.dtype, threads: int) -> float:
     """MiB of peak resident memory of one forward + backward, less the two gradients."""
     torch.set_num_threads(threads)
-    dtype = getattr(torch, dtype_name)
-    fused = common.fused(common.target(loss, n, d, dtype), "native")
-    small = common.operands(256, d, dtype)
-    common.forward_backward(common.fused(common.target(loss, 256, d, dtype), "native"), *small)()  # libraries load
-    x, y, scale = common.operands(n, d, dtype)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
-    gradients = common.forward_backward(fused, x, y, scale)()
-    peak = _resident("VmHWM")
-    del gradients
-    return (peak - before - (x.nbytes + y.nbytes) / 1024) / 1024
 
+    def work(n: int) -> Callable[[], object]:
+        fused = problems.fused(problems.target(loss, n, d, dtype), "native")
+        return forward_backward(fused, *problems.operands(n, d, dtype))
 
-def _resident(field: str) -> int:
-    """KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    work(256)()  # libraries load
+    return (resident.growth(work(n)) - 2 * n * d * dtype.itemsize) / 2**20
 
 
 def growth(sizes: tuple[int, ...], d: int, rounds: int) -> list[Row]:
     """Goal 5: time over N², relative to the first size; one run from 32768 on."""
     rows: list[Row] = []
     for n in sizes:
-        x, y, scale = common.operands(n, d, F32)
-        fused = common.fused(common.target("hard", n, d, F32), "native")
+        x, y, scale = problems.operands(n, d, F32)
+        fused = problems.fused(problems.target("hard", n, d, F32), "native")
         few = n >= 32768
-        timing = common.interleaved(
-            {"native": common.forward_backward(fused, x, y, scale)}, 1 if few else rounds, warm_up=0 if few else 1
+        timing = interleaved(
+            {"native": forward_backward(fused, x, y, scale)}, 1 if few else rounds, warm_up=0 if few else 1
         )["native"]
         per_pair = timing.median / n**2
         relative = per_pair / rows[0]["ns per pair"] * 1e9 if rows else 1.0
@@ -228,7 +232,7 @@ def growth(sizes: tuple[int, ...], d: int, rounds: int) -> list[Row]:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench cpu", description=__doc__.split("\n\n")[0])
-    parts = ("speed", "peak", "memory", "growth")
+    parts = ("speed", "frozen", "peak", "memory", "growth")
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="which tables (default: all)")
     parser.add_argument("--n", type=int, default=8192, help="rows and columns of the speed table (default: 8192)")
     parser.add_argument("--d", type=int, default=512, help="embedding width (default: 512)")
@@ -242,19 +246,15 @@ def main(arguments: list[str]) -> None:
     n, d = options.n, options.d
     runs: dict[str, Callable[[], list[Row]]] = {
         "speed": lambda: speed(n, d, options.rounds),
+        "frozen": lambda: frozen(n, d, options.rounds),
         "peak": lambda: peak(n, (256, 512, 768, 1024), options.rounds),
         "memory": lambda: memory(2 * n, d),
         "growth": lambda: growth((n, 2 * n, *((4 * n, 8 * n) if options.long else ())), d, 3),
     }
-    print(f"{common.environment('cpu')}\nlevel {native.level()}")
-    rows: list[Row] = []
+    record = Record("cpu", "cpu", LABELS)
+    print(f"{record.machine}, level {native.level()}\n{environment()}")
     for part in options.only:
         found = runs[part]()
-        print(f"\n{part}\n{common.table(_same_keys(found))}", flush=True)
-        rows += [{"table": part, **row} for row in found]
-    print(f"\nwritten to {common.write('cpu', 'cpu', rows)}")
-
-
-def _same_keys(rows: list[Row]) -> list[Row]:
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    return [{key: "" if row.get(key) is None else row[key] for key in keys} for row in rows]
+        print(f"\n{part}\n{table(found)}", flush=True)
+        record.add({"table": part, **row, "threads": options.threads} for row in found)
+    print(f"\nwritten to {record.path}")

@@ -1,6 +1,7 @@
-"""The speed steps of `python -m bench gpu`: the fused loss, what it is compared with, and timing on the device's clock.
+"""What `python -m bench gpu` checks and measures of the Triton kernels: correctness and repeats, speed beside rivals,
+memory, a million rows, the first call. Each function but `goals` and `estimate` is one step and returns a row.
 
-What a row's rivals are, all in bfloat16 operands:
+A row's rivals, all on the same bfloat16 operands:
 
     eager autocast      the dense loss under torch.autocast(bfloat16), as training loops evaluate it: logits in
                         bfloat16, softmaxes and cross-entropy in float32. The goals "over eager" mean this one, because
@@ -12,24 +13,19 @@ What a row's rivals are, all in bfloat16 operands:
 
 from __future__ import annotations
 
-import statistics
-import subprocess
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from softclip_kernels import softclip_loss
 from softclip_kernels.testing import FIELDS, Result
 
-from . import common
-from .gpu_checks import check_close
+from . import problems, timing
+from .problems import PRODUCTS
+from .records import Row
 
-Row = dict[str, Any]
-PRODUCTS = {"hard": 8, "psd": 8, "psd_teacher": 12}  # multiples of N² D floating-point operations, forward + backward
 EAGER, COMPILED, OPEN_CLIP, EAGER_BF16 = "eager autocast", "compiled autocast", "open_clip autocast", "eager bf16"
 RIVALS = {
     "hard": (EAGER, OPEN_CLIP, EAGER_BF16),
@@ -46,6 +42,23 @@ GEMM_SHARE = {"hard": 0.80, "psd_teacher": 0.70}  # of the matrix multiplication
 PSD_OVER_HARD = 1.15
 OVER_EAGER = {"hard": 5.0, "psd": 8.0, "psd_teacher": 8.0}
 OVER_COMPILED = 2.5
+# "Memory beyond inputs and gradients", both in their own dtype: bytes, and bytes a row. 16-bit gradients are summed in
+# fp32 before they are rounded; these sums are memory beyond, and the row says how much of it they are.
+MEMORY = (64 * 2**20, 64)
+
+
+def correctness(loss: str, dtype: torch.dtype, n: int, d: int, device: str, repeats: int) -> Row:
+    """The library's standard on a ragged size, then repeats that must agree bit by bit."""
+    problems.check(loss, d, dtype, device, "triton", n)
+    x, y, scale = (leaf.detach() for leaf in problems.operands(n, d, dtype, device))
+    fused = _fused(loss, n, d, dtype, device)
+    first = Result.of(fused, x, y, scale)
+    for index in range(repeats):
+        again = Result.of(fused, x, y, scale)
+        differing = [field for field in FIELDS if not torch.equal(getattr(first, field), getattr(again, field))]
+        if differing:
+            raise AssertionError(f"{', '.join(differing)} differ in repeat {index + 1}")
+    return {"passed": True, "repeats": repeats}
 
 
 def speed(
@@ -62,38 +75,44 @@ def speed(
 ) -> Row:
     """One loss at one size: checked, then timed beside its rivals, the hard loss and matrix products, interleaved.
     `with_hard` is False where the hard loss is wrong at this size."""
-    x, y, scale = common.operands(n, d, dtype, device)
-    fused = common.fused(common.target(loss, n, d, dtype, device), "triton")
+    x, y, scale = problems.operands(n, d, dtype, device)
+    fused = _fused(loss, n, d, dtype, device)
     row: Row = {"checked against": _check(loss, fused, x, y, scale)}
-    contenders = {
-        "fused": common.forward_backward(fused, x, y, scale),
-        "fused forward": common.forward_only(fused, x, y, scale),
+    contenders: dict[str, Callable[[], object]] = {
+        "fused": timing.forward_backward(fused, x, y, scale),
+        "fused forward": timing.forward_only(fused, x, y, scale),
     }
     if with_hard and loss != "hard":
-        hard = common.fused(common.target("hard", n, d, dtype, device), "triton")
-        contenders["hard"] = common.forward_backward(hard, x, y, scale)
+        contenders["hard"] = timing.forward_backward(_fused("hard", n, d, dtype, device), x, y, scale)
     a, b, out = (torch.randn(gemm, gemm, device=device).to(dtype) for _ in range(3))
     contenders["gemm"] = lambda: [torch.mm(a, b, out=out) for _ in range(GEMMS)]
     for rival in rivals:
-        run = common.forward_backward(_rival(rival, loss, n, d, dtype, device), x, y, scale)
+        run = timing.forward_backward(_rival(rival, loss, n, d, dtype, device), x, y, scale)
         start = time.monotonic()
         problem = _problem(run, BYTES[rival][loss != "hard"] * n * n)
         if problem is None:
             contenders[rival] = run
         row[rival if problem else f"{rival}, first call s"] = problem or time.monotonic() - start
-    clocks = Clocks()
-    timings = timed(contenders, rounds, seconds, clocks)
+    for contender in contenders.values():
+        contender()
+    torch.cuda.synchronize()
+    with timing.Clocks() as clocks:
+        timings = timing.interleaved(contenders, rounds, 1, seconds, timing.device_seconds)
     return row | _figures(loss, n, d, gemm, timings) | clocks.summary()
 
 
-def _check(loss: str, fused: common.Loss, x: Tensor, y: Tensor, scale: Tensor) -> str:
+def _fused(loss: str, n: int, d: int, dtype: torch.dtype, device: str, backend: str = "triton") -> problems.Loss:
+    return problems.fused(problems.target(loss, n, d, dtype, device), backend)
+
+
+def _check(loss: str, fused: problems.Loss, x: Tensor, y: Tensor, scale: Tensor) -> str:
     """Against float32: dense where it fits, else the library's chunked backend, which is plain PyTorch, in tf32 for the
     sake of time. How accurate a right result is, is checked before, on sizes that fit in float64."""
     (n, d), device = x.shape, str(x.device)
-    if fits(BYTES["float32"][loss != "hard"] * n * n):
-        kind, exact = "dense float32", common.dense(loss, n, d, torch.float32, device, rounded=x.dtype)
+    if _fits(BYTES["float32"][loss != "hard"] * n * n):
+        kind, exact = "dense float32", problems.dense(loss, n, d, torch.float32, device, rounded=x.dtype)
     else:
-        kind, exact = "chunked tf32", common.fused(common.target(loss, n, d, torch.float32, device), "chunked")
+        kind, exact = "chunked tf32", _fused(loss, n, d, torch.float32, device, "chunked")
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if kind == "dense float32" else "high")
     try:
@@ -106,57 +125,33 @@ def _check(loss: str, fused: common.Loss, x: Tensor, y: Tensor, scale: Tensor) -
     return kind
 
 
-def _rival(rival: str, loss: str, n: int, d: int, dtype: torch.dtype, device: str) -> common.Loss:
+def check_close(what: str, got: Tensor, expected: Tensor, relative: float = 0.02) -> None:
+    """By norm, for a size at which float64 does not fit. Raises AssertionError."""
+    error = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+    if not error <= relative:
+        raise AssertionError(f"{what} differs from float32 by {error:.1e}, not by {relative:.0e}")
+
+
+def _rival(rival: str, loss: str, n: int, d: int, dtype: torch.dtype, device: str) -> problems.Loss:
     if rival == OPEN_CLIP:
-        return under_autocast(open_clip(loss, n, d, dtype, device), device)
-    dense = common.dense(loss, n, d, dtype, device)
+        return problems.under_autocast(problems.open_clip(loss, n, d, dtype, device), device)
+    dense = problems.dense(loss, n, d, dtype, device)
     if rival == EAGER_BF16:
         return dense
     if rival == EAGER:
-        return under_autocast(dense, device)
+        return problems.under_autocast(dense, device)
     torch._dynamo.reset()  # sizes are constants of the compiled code, as in training
-    return torch.compile(under_autocast(dense, device), dynamic=False)
+    return torch.compile(problems.under_autocast(dense, device), dynamic=False)
 
 
-def under_autocast(loss: common.Loss, device: str) -> common.Loss:
-    kind = torch.device(device).type
-
-    def evaluate(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        with torch.autocast(kind, torch.bfloat16):
-            return loss(x, y, scale)
-
-    return evaluate
-
-
-def open_clip(loss: str, n: int, d: int, dtype: torch.dtype, device: str) -> common.Loss:
-    """open_clip's ClipLoss (hard); for the other loss its DistillClipLoss: both similarity matrices of student and of
-    teacher, and the cross-entropy of the hard pairing added."""
-    labels = torch.arange(n, device=device)
-    embeddings = None if loss == "hard" else common.teacher_embeddings(n, d, dtype, device)
-
-    def cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
-        return -(teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
-
-    def evaluate(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        per_image, per_text = scale.to(x.dtype) * x @ y.T, scale.to(x.dtype) * y @ x.T
-        hard = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
-        if embeddings is None:
-            return hard
-        a, b = embeddings
-        teacher_per_image, teacher_per_text = common.TEACHER_SCALE * a @ b.T, common.TEACHER_SCALE * b @ a.T
-        return hard + (cross_entropy(teacher_per_image, per_image) + cross_entropy(teacher_per_text, per_text)) / 2
-
-    return evaluate
-
-
-def fits(size: int) -> bool:
+def _fits(size: int) -> bool:
     torch.cuda.empty_cache()
     return size < torch.cuda.mem_get_info()[0]
 
 
 def _problem(run: Callable[[], object], size: int) -> str | None:
     """Why a rival cannot be timed: it does not fit, or fails in its own way, which is no failure of the library."""
-    if not fits(size):
+    if not _fits(size):
         return "does not fit"
     try:
         run()
@@ -169,80 +164,7 @@ def _problem(run: Callable[[], object], size: int) -> str | None:
     return None
 
 
-def timed(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, seconds: float, clocks: Clocks
-) -> dict[str, common.Timing]:
-    """Every contender once a round on the device's own clock, the order alternating; two rounds to warm up, then at
-    least `rounds` and `seconds`. The device waits for the host: what launching costs beyond the kernels counts."""
-    measured: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(2):
-        for run in contenders.values():
-            run()
-    torch.cuda.synchronize()
-    begin = time.monotonic()
-    done = 0
-    with clocks:
-        while done < rounds or time.monotonic() - begin < seconds:
-            for name in reversed(list(contenders)) if done % 2 else contenders:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                contenders[name]()
-                end.record()
-                end.synchronize()
-                measured[name].append(start.elapsed_time(end) / 1e3)
-            done += 1
-    return {name: common.Timing.of(values) for name, values in measured.items()}
-
-
-class Clocks:
-    """The device's clocks while it works, read again and again beside the timing; empty without nvidia-smi."""
-
-    FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-
-    def __init__(self) -> None:
-        self._samples: list[tuple[float, ...]] = []
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _read(self) -> None:
-        while not self._over.is_set():
-            values = nvidia_smi(self.FIELDS)
-            if not values or self._over.is_set():  # a reading that took longer than the work is not one under load
-                return
-            try:
-                self._samples.append(tuple(float(values[field].split()[0]) for field in self.FIELDS))
-            except ValueError:  # "[N/A]"
-                return
-            self._over.wait(0.05)
-
-    def summary(self) -> Row:
-        """The median of each, and the lowest clock of the multiprocessors."""
-        if not self._samples:
-            return {}
-        columns = dict(zip(self.FIELDS, zip(*self._samples, strict=True), strict=True))
-        medians = {f"{field} under load": statistics.median(values) for field, values in columns.items()}
-        return medians | {"clocks.sm lowest": min(columns["clocks.sm"]), "clock readings": len(self._samples)}
-
-
-def nvidia_smi(fields: Sequence[str]) -> dict[str, str]:
-    """{} where it is not installed or does not answer."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    values = [value.strip() for value in done.stdout.split("\n")[0].split(",")]
-    return dict(zip(fields, values, strict=True)) if done.returncode == 0 and len(values) == len(fields) else {}
-
-
-def _figures(loss: str, n: int, d: int, gemm: int, timings: Mapping[str, common.Timing]) -> Row:
+def _figures(loss: str, n: int, d: int, gemm: int, timings: Mapping[str, timing.Timing]) -> Row:
     row: Row = dict(timings)
     fused = timings["fused"].median
     row["TFLOP/s"] = PRODUCTS[loss] * n * n * d / fused / 1e12
@@ -271,7 +193,77 @@ def goals(loss: str, n: int, d: int, row: Row) -> dict[str, bool]:
 
 
 def estimate(loss: str, n: int, d: int, rounds: int, compiled: bool) -> float:
-    """Seconds that a step takes on an H100, roughly: preparation, the check, the rounds."""
+    """Seconds that a step of speed takes on an H100, roughly: preparation, the check, the rounds."""
     fused = PRODUCTS[loss] * n * n * d / 5e14
     rivals = 3 * 75e-12 * n * n if n <= GOAL_SIZE[0] else 0.0
     return 2 + 25 * compiled + 2e-10 * n * n + 2 * fused + max(1.0, (rounds + 3) * (2.5 * fused + rivals))
+
+
+def memory(loss: str, dtype: torch.dtype, n: int, d: int, device: str) -> Row:
+    """The allocator's peak during a second forward and backward pass, beyond inputs and gradients."""
+    x, y, scale = problems.operands(n, d, dtype, device)
+    run = timing.forward_backward(_fused(loss, n, d, dtype, device), x, y, scale)
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    beyond = torch.cuda.max_memory_allocated() - before - x.nbytes - y.nbytes
+    sums = 4 * (x.numel() + y.numel()) if x.element_size() < 4 else 0
+    allowed = MEMORY[0] + MEMORY[1] * n
+    return {
+        "MiB beyond inputs and gradients": beyond / 2**20,
+        "MiB of these fp32 sums of gradients": sums / 2**20,
+        "MiB beyond the sums as well": (beyond - sums) / 2**20,
+        "MiB allowed": allowed / 2**20,
+        "goals": {"memory beyond inputs and gradients": beyond <= allowed},
+    }
+
+
+def million(n: int, d: int, dtype: torch.dtype, device: str) -> Row:
+    """Hard, forward and backward, on one device; some rows' and columns' losses and gradients checked."""
+    x, y, scale = problems.operands(n, d, dtype, device)
+    torch.cuda.synchronize()
+    start = time.monotonic()
+    losses = softclip_loss(x, y, scale, reduction="none", backend="triton")
+    dx, dy, dscale = torch.autograd.grad(0.5 * (losses[0].mean() + losses[1].mean()), (x, y, scale))
+    torch.cuda.synchronize()
+    seconds = time.monotonic() - start
+    if not all(bool(one.isfinite().all()) for one in (*losses, dx, dy, dscale)):
+        raise AssertionError("not finite")
+    with torch.no_grad():
+        check_some_rows(x, y, scale, losses[0], losses[1], dx)
+        check_some_rows(y, x, scale, losses[1], losses[0], dy)
+    return {"outcome": "completed", "passed": True, "seconds": seconds}
+
+
+def check_some_rows(
+    x: Tensor, y: Tensor, scale: Tensor, loss: Tensor, other_loss: Tensor, dx: Tensor, count: int = 8
+) -> None:
+    """The last `count` rows against all columns, in float32. The columns' log-sum-exps, which their gradients take, are
+    the columns' losses plus the pairs' logits."""
+    n, rows = len(x), slice(len(x) - count, len(x))
+    columns = y.float()
+    z = scale * x[rows].float() @ columns.T
+    pair = z[:, rows].diagonal()
+    check_close("the sampled losses", loss[rows], z.logsumexp(1) - pair)
+    other_log_sum_exp = other_loss + scale * (x.float() * columns).sum(1)
+    g = (z.softmax(1) + (z - other_log_sum_exp).exp()) / (2 * n)
+    g[:, rows].diagonal().sub_(1 / n)
+    check_close("the sampled gradients", dx[rows], scale * g @ columns)
+
+
+def first_call(loss: str, dtype: torch.dtype, n: int, d: int, device: str) -> Row:
+    """How long the first forward and backward pass of a process takes; for one where no kernel was compiled and no tile
+    shape measured before."""
+    x, y, scale = problems.operands(n, d, dtype, device)
+    run = timing.forward_backward(_fused(loss, n, d, dtype, device), x, y, scale)
+    (x @ y[:1].T).sum().item()  # the libraries and the context
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"first call s": seconds[0], "second call s": seconds[1]}
