@@ -62,13 +62,18 @@ def target(loss: str, n: int, d: int, dtype: torch.dtype, device: str = "cpu") -
     psd_teacher: half of the pairs are taught by another model's embeddings of width d."""
     if loss == "hard":
         return Hard()
-    soft = partition(n, round(SOFT_SHARE * n), seed=0, step=0).to(device=device, dtype=torch.float32)
+    soft = soft_rows(n).to(device=device, dtype=torch.float32)
     if loss == "psd":
         return Mix(Hard(), SelfTeacher(swap="paired"), soft)
     if loss == "psd_teacher":
         a, b = teacher_embeddings(n, d, dtype, device)
         return Mix(Hard(), Teacher(a, b, TEACHER_SCALE), soft)
     raise ValueError(f"loss={loss!r} is not known; allowed: {', '.join(LOSSES)}")
+
+
+def soft_rows(n: int) -> Tensor:
+    """(n,) bool: the pairs that are taught, in the PSD cases."""
+    return partition(n, round(SOFT_SHARE * n), seed=0, step=0)
 
 
 def teacher_embeddings(n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -95,7 +100,7 @@ def dense(
 
     if loss == "hard":
         return hard
-    soft = partition(n, round(SOFT_SHARE * n), seed=0, step=0).to(device)
+    soft = soft_rows(n).to(device)
     embeddings = None if loss == "psd" else teacher_embeddings(n, d, rounded or dtype, device)
 
     def mixed(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
