@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ import torch
 from softclip_kernels.testing import FIELDS, Result, Standard
 
 from . import problems
+from .problems import Case
 from .records import Record, Row, table
 from .timing import Timing, quartiles
 
@@ -51,23 +52,13 @@ class Tree:
     path: Path
 
 
-@dataclass(frozen=True)
-class Case:
-    loss: str
-    dtype: torch.dtype
-    n: int
-    d: int
-
-    def labels(self) -> Row:
-        return asdict(self) | {"dtype": problems.dtype_name(self.dtype)}
-
-    def save(self, path: Path) -> None:
-        """What compare_worker.py makes its problem of."""
-        x, y, scale = (leaf.detach() for leaf in problems.operands(self.n, self.d, self.dtype))
-        a, b = problems.teacher_embeddings(self.n, self.d, self.dtype)
-        soft = problems.soft_rows(self.n).float()
-        teacher = {"a": a, "b": b, "teacher_scale": problems.TEACHER_SCALE}
-        torch.save({"loss": self.loss, "x": x, "y": y, "scale": scale, "soft": soft, **teacher}, path)
+def save(case: Case, path: Path) -> None:
+    """What compare_worker.py makes its problem of."""
+    x, y, scale = (leaf.detach() for leaf in case.operands())
+    a, b = problems.teacher_embeddings(case.n, case.d, case.dtype)
+    soft = problems.soft_rows(case.n).float()
+    teacher = {"a": a, "b": b, "teacher_scale": problems.TEACHER_SCALE}
+    torch.save({"loss": case.loss, "x": x, "y": y, "scale": scale, "soft": soft, **teacher}, path)
 
 
 class Side:
@@ -101,7 +92,7 @@ class Side:
 
     def take(self, case: Case) -> None:
         path = self._folder / "problem.pt"
-        case.save(path)
+        save(case, path)
         self._ask({"problem": str(path)})
 
     def result(self) -> Result:
@@ -138,23 +129,22 @@ def check(sides: Sequence[Side], case: Case) -> bool:
     Up to CHECKED rows the library's standard is float64; a larger problem is checked there and against dense float32.
     """
     for size in sorted({min(case.n, CHECKED), case.n}):
-        x, y, scale = (leaf.detach() for leaf in problems.operands(size, case.d, case.dtype))
-        results = {}
+        small = replace(case, n=size)
+        x, y, scale = (leaf.detach() for leaf in small.operands())
+        standard = Standard.of(x, y, scale, small.target()) if size <= CHECKED else None
+        results = []
         for side in sides:
-            side.take(Case(case.loss, case.dtype, size, case.d))
-            results[side.tree.name] = side.result()
-        target = problems.target(case.loss, size, case.d, case.dtype)
-        standard = Standard.of(x, y, scale, target) if size <= CHECKED else None
-        for name, result in results.items():
+            side.take(small)
+            results.append(side.result())
             try:
                 if standard is not None:
-                    standard.check(result)
+                    standard.check(results[-1])
                 else:
-                    problems.check_at_size(case.loss, {name: result}, x, y, scale)
+                    problems.check_at_size(small, {side.tree.name: results[-1]}, x, y, scale)
             except AssertionError as error:
-                what = f"{case.loss} {problems.dtype_name(case.dtype)} N = {size} D = {case.d}"
-                raise SystemExit(f"{name} is wrong: {what}: {error}; nothing was timed") from None
-    first, second = results.values()
+                what = " ".join(map(str, small.labels().values()))
+                raise SystemExit(f"{side.tree.name} is wrong: {what}: {error}; nothing was timed") from None
+    first, second = results
     return all(torch.equal(getattr(first, field), getattr(second, field)) for field in FIELDS)
 
 

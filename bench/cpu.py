@@ -16,22 +16,23 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import torch
-from torch import Tensor
 
 from softclip_kernels.backends import native
 from softclip_kernels.testing import Result
 
 from . import memory as resident
 from . import problems
-from .problems import FORWARD_PRODUCTS, PRODUCTS, dtype_name
+from .problems import FORWARD_PRODUCTS, LOSSES, PRODUCTS, Case
 from .records import Record, Row, environment, table
 from .timing import forward_backward, forward_only, interleaved
 
 LABELS = ("table", "loss", "dtype", "pass", "n", "d", "scale", "threads")
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16 = DTYPES = torch.float32, torch.bfloat16
 SCALES = (14.3, 100.0)
+PASSES = (("forward + backward", forward_backward), ("forward", forward_only))  # the second of the hard loss only
 
 # What the project asks for, as multiples of dense eager float32 at N = 8192, D = 512 and two threads.
 GOALS = {
@@ -51,81 +52,71 @@ GROWTH_GOAL, GROWTH_UP_TO = 1.10, 32768  # time over N², relative to the first 
 def speed(n: int, d: int, rounds: int) -> list[Row]:
     """Goals 1 to 3: every loss and dtype, native and dense, interleaved; correctness first."""
     contenders: dict[str, Callable[[], object]] = {}
-    cases: list[tuple[str, torch.dtype, str, float, str]] = []
-    for loss in problems.LOSSES:
-        for dtype in (F32, BF16):
-            problems.check(loss, d, dtype, backend="native")
-            timed: list[tuple[str, Callable[..., Callable[[], object]]]] = [("forward + backward", forward_backward)]
-            if loss == "hard":
-                timed.append(("forward", forward_only))
-            dense = problems.dense(loss, n, d, dtype)
-            fused = problems.fused(problems.target(loss, n, d, dtype), "native")
-            for scale in SCALES:
-                x, y, s = problems.operands(n, d, dtype, scale=scale)
-                leaves = [leaf.detach() for leaf in (x, y, s)]
-                problems.check_at_size(loss, {"native": Result.of(fused, *leaves)}, *leaves)
-                for name, wrap in timed:
-                    key = f"{loss} {dtype} {name} {scale}"
-                    contenders[key] = wrap(fused, x, y, s)
-                    cases.append((loss, dtype, name, scale, key))
-                    if scale == SCALES[0]:  # dense time does not depend on the scale
-                        contenders[f"dense {loss} {dtype} {name}"] = wrap(dense, x, y, s)
-    peaks: dict[torch.dtype, list[float]] = {F32: [], BF16: []}
-    contenders |= {f"peak {dtype}": partial(_measure_peak, dtype, peaks[dtype]) for dtype in peaks}
+    timed: list[tuple[Case, str, float, str]] = []
+    for case in (Case(loss, dtype, n, d) for loss in LOSSES for dtype in DTYPES):
+        problems.check(case.loss, d, case.dtype, backend="native")
+        fused, dense = case.fused("native"), case.dense()
+        for scale in SCALES:
+            operands = problems.operands(n, d, case.dtype, scale=scale)
+            leaves = [leaf.detach() for leaf in operands]
+            problems.check_at_size(case, {"native": Result.of(fused, *leaves)}, *leaves)
+            for name, run in PASSES[: 2 if case.loss == "hard" else 1]:
+                key = f"{case.loss} {case.dtype} {name} {scale}"
+                contenders[key] = run(fused, *operands)
+                timed.append((case, name, scale, key))
+                if scale == SCALES[0]:  # dense time does not depend on the scale
+                    contenders[f"dense {case.loss} {case.dtype} {name}"] = run(dense, *operands)
+    peaks: dict[torch.dtype, list[float]] = {dtype: [] for dtype in DTYPES}
+    contenders |= {f"peak {dtype}": partial(_measure_peak, dtype, peaks[dtype]) for dtype in DTYPES}
     timings = interleaved(contenders, rounds)
     rows = []
-    for loss, dtype, name, scale, key in cases:
-        goal = GOALS.get((loss, dtype, name))
-        dense_float32 = timings[f"dense {loss} {F32} {name}"].median
+    for case, name, scale, key in timed:
+        dense_timing = timings[f"dense {case.loss} {case.dtype} {name}"]
+        dense_float32 = timings[f"dense {case.loss} {F32} {name}"].median
         over_float32 = dense_float32 / timings[key].median
-        products = (FORWARD_PRODUCTS if name == "forward" else PRODUCTS)[loss]
-        bound = dense_float32 * statistics.median(peaks[dtype]) / (products * n * n * d)
-        rows.append(
-            {
-                "loss": loss,
-                "dtype": dtype_name(dtype),
-                "pass": name,
-                "n": n,
-                "d": d,
-                "scale": scale,
-                "native": timings[key],
-                "dense": timings[f"dense {loss} {dtype} {name}"],
-                "over dense": timings[f"dense {loss} {dtype} {name}"].median / timings[key].median,
-                "over dense float32": over_float32,
-                "bound": bound,
-                "share of bound": over_float32 / bound,
-                "goal": goal,
-                "reached": goal is None or over_float32 >= goal,
-            }
-        )
-        if loss == "psd":
-            over_hard = timings[key].median / timings[f"hard {dtype} {name} {scale}"].median
-            rows[-1] |= {"over hard": over_hard, "at most": PSD_OVER_HARD, "within": over_hard <= PSD_OVER_HARD}
+        products = (FORWARD_PRODUCTS if name == "forward" else PRODUCTS)[case.loss]
+        bound = dense_float32 * statistics.median(peaks[case.dtype]) / (products * n * n * d)
+        goal = GOALS.get((case.loss, case.dtype, name))
+        row: Row = {
+            **case.labels(),
+            "pass": name,
+            "scale": scale,
+            "native": timings[key],
+            "dense": dense_timing,
+            "over dense": dense_timing.median / timings[key].median,
+            "over dense float32": over_float32,
+            "bound": bound,
+            "share of bound": over_float32 / bound,
+            "goal": goal,
+            "reached": goal is None or over_float32 >= goal,
+        }
+        if case.loss == "psd":
+            over_hard = timings[key].median / timings[f"hard {case.dtype} {name} {scale}"].median
+            row |= {"over hard": over_hard, "at most": PSD_OVER_HARD, "within": over_hard <= PSD_OVER_HARD}
+        rows.append(row)
     return rows
 
 
 def frozen(n: int, d: int, rounds: int) -> list[Row]:
     """A tower that is not trained (LiT): the hard loss where x or y needs no gradient, beside the one where both do."""
     rows: list[Row] = []
-    for dtype in (F32, BF16):
-        fused = problems.fused(problems.target("hard", n, d, dtype), "native")
-        contenders: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
-        for side in ("none", "x", "y"):
-            x, y, scale = problems.operands(n, d, dtype)
-            x.requires_grad_(side != "x"), y.requires_grad_(side != "y")
-            contenders[side] = forward_backward(fused, x, y, scale)
+    for case in (Case("hard", dtype, n, d) for dtype in DTYPES):
+        fused = case.fused("native")
+        x, y, scale = case.operands()
         leaves = [leaf.detach() for leaf in (x, y, scale)]
+        contenders = {
+            "both": forward_backward(fused, x, y, scale),
+            "frozen x": forward_backward(fused, leaves[0], y, scale),
+            "frozen y": forward_backward(fused, x, leaves[1], scale),
+        }
         both = Result.of(fused, *leaves)
-        results = {"both sides": both}
-        for side, replaced in (("frozen x", "dy"), ("frozen y", "dx")):
-            alone, dscale = contenders[side[-1]]()
-            results[side] = replace(both, **{replaced: alone, "dscale": dscale})
-        problems.check_at_size("hard", results, *leaves)
+        (dy, dscale_x), (dx, dscale_y) = contenders["frozen x"](), contenders["frozen y"]()
+        alone = {"frozen x": replace(both, dy=dy, dscale=dscale_x), "frozen y": replace(both, dx=dx, dscale=dscale_y)}
+        problems.check_at_size(case, {"both": both, **alone}, *leaves)
         timings = interleaved(contenders, rounds)
-        for side in ("x", "y"):
-            row: Row = {"loss": "hard", "dtype": dtype_name(dtype), "pass": f"frozen {side}", "n": n, "d": d}
-            row |= {"native": timings[side], "both sides": timings["none"]}
-            rows.append(row | {"of both sides": timings[side].median / timings["none"].median})
+        for name in alone:
+            row: Row = {**case.labels(), "pass": name, "native": timings[name], "both": timings["both"]}
+            rows.append(row | {"of both": timings[name].median / timings["both"].median})
     return rows
 
 
@@ -136,97 +127,58 @@ def _measure_peak(dtype: torch.dtype, found: list[float]) -> None:
 def peak(n: int, widths: tuple[int, ...], rounds: int) -> list[Row]:
     """Goal 4: floating-point operations a second, as a share of what multiply-adds on registers alone reach in the same
     rounds."""
-    rows = []
-    for dtype in (F32, BF16):
-        for d in widths:
-            shares: dict[str, Callable[[], object]] = {}
-            for loss in ("hard", "psd"):
-                x, y, s = problems.operands(n, d, dtype)
-                fused = problems.fused(problems.target(loss, n, d, dtype), "native")
-                shares[loss] = forward_backward(fused, x, y, s)
-                if loss == "hard":
-                    shares["forward"] = forward_only(fused, x, y, s)
-            peaks: list[float] = []
-            shares["peak"] = partial(_measure_peak, dtype, peaks)
-            timings = interleaved(shares, rounds)
-            reached = statistics.median(peaks)
-            for name, products in (("forward", 2), ("hard", 8), ("psd", 8)):
-                rate = products * n * n * d / timings[name].median
-                goal = None if name == "forward" else PEAK_GOALS[dtype]
-                rows.append(
-                    {
-                        "loss": "hard, forward" if name == "forward" else name,
-                        "dtype": dtype_name(dtype),
-                        "n": n,
-                        "d": d,
-                        "seconds": timings[name],
-                        "GFLOP/s": rate / 1e9,
-                        "peak GFLOP/s": reached / 1e9,
-                        "share": rate / reached,
-                        "goal": goal,
-                        "reached": goal is None or rate / reached >= goal,
-                    }
-                )
+    rows: list[Row] = []
+    for dtype, d in product(DTYPES, widths):
+        hard, psd = Case("hard", dtype, n, d), Case("psd", dtype, n, d)
+        operands, peaks = hard.operands(), list[float]()
+        contenders: dict[str, Callable[[], object]] = {
+            "hard, forward": forward_only(hard.fused("native"), *operands),
+            "hard": forward_backward(hard.fused("native"), *operands),
+            "psd": forward_backward(psd.fused("native"), *operands),
+            "peak": partial(_measure_peak, dtype, peaks),
+        }
+        timings = interleaved(contenders, rounds)
+        reached = statistics.median(peaks)
+        for name, products in (("hard, forward", 2), ("hard", 8), ("psd", 8)):
+            rate = products * n * n * d / timings[name].median
+            goal = None if name == "hard, forward" else PEAK_GOALS[dtype]
+            row: Row = {**hard.labels(), "loss": name, "seconds": timings[name]}
+            row |= {"GFLOP/s": rate / 1e9, "peak GFLOP/s": reached / 1e9, "share": rate / reached}
+            rows.append(row | {"goal": goal, "reached": goal is None or rate / reached >= goal})
     return rows
 
 
 def memory(n: int, d: int) -> list[Row]:
     """Goal 5: how far the process grows beyond its inputs and gradients, each case in a fresh process."""
-    rows = []
-    for loss in ("hard", "psd"):
-        for dtype in (F32, BF16):
-            growth = resident.in_fresh_process(_growth, loss, n, d, dtype, torch.get_num_threads())
-            rows.append(
-                {
-                    "loss": loss,
-                    "dtype": dtype_name(dtype),
-                    "n": n,
-                    "d": d,
-                    "growth MiB": growth,
-                    "goal": MEMORY_GOAL_MIB,
-                    "reached": growth <= MEMORY_GOAL_MIB,
-                }
-            )
+    rows: list[Row] = []
+    for case in (Case(loss, dtype, n, d) for loss in ("hard", "psd") for dtype in DTYPES):
+        growth = resident.in_fresh_process(_growth, case, torch.get_num_threads())
+        reached = growth <= MEMORY_GOAL_MIB
+        rows.append({**case.labels(), "growth MiB": growth, "goal": MEMORY_GOAL_MIB, "reached": reached})
     return rows
 
 
-def _growth(loss: str, n: int, d: int, dtype: torch.dtype, threads: int) -> float:
+def _growth(case: Case, threads: int) -> float:
     """MiB of peak resident memory of one forward + backward, less the two gradients."""
     torch.set_num_threads(threads)
-
-    def work(n: int) -> Callable[[], object]:
-        fused = problems.fused(problems.target(loss, n, d, dtype), "native")
-        return forward_backward(fused, *problems.operands(n, d, dtype))
-
-    work(256)()  # libraries load
-    return (resident.growth(work(n)) - 2 * n * d * dtype.itemsize) / 2**20
+    small = replace(case, n=256)
+    forward_backward(small.fused("native"), *small.operands())()  # libraries load
+    grown = resident.growth(forward_backward(case.fused("native"), *case.operands()))
+    return (grown - 2 * case.n * case.d * case.dtype.itemsize) / 2**20
 
 
 def growth(sizes: tuple[int, ...], d: int, rounds: int) -> list[Row]:
     """Goal 5: time over N², relative to the first size; one run from 32768 on."""
     rows: list[Row] = []
-    for n in sizes:
-        x, y, scale = problems.operands(n, d, F32)
-        fused = problems.fused(problems.target("hard", n, d, F32), "native")
-        few = n >= 32768
-        timing = interleaved(
-            {"native": forward_backward(fused, x, y, scale)}, 1 if few else rounds, warm_up=0 if few else 1
-        )["native"]
-        per_pair = timing.median / n**2
-        relative = per_pair / rows[0]["ns per pair"] * 1e9 if rows else 1.0
-        goal = GROWTH_GOAL if n <= GROWTH_UP_TO else None  # beyond, it is to complete
-        rows.append(
-            {
-                "loss": "hard",
-                "n": n,
-                "d": d,
-                "seconds": timing,
-                "ns per pair": per_pair * 1e9,
-                "relative": relative,
-                "goal": goal,
-                "reached": goal is None or relative <= goal,
-            }
-        )
+    for case in (Case("hard", F32, n, d) for n in sizes):
+        few = case.n >= 32768
+        run = forward_backward(case.fused("native"), *case.operands())
+        timing = interleaved({"native": run}, 1 if few else rounds, warm_up=0 if few else 1)["native"]
+        per_pair = timing.median / case.n**2 * 1e9
+        relative = per_pair / rows[0]["ns per pair"] if rows else 1.0
+        goal = GROWTH_GOAL if case.n <= GROWTH_UP_TO else None  # larger sizes are informational
+        row: Row = {**case.labels(), "seconds": timing, "ns per pair": per_pair, "relative": relative}
+        rows.append(row | {"goal": goal, "reached": goal is None or relative <= goal})
     return rows
 
 

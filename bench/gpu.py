@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from . import problems, triton
+from . import triton
+from .problems import LOSSES, Case
 from .records import Record, Row, table
 from .short_run import ROOT, Failed, Worker, run_tests
 from .timing import nvidia_smi
@@ -57,58 +58,50 @@ class Scale:
 
 @dataclass(frozen=True)
 class Step:
-    """`labels` begin the row; `estimate` is of an H100, in seconds. `place`: in the "worker", whose process lives as
-    long as nothing breaks it; in a "fresh" process with empty caches; or "here", as what starts processes of its own
-    and is told how many seconds they have."""
+    """A row of the record. `estimate` is of an H100, in seconds.
 
-    labels: Row
+    place    "worker": in a process that lives as long as nothing breaks it; "fresh": in one with empty caches; "here":
+             as what starts processes of its own and is told how many seconds they have
+    """
+
+    kind: str
+    case: Case | None
     estimate: float
     function: Callable[..., Row]
-    arguments: Row
+    arguments: Row = field(default_factory=dict)
     place: str = "worker"
 
-    def title(self) -> str:
-        return " ".join(f"{key.upper()} = {value}" if key in "nd" else str(value) for key, value in self.labels.items())
+    def labels(self) -> Row:
+        return {"kind": self.kind, **(self.case.labels() if self.case else {})}
 
 
 def plan(options: argparse.Namespace, scale: Scale) -> Iterator[Step]:
     """Correctness, the size of the goals, memory, a million rows, the first call, the other sizes."""
-    timed = scale.dtypes[0]
 
-    def step(
-        kind: str, estimate: float, function: Callable[..., Row], n: int, d: int, place: str = "worker", **more: Any
-    ) -> Step:
-        labels: Row = {"kind": kind, "loss": more.get("loss", "hard"), "n": n, "d": d}
-        labels["dtype"] = problems.dtype_name(more.setdefault("dtype", timed))
-        return Step(labels, estimate, function, {"n": n, "d": d, "device": scale.device} | more, place)
+    def case(size: tuple[int, int], loss: str = "hard", dtype: torch.dtype = scale.dtypes[0]) -> Case:
+        return Case(loss, dtype, *size, scale.device)
 
-    def speed(kind: str, n: int, d: int, loss: str, rivals: Sequence[str]) -> Step:
-        estimate = triton.estimate(loss, n, d, options.rounds, triton.COMPILED in rivals)
-        seconds = scale.seconds if (n, d) == scale.first else scale.seconds / 2
-        more = {"rounds": options.rounds, "seconds": seconds, "gemm": scale.gemm}
-        return step(kind, estimate, triton.speed, n, d, loss=loss, rivals=rivals, with_hard=True, **more)
+    def speed(size: tuple[int, int], loss: str, kind: str = "speed") -> Step:
+        rivals = triton.RIVALS[loss] if kind == "speed" else (triton.COMPILED,)
+        seconds = scale.seconds if size == scale.first else scale.seconds / 2
+        arguments = {"rivals": rivals, "with_hard": True, "rounds": options.rounds, "seconds": seconds}
+        estimate = triton.estimate(case(size, loss), options.rounds, kind == "compiled")
+        return Step(kind, case(size, loss), estimate, triton.speed, arguments | {"gemm": scale.gemm})
 
-    for dtype in scale.dtypes:
-        for loss in problems.LOSSES:
-            more: Row = {"loss": loss, "repeats": scale.repeats}
-            yield step("correctness", 5, triton.correctness, *scale.checked, dtype=dtype, **more)
+    for dtype, loss in product(scale.dtypes, LOSSES):
+        yield Step("correctness", case(scale.checked, loss, dtype), 5, triton.correctness, {"repeats": scale.repeats})
     if not options.no_tests:
-        yield Step({"kind": "tests"}, 80, run_tests, {"suite": options.suite}, "here")
+        yield Step("tests", None, 80, run_tests, {"suite": options.suite}, "here")
     sizes = [(n, d) for d in options.d for n in options.n]
     if scale.first in sizes:
         sizes.remove(scale.first)
-        for loss in problems.LOSSES:
-            yield speed("speed", *scale.first, loss, triton.RIVALS[loss])
-        for loss in () if options.no_compile else problems.LOSSES:
-            yield speed("compiled", *scale.first, loss, (triton.COMPILED,))
-    for loss in problems.LOSSES:
-        for dtype in dict.fromkeys((timed, torch.float32)):
-            yield step("memory", 3, triton.memory, *scale.memory, loss=loss, dtype=dtype)
-    yield step("million", 15, triton.million, *scale.million)
-    yield step("first call", 20, triton.first_call, *scale.first_call, "fresh", loss="hard")
-    for n, d in sizes:
-        for loss in problems.LOSSES:
-            yield speed("speed", n, d, loss, triton.RIVALS[loss])
+        yield from (speed(scale.first, loss) for loss in LOSSES)
+        yield from (speed(scale.first, loss, "compiled") for loss in LOSSES if not options.no_compile)
+    for loss, dtype in product(LOSSES, dict.fromkeys((scale.dtypes[0], torch.float32))):
+        yield Step("memory", case(scale.memory, loss, dtype), 3, triton.memory)
+    yield Step("million", case(scale.million), 15, triton.million)
+    yield Step("first call", case(scale.first_call), 20, triton.first_call, place="fresh")
+    yield from (speed(size, loss) for size, loss in product(sizes, LOSSES))
 
 
 class Run:
@@ -129,29 +122,29 @@ class Run:
         return self._end - time.monotonic()
 
     def perform(self, step: Step) -> None:
-        start = time.monotonic()
+        start, labels = time.monotonic(), step.labels()
         try:
-            row = step.labels | self._outcome(step)
+            row = labels | self._outcome(step)
         except Exception as error:
             line = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
-            row = step.labels | {"passed": False, "error": line, "details": getattr(error, "details", "")}
-            if step.labels.get("loss") == "hard" and step.labels["kind"] == "speed":
-                self._wrong.add((step.labels["n"], step.labels["d"]))
+            row = labels | {"passed": False, "error": line, "details": getattr(error, "details", "")}
+            if step.kind == "speed" and step.case and step.case.loss == "hard":
+                self._wrong.add((step.case.n, step.case.d))
         self.add(row | {"step s": time.monotonic() - start})
         done = row.get("error") or row.get("outcome") or "done"
-        print(f"{step.title()}: {done}, {self.left():.0f} s left", flush=True)
+        print(f"{_label(row)}: {done}, {self.left():.0f} s left", flush=True)
 
     def _outcome(self, step: Step) -> Row:
         left = self.left()
         if left < step.estimate:
             skipped: Row = {"outcome": NO_TIME, "estimate s": step.estimate}
-            return skipped | ({"passed": False} if step.labels["kind"] in ("correctness", "tests") else {})
+            return skipped | ({"passed": False} if step.kind in ("correctness", "tests") else {})
         seconds = min(self._scale.patience * (2 * step.estimate + 30), left)
         if step.place == "here":
             return step.function(**step.arguments, seconds=seconds)
-        arguments = step.arguments
-        if "with_hard" in arguments and (arguments["n"], arguments["d"]) in self._wrong:
-            arguments = arguments | {"with_hard": False}
+        arguments = step.arguments | {"case": step.case}
+        if "with_hard" in arguments and step.case and (step.case.n, step.case.d) in self._wrong:
+            arguments["with_hard"] = False
         if step.place == "worker":
             return self._worker.call(step.function, arguments, seconds)
         with tempfile.TemporaryDirectory() as cache:

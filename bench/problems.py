@@ -7,6 +7,7 @@ them `interleaved` (timing.py), and adds rows, plain dictionaries, to a `Record`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -116,6 +117,36 @@ def dense(
     return mixed
 
 
+@dataclass(frozen=True)
+class Case:
+    """One loss at one size."""
+
+    loss: str
+    dtype: torch.dtype
+    n: int
+    d: int
+    device: str = "cpu"
+
+    def labels(self) -> dict[str, str | int]:
+        return {"loss": self.loss, "dtype": dtype_name(self.dtype), "n": self.n, "d": self.d}
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        return operands(self.n, self.d, self.dtype, self.device)
+
+    def target(self) -> Target:
+        return target(self.loss, self.n, self.d, self.dtype, self.device)
+
+    def fused(self, backend: str = "auto") -> Loss:
+        return fused(self.target(), backend)
+
+    def dense(self) -> Loss:
+        return dense(self.loss, self.n, self.d, self.dtype, self.device)
+
+    def in_float32(self) -> Loss:
+        """The dense loss in float32, of a teacher whose embeddings are rounded to this dtype."""
+        return dense(self.loss, self.n, self.d, torch.float32, self.device, rounded=self.dtype)
+
+
 def under_autocast(loss: Loss, device: str) -> Loss:
     """As training loops evaluate it: products in bfloat16, softmaxes and cross-entropy in float32."""
     kind = torch.device(device).type
@@ -127,11 +158,12 @@ def under_autocast(loss: Loss, device: str) -> Loss:
     return evaluate
 
 
-def open_clip(loss: str, n: int, d: int, dtype: torch.dtype, device: str) -> Loss:
+def open_clip(case: Case) -> Loss:
     """open_clip's ClipLoss (hard); for the other losses its DistillClipLoss: both similarity matrices of student and of
     teacher, and the cross-entropy of the hard pairing added."""
-    labels = torch.arange(n, device=device)
-    embeddings = None if loss == "hard" else teacher_embeddings(n, d, dtype, device)
+    labels = torch.arange(case.n, device=case.device)
+    taught = case.loss != "hard"
+    embeddings = teacher_embeddings(case.n, case.d, case.dtype, case.device) if taught else None
 
     def cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
         return -(teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
@@ -172,7 +204,6 @@ def check_equal(results: Mapping[str, Result], x: Tensor, y: Tensor, scale: Tens
             raise AssertionError(f"{name} against {first_name}: {error}") from None
 
 
-def check_at_size(loss: str, results: Mapping[str, Result], x: Tensor, y: Tensor, scale: Tensor) -> None:
+def check_at_size(case: Case, results: Mapping[str, Result], x: Tensor, y: Tensor, scale: Tensor) -> None:
     """The same, against the dense loss in float32 of the operands (detached) as rounded."""
-    dense_loss = dense(loss, x.shape[0], x.shape[1], torch.float32, str(x.device), rounded=x.dtype)
-    check_equal({"dense": Result.of(dense_loss, x.float(), y.float(), scale), **results}, x, y, scale)
+    check_equal({"dense": Result.of(case.in_float32(), x.float(), y.float(), scale), **results}, x, y, scale)

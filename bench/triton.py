@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from softclip_kernels import softclip_loss
 from softclip_kernels.testing import FIELDS, Result
 
 from . import problems, timing
-from .problems import PRODUCTS
+from .problems import PRODUCTS, Case
 from .records import Row
 
 EAGER, COMPILED, OPEN_CLIP, EAGER_BF16 = "eager autocast", "compiled autocast", "open_clip autocast", "eager bf16"
@@ -47,11 +48,11 @@ OVER_COMPILED = 2.5
 MEMORY = (64 * 2**20, 64)
 
 
-def correctness(loss: str, dtype: torch.dtype, n: int, d: int, device: str, repeats: int) -> Row:
+def correctness(case: Case, repeats: int) -> Row:
     """The library's standard on a ragged size, then repeats that must agree bit by bit."""
-    problems.check(loss, d, dtype, device, "triton", n)
-    x, y, scale = (leaf.detach() for leaf in problems.operands(n, d, dtype, device))
-    fused = _fused(loss, n, d, dtype, device)
+    problems.check(case.loss, case.d, case.dtype, case.device, "triton", case.n)
+    x, y, scale = (leaf.detach() for leaf in case.operands())
+    fused = case.fused("triton")
     first = Result.of(fused, x, y, scale)
     for index in range(repeats):
         again = Result.of(fused, x, y, scale)
@@ -61,35 +62,24 @@ def correctness(loss: str, dtype: torch.dtype, n: int, d: int, device: str, repe
     return {"passed": True, "repeats": repeats}
 
 
-def speed(
-    loss: str,
-    n: int,
-    d: int,
-    dtype: torch.dtype,
-    device: str,
-    rivals: Sequence[str],
-    with_hard: bool,
-    rounds: int,
-    seconds: float,
-    gemm: int,
-) -> Row:
-    """One loss at one size: checked, then timed beside its rivals, the hard loss and matrix products, interleaved.
+def speed(case: Case, rivals: Sequence[str], with_hard: bool, rounds: int, seconds: float, gemm: int) -> Row:
+    """Checked, then timed beside its rivals, the hard loss and products of (gemm, gemm) matrices, interleaved.
     `with_hard` is False where the hard loss is wrong at this size."""
-    x, y, scale = problems.operands(n, d, dtype, device)
-    fused = _fused(loss, n, d, dtype, device)
-    row: Row = {"checked against": _check(loss, fused, x, y, scale)}
+    x, y, scale = case.operands()
+    fused = case.fused("triton")
+    row: Row = {"checked against": _check(case, fused, x, y, scale)}
     contenders: dict[str, Callable[[], object]] = {
         "fused": timing.forward_backward(fused, x, y, scale),
         "fused forward": timing.forward_only(fused, x, y, scale),
     }
-    if with_hard and loss != "hard":
-        contenders["hard"] = timing.forward_backward(_fused("hard", n, d, dtype, device), x, y, scale)
-    a, b, out = (torch.randn(gemm, gemm, device=device).to(dtype) for _ in range(3))
+    if with_hard and case.loss != "hard":
+        contenders["hard"] = timing.forward_backward(replace(case, loss="hard").fused("triton"), x, y, scale)
+    a, b, out = (torch.randn(gemm, gemm, device=case.device).to(case.dtype) for _ in range(3))
     contenders["gemm"] = lambda: [torch.mm(a, b, out=out) for _ in range(GEMMS)]
     for rival in rivals:
-        run = timing.forward_backward(_rival(rival, loss, n, d, dtype, device), x, y, scale)
+        run = timing.forward_backward(_rival(rival, case), x, y, scale)
         start = time.monotonic()
-        problem = _problem(run, BYTES[rival][loss != "hard"] * n * n)
+        problem = _problem(run, _bytes(case, rival))
         if problem is None:
             contenders[rival] = run
         row[rival if problem else f"{rival}, first call s"] = problem or time.monotonic() - start
@@ -98,21 +88,16 @@ def speed(
     torch.cuda.synchronize()
     with timing.Clocks() as clocks:
         timings = timing.interleaved(contenders, rounds, 1, seconds, timing.device_seconds)
-    return row | _figures(loss, n, d, gemm, timings) | clocks.summary()
+    return row | _figures(case, gemm, timings) | clocks.summary()
 
 
-def _fused(loss: str, n: int, d: int, dtype: torch.dtype, device: str, backend: str = "triton") -> problems.Loss:
-    return problems.fused(problems.target(loss, n, d, dtype, device), backend)
-
-
-def _check(loss: str, fused: problems.Loss, x: Tensor, y: Tensor, scale: Tensor) -> str:
+def _check(case: Case, fused: problems.Loss, x: Tensor, y: Tensor, scale: Tensor) -> str:
     """Against float32: dense where it fits, else the library's chunked backend, which is plain PyTorch, in tf32 for the
     sake of time. How accurate a right result is, is checked before, on sizes that fit in float64."""
-    (n, d), device = x.shape, str(x.device)
-    if _fits(BYTES["float32"][loss != "hard"] * n * n):
-        kind, exact = "dense float32", problems.dense(loss, n, d, torch.float32, device, rounded=x.dtype)
+    if _fits(_bytes(case, "float32")):
+        kind, exact = "dense float32", case.in_float32()
     else:
-        kind, exact = "chunked tf32", _fused(loss, n, d, torch.float32, device, "chunked")
+        kind, exact = "chunked tf32", replace(case, dtype=torch.float32).fused("chunked")
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if kind == "dense float32" else "high")
     try:
@@ -132,16 +117,20 @@ def check_close(what: str, got: Tensor, expected: Tensor, relative: float = 0.02
         raise AssertionError(f"{what} differs from float32 by {error:.1e}, not by {relative:.0e}")
 
 
-def _rival(rival: str, loss: str, n: int, d: int, dtype: torch.dtype, device: str) -> problems.Loss:
+def _rival(rival: str, case: Case) -> problems.Loss:
     if rival == OPEN_CLIP:
-        return problems.under_autocast(problems.open_clip(loss, n, d, dtype, device), device)
-    dense = problems.dense(loss, n, d, dtype, device)
+        return problems.under_autocast(problems.open_clip(case), case.device)
     if rival == EAGER_BF16:
-        return dense
+        return case.dense()
+    eager = problems.under_autocast(case.dense(), case.device)
     if rival == EAGER:
-        return problems.under_autocast(dense, device)
+        return eager
     torch._dynamo.reset()  # sizes are constants of the compiled code, as in training
-    return torch.compile(problems.under_autocast(dense, device), dynamic=False)
+    return torch.compile(eager, dynamic=False)
+
+
+def _bytes(case: Case, rival: str) -> int:
+    return BYTES[rival][case.loss != "hard"] * case.n**2
 
 
 def _fits(size: int) -> bool:
@@ -164,17 +153,17 @@ def _problem(run: Callable[[], object], size: int) -> str | None:
     return None
 
 
-def _figures(loss: str, n: int, d: int, gemm: int, timings: Mapping[str, timing.Timing]) -> Row:
+def _figures(case: Case, gemm: int, timings: Mapping[str, timing.Timing]) -> Row:
     row: Row = dict(timings)
     fused = timings["fused"].median
-    row["TFLOP/s"] = PRODUCTS[loss] * n * n * d / fused / 1e12
+    row["TFLOP/s"] = PRODUCTS[case.loss] * case.n**2 * case.d / fused / 1e12
     row["gemm TFLOP/s"] = GEMMS * 2 * gemm**3 / timings["gemm"].median / 1e12
     row["share of gemm"] = row["TFLOP/s"] / row["gemm TFLOP/s"]
     if "hard" in timings:
         row["over hard"] = fused / timings["hard"].median
     for rival in BYTES.keys() & timings.keys():
         row[f"over {rival}"] = timings[rival].median / fused
-    return row | {"goals": goals(loss, n, d, row)}
+    return row | {"goals": goals(case.loss, case.n, case.d, row)}
 
 
 def goals(loss: str, n: int, d: int, row: Row) -> dict[str, bool]:
@@ -192,17 +181,18 @@ def goals(loss: str, n: int, d: int, row: Row) -> dict[str, bool]:
     return reached
 
 
-def estimate(loss: str, n: int, d: int, rounds: int, compiled: bool) -> float:
+def estimate(case: Case, rounds: int, compiled: bool) -> float:
     """Seconds that a step of speed takes on an H100, roughly: preparation, the check, the rounds."""
-    fused = PRODUCTS[loss] * n * n * d / 5e14
-    rivals = 3 * 75e-12 * n * n if n <= GOAL_SIZE[0] else 0.0
-    return 2 + 25 * compiled + 2e-10 * n * n + 2 * fused + max(1.0, (rounds + 3) * (2.5 * fused + rivals))
+    pairs = case.n**2
+    fused = PRODUCTS[case.loss] * pairs * case.d / 5e14
+    rivals = 3 * 75e-12 * pairs if case.n <= GOAL_SIZE[0] else 0.0
+    return 2 + 25 * compiled + 2e-10 * pairs + 2 * fused + max(1.0, (rounds + 3) * (2.5 * fused + rivals))
 
 
-def memory(loss: str, dtype: torch.dtype, n: int, d: int, device: str) -> Row:
+def memory(case: Case) -> Row:
     """The allocator's peak during a second forward and backward pass, beyond inputs and gradients."""
-    x, y, scale = problems.operands(n, d, dtype, device)
-    run = timing.forward_backward(_fused(loss, n, d, dtype, device), x, y, scale)
+    x, y, scale = case.operands()
+    run = timing.forward_backward(case.fused("triton"), x, y, scale)
     run()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -211,7 +201,7 @@ def memory(loss: str, dtype: torch.dtype, n: int, d: int, device: str) -> Row:
     torch.cuda.synchronize()
     beyond = torch.cuda.max_memory_allocated() - before - x.nbytes - y.nbytes
     sums = 4 * (x.numel() + y.numel()) if x.element_size() < 4 else 0
-    allowed = MEMORY[0] + MEMORY[1] * n
+    allowed = MEMORY[0] + MEMORY[1] * case.n
     return {
         "MiB beyond inputs and gradients": beyond / 2**20,
         "MiB of these fp32 sums of gradients": sums / 2**20,
@@ -221,9 +211,9 @@ def memory(loss: str, dtype: torch.dtype, n: int, d: int, device: str) -> Row:
     }
 
 
-def million(n: int, d: int, dtype: torch.dtype, device: str) -> Row:
+def million(case: Case) -> Row:
     """Hard, forward and backward, on one device; some rows' and columns' losses and gradients checked."""
-    x, y, scale = problems.operands(n, d, dtype, device)
+    x, y, scale = case.operands()
     torch.cuda.synchronize()
     start = time.monotonic()
     losses = softclip_loss(x, y, scale, reduction="none", backend="triton")
@@ -254,11 +244,11 @@ def check_some_rows(
     check_close("the sampled gradients", dx[rows], scale * g @ columns)
 
 
-def first_call(loss: str, dtype: torch.dtype, n: int, d: int, device: str) -> Row:
+def first_call(case: Case) -> Row:
     """How long the first forward and backward pass of a process takes; for one where no kernel was compiled and no tile
     shape measured before."""
-    x, y, scale = problems.operands(n, d, dtype, device)
-    run = timing.forward_backward(_fused(loss, n, d, dtype, device), x, y, scale)
+    x, y, scale = case.operands()
+    run = timing.forward_backward(case.fused("triton"), x, y, scale)
     (x @ y[:1].T).sum().item()  # the libraries and the context
     seconds = []
     for _ in range(2):

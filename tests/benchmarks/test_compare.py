@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench import compare
-from bench.compare import Case, Tree
+from bench.compare import Tree
+from bench.problems import Case
 from softclip_kernels.backends import native
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,12 +62,12 @@ def test_trees_that_are_right_are_timed(tree, monkeypatch):
 @pytest.mark.parametrize(
     ("old", "new", "wrong"),
     (
-        ("0.95", "1", "old is wrong: hard float32 N = 50 D = 32: loss: "),
+        ("0.95", "1", "old is wrong: hard float32 50 32: loss: "),
         # In the last case, and beyond the size that float64 is the standard of.
         (
             "1",
             "(1.05 if len(arguments[0]) == 60 else 1)",
-            "new is wrong: psd bfloat16 N = 60 D = 32: new against dense: ",
+            "new is wrong: psd bfloat16 60 32: new against dense: ",
         ),
     ),
 )

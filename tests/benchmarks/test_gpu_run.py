@@ -178,10 +178,10 @@ def _wrong(**arguments):
 
 
 def _told(**arguments):
-    return {"told": arguments}
+    return {"told": [f"{name} {getattr(value, 'loss', value)}" for name, value in arguments.items()]}
 
 
-def _caches():
+def _caches(case):
     assert not os.listdir(os.environ["TRITON_CACHE_DIR"])
     caches = {"triton": os.environ["TRITON_CACHE_DIR"], "tiles": os.environ["XDG_CACHE_HOME"]}
     return caches | {"process": os.getpid()}
@@ -192,30 +192,29 @@ def test_a_failure_is_recorded_and_the_run_goes_on(tmp_path, capsys):
     later run with no time at all leaves what was measured."""
     options = Namespace(minutes=1, results=tmp_path)
     run = gpu.Run(options, rehearsal.SMALL)
-    size = {"n": 8, "d": 4}
-    arguments = size | {"with_hard": True}
-    psd = gpu.Step({"kind": "speed", "loss": "psd", **size}, 1, _told, arguments)
-    run.perform(gpu.Step({"kind": "speed", "loss": "hard", **size}, 1, _wrong, arguments))
-    run.perform(psd)
-    run.perform(gpu.Step({"kind": "million", "loss": "hard", **size}, 100, _told, arguments))
-    run.perform(gpu.Step({"kind": "tests"}, 100, _told, {}, "here"))
+    hard, psd = (problems.Case(loss, torch.float32, 8, 4) for loss in ("hard", "psd"))
+    speed = gpu.Step("speed", psd, 1, _told, {"with_hard": True})
+    run.perform(gpu.Step("speed", hard, 1, _wrong, {"with_hard": True}))
+    run.perform(speed)
+    run.perform(gpu.Step("million", hard, 100, _told))
+    run.perform(gpu.Step("tests", None, 100, _told, place="here"))
     rows = _rows(tmp_path)
     failed, told, late, tests = rows
     assert failed["passed"] is False and "dx differs" in failed["error"] and "_wrong" in failed["details"]
-    assert told["told"]["with_hard"] is False
+    assert told["told"] == ["with_hard False", "case psd"]
     assert late["outcome"] == "no time left" and "passed" not in late
     assert tests["outcome"] == "no time left" and tests["passed"] is False
     assert run.finish() == 1
-    assert "FAILED: speed hard 8 4; tests" in capsys.readouterr().out
+    assert "FAILED: speed hard float32 8 4; tests" in capsys.readouterr().out
     options.minutes = 0
-    gpu.Run(options, rehearsal.SMALL).perform(psd)
+    gpu.Run(options, rehearsal.SMALL).perform(speed)
     assert _rows(tmp_path) == rows
 
 
 def test_a_fresh_step_has_empty_caches_of_its_own(tmp_path):
     run = gpu.Run(Namespace(minutes=1, results=tmp_path), rehearsal.SMALL)
     for _ in range(2):
-        run.perform(gpu.Step({"kind": "first call"}, 1, _caches, {}, "fresh"))
+        run.perform(gpu.Step("first call", None, 1, _caches, place="fresh"))
     first, second = ([row[name] for name in ("process", "triton", "tiles")] for row in run.rows)
     assert not set(first) & set(second)
     assert os.environ.get("TRITON_CACHE_DIR") not in first and not Path(first[1]).exists()
@@ -250,10 +249,7 @@ def test_goals_are_those_of_the_issue():
 def test_the_plan_fits_in_its_time_up_to_the_goals_and_leaves_no_size_out():
     options = Namespace(n=gpu.SIZES, d=gpu.WIDTHS, rounds=7, no_tests=False, no_compile=False, suite=gpu.SUITE)
     steps = list(gpu.plan(options, gpu.Scale()))
-    kinds = [step.labels["kind"] for step in steps]
-    others = kinds.index("first call") + 1
+    others = [step.kind for step in steps].index("first call") + 1
     assert sum(step.estimate for step in steps[:others]) < 60 * 8.5
-    timed = [
-        (step.labels["loss"], step.labels["n"], step.labels["d"]) for step in steps if step.labels["kind"] == "speed"
-    ]
+    timed = [(step.case.loss, step.case.n, step.case.d) for step in steps if step.kind == "speed"]
     assert len(timed) == len(set(timed)) == 3 * len(gpu.SIZES) * len(gpu.WIDTHS)
