@@ -79,7 +79,7 @@ def speed(case: Case, rivals: Sequence[str], with_hard: bool, rounds: int, secon
     for rival in rivals:
         run = timing.forward_backward(_rival(rival, case), x, y, scale)
         start = time.monotonic()
-        problem = _problem(run, _bytes(case, rival))
+        problem = why_not_timed(run, _bytes(case, rival))
         if problem is None:
             contenders[rival] = run
         row[rival if problem else f"{rival}, first call s"] = problem or time.monotonic() - start
@@ -138,8 +138,8 @@ def _fits(size: int) -> bool:
     return size < torch.cuda.mem_get_info()[0]
 
 
-def _problem(run: Callable[[], object], size: int) -> str | None:
-    """Why a rival cannot be timed: it does not fit, or fails in its own way, which is no failure of the library."""
+def why_not_timed(run: Callable[[], object], size: int) -> str | None:
+    """A rival that does not fit, or fails in its own way, is no failure of the library. None where it can be timed."""
     if not _fits(size):
         return "does not fit"
     try:

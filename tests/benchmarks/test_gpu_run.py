@@ -31,9 +31,11 @@ def test_fails(): assert 1 == 2
 @pytest.mark.skip(reason="no such thing")
 def test_is_skipped(): pass
 def test_ends_its_process(): os._exit(7)
-def test_loses_the_context(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def test_loses_the_context():
+    os.environ["LOST"] = "1"
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 @pytest.mark.parametrize("case", ("with a space", "b"))
-def test_comes_later(case): pass
+def test_comes_later(case): assert "LOST" not in os.environ
 def test_hangs(): time.sleep(1000)
 """
 NVIDIA_SMI = """#!/bin/sh
@@ -218,6 +220,22 @@ def test_a_fresh_step_has_empty_caches_of_its_own(tmp_path):
     first, second = ([row[name] for name in ("process", "triton", "tiles")] for row in run.rows)
     assert not set(first) & set(second)
     assert os.environ.get("TRITON_CACHE_DIR") not in first and not Path(first[1]).exists()
+
+
+def test_a_rival_that_does_not_fit_or_fails_is_no_failure_of_the_library(monkeypatch):
+    for name, value in rehearsal.stand_ins().items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    def raises(error):
+        def run():
+            raise error
+
+        return run
+
+    assert triton.why_not_timed(lambda: None, rehearsal.FREE - 1) is None
+    assert triton.why_not_timed(lambda: pytest.fail("attempted"), rehearsal.FREE) == "does not fit"
+    assert triton.why_not_timed(raises(torch.OutOfMemoryError("2 GiB")), 0) == "does not fit"
+    assert triton.why_not_timed(raises(RuntimeError("no kernel")), 0) == "failed: RuntimeError: no kernel"
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
