@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from softclip_kernels.kernels import aot
 
-from .records import Record, Row, table
+from . import Row
+from .records import Record, table
 
 LABELS = ("architecture", "variant", "triton")
 

@@ -31,9 +31,9 @@ import torch
 
 from softclip_kernels.testing import FIELDS, Result, Standard
 
-from . import problems
+from . import Row, problems
 from .problems import Case
-from .records import Record, Row, table
+from .records import Record, table
 from .timing import Timing, quartiles
 
 ROOT = Path(__file__).parent.parent

@@ -23,10 +23,10 @@ import torch
 from softclip_kernels.backends import native
 from softclip_kernels.testing import Result
 
+from . import Row, problems
 from . import memory as resident
-from . import problems
 from .problems import FORWARD_PRODUCTS, LOSSES, PRODUCTS, Case
-from .records import Record, Row, environment, table
+from .records import Record, environment, table
 from .timing import forward_backward, forward_only, interleaved
 
 LABELS = ("table", "loss", "dtype", "pass", "n", "d", "scale", "threads")

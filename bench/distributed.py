@@ -26,8 +26,8 @@ from torch import Tensor
 from softclip_kernels import Exchange, Mix, Target, Teacher, agreement, distributed, softclip_loss
 from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
 
-from . import memory, problems
-from .records import Record, Row, table
+from . import Row, memory, problems
+from .records import Record, table
 
 LABELS = ("table", "loss", "exchange", "backend", "ranks", "plan", "pairs", "width", "scale")
 MIB = 2**20

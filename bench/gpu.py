@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from . import triton
+from . import Row, triton
 from .problems import LOSSES, Case
-from .records import Record, Row, table
+from .records import Record, table
 from .short_run import ROOT, Failed, Worker, run_tests
 from .timing import nvidia_smi
 

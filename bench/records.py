@@ -23,9 +23,9 @@ import torch
 
 import softclip_kernels
 
+from . import Row
 from .timing import Timing
 
-Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 
 

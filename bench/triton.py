@@ -23,9 +23,8 @@ from torch import Tensor
 from softclip_kernels import softclip_loss
 from softclip_kernels.testing import FIELDS, Result
 
-from . import problems, timing
+from . import Row, problems, timing
 from .problems import PRODUCTS, Case
-from .records import Row
 
 EAGER, COMPILED, OPEN_CLIP, EAGER_BF16 = "eager autocast", "compiled autocast", "open_clip autocast", "eager bf16"
 RIVALS = {

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from softclip_kernels import TwoPass, softclip_loss
 
-from . import memory
-from .records import Record, Row, table
+from . import Row, memory
+from .records import Record, table
 from .timing import interleaved
 
 LABELS = ("batch", "width", "layers", "micro-batches", "threads")

@@ -175,6 +175,18 @@ def test_a_step_that_fails_leaves_the_others_a_process():
         worker.end()
 
 
+def _threads():
+    return {"threads": torch.get_num_threads()}
+
+
+def test_a_workers_environment_is_there_before_torch():
+    worker = Worker(environment={"OMP_NUM_THREADS": "3"})
+    try:
+        assert worker.call(_threads, {}, 60) == {"threads": 3}
+    finally:
+        worker.end()
+
+
 def _wrong(**arguments):
     raise AssertionError("dx differs from float32 by 1e+00")
 
