@@ -120,7 +120,7 @@ def test_the_records_in_the_tree_can_be_added_to(kind, labels, tmp_path, monkeyp
     for path in paths:
         found = json.loads(path.read_text())
         monkeypatch.setattr(records, "machine", lambda device, name=found["machine"]: name)
-        (tmp_path / kind).mkdir()
+        (tmp_path / kind).mkdir(exist_ok=True)
         (tmp_path / kind / path.name).write_text(path.read_text())
         record = Record(kind, "cpu", labels, tmp_path)
         record.add([])
