@@ -149,6 +149,7 @@ def check(sides: Sequence[Side], case: Case) -> bool:
 
 
 def measure(sides: Sequence[Side], case: Case, rounds: int) -> Row:
+    """The seconds of both trees, and the median and quartiles of the rounds' speedups."""
     base, against = sides
     for side in sides:
         side.take(case)
@@ -157,8 +158,10 @@ def measure(sides: Sequence[Side], case: Case, rounds: int) -> Row:
     for _ in range(rounds):
         for side in (base, against, against, base):
             seconds[side].append(side.seconds(calls))
-    pairs = {side: [one + other for one, other in zip(s[::2], s[1::2], strict=True)] for side, s in seconds.items()}
-    speedup, low, high = quartiles([one / other for one, other in zip(pairs[base], pairs[against], strict=True)])
+    speedups = [
+        sum(seconds[base][turn : turn + 2]) / sum(seconds[against][turn : turn + 2]) for turn in range(0, 2 * rounds, 2)
+    ]
+    speedup, low, high = quartiles(speedups)
     return {
         "base seconds": Timing.of(seconds[base]),
         "against seconds": Timing.of(seconds[against]),
