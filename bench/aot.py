@@ -1,6 +1,6 @@
 """What the Triton kernels compile to for GPUs that are not at hand: registers, spills, shared memory, instructions.
 
-python -m bench aot             every variant for every architecture, to bench/results/triton_aot.json (minutes)
+python -m bench aot             every variant for every architecture, to bench/results/triton_aot/ (minutes)
 
 Compiled, not run: it needs triton and no GPU. The budgets that the figures must keep are in tests/test_triton_aot.py.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from softclip_kernels.kernels import aot
 
-from . import common
+from . import Row
+from .records import Record, table
 
-Row = dict[str, Any]
+LABELS = ("architecture", "variant", "triton")
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -44,10 +44,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--architecture", nargs="+", choices=aot.ARCHITECTURES, default=list(aot.ARCHITECTURES))
     parser.add_argument("--every", type=int, default=1, help="compile every n-th variant only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--name", default="triton_aot", help="of the file in bench/results/")
+    parser.add_argument("--name", default="triton_aot", help="of the folder in bench/results/")
     options = parser.parse_args(arguments)
     if min(options.every, options.jobs) < 1:
         parser.error(f"--every {options.every} and --jobs {options.jobs} must be at least 1")
     rows = aot.table(options.architecture, options.every, jobs=options.jobs)
-    print(common.table(summary(rows)))
-    print(f"written to {common.write(options.name, 'cpu', rows)}")
+    print(table(summary(rows)))
+    record = Record(options.name, "cpu", LABELS)
+    record.add(rows)
+    print(f"written to {record.path}")

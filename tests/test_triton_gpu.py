@@ -1,6 +1,6 @@
 """The Triton kernels on a GPU: every target and dtype against float64, repeats, ranks, memory. Needs torch, triton and
-pytest only; `python -m bench gpu` runs this file first, over several processes. Without a GPU, tests/test_bench_gpu.py
-walks through it on small sizes with another backend."""
+pytest only; `python -m bench gpu` runs this file first, over several processes. Without a GPU,
+tests/benchmarks/test_gpu_suite.py walks through it on small sizes with another backend."""
 
 from __future__ import annotations
 

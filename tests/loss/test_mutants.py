@@ -10,7 +10,7 @@ import torch
 from helpers import mutants
 from helpers.backends import dtypes_of
 
-from bench import common
+from bench import problems
 from softclip_kernels.testing import (
     ALL_TARGETS,
     InsensitiveError,
@@ -68,23 +68,23 @@ def test_nan_is_refused():
         Standard.of(x, y, scale).check(Result(exact.loss, nan, exact.dy, exact.dscale))
 
 
-@pytest.mark.parametrize("loss", common.LOSSES)
+@pytest.mark.parametrize("loss", problems.LOSSES)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_the_benchmarks_refuse_them_as_well(loss, dtype, monkeypatch):
     """Before anything is timed: a contender without gradients, and one whose loss is off by a percent."""
-    fused = common.fused(common.target(loss, 300, 64, dtype), "chunked")
-    x, y, scale = (leaf.detach() for leaf in common.operands(300, 64, dtype))
+    fused = problems.fused(problems.target(loss, 300, 64, dtype), "chunked")
+    x, y, scale = (leaf.detach() for leaf in problems.operands(300, 64, dtype))
     right = Result.of(fused, x, y, scale)
-    exact = Result.of(common.dense(loss, 300, 64, torch.float32, rounded=dtype), x.float(), y.float(), scale)
-    common.check(loss, 64, dtype, backend="chunked", n=300)
-    common.check_equal({"dense": exact, "fused": right}, x, y, scale)
+    exact = Result.of(problems.dense(loss, 300, 64, torch.float32, rounded=dtype), x.float(), y.float(), scale)
+    problems.check(loss, 64, dtype, backend="chunked", n=300)
+    problems.check_equal({"dense": exact, "fused": right}, x, y, scale)
 
     def without_gradient(x, y, scale):
         return fused(x.detach(), y.detach(), scale) + 0 * (x.sum() + y.sum())
 
     for name, wrong in {"dx": without_gradient, "loss": lambda *leaves: 1.01 * fused(*leaves)}.items():
-        monkeypatch.setattr(common, "fused", lambda *_, wrong=wrong: wrong)
+        monkeypatch.setattr(problems, "fused", lambda *_, wrong=wrong: wrong)
         with pytest.raises(AssertionError, match=name):
-            common.check(loss, 64, dtype, backend="chunked", n=300)
+            problems.check(loss, 64, dtype, backend="chunked", n=300)
         with pytest.raises(AssertionError, match=f"mutant against dense: {name}"):
-            common.check_equal({"dense": exact, "mutant": Result.of(wrong, x, y, scale)}, x, y, scale)
+            problems.check_equal({"dense": exact, "mutant": Result.of(wrong, x, y, scale)}, x, y, scale)

@@ -1,23 +1,13 @@
-"""What the CPU and GPU benchmarks share: problems, the dense baselines, correctness first, interleaved timing, records.
+"""What is measured: operands, targets, the dense baselines, and the check that comes before every timing.
 
-A benchmark makes `operands`, names its contenders (functions of x, y, scale that return the loss), calls `check`, then
-`interleaved`, and hands rows (plain dictionaries) to `write`.
+A benchmark makes `operands`, names its contenders (functions of x, y, scale that return the loss), calls `check`, times
+them `interleaved` (timing.py), and adds rows, plain dictionaries, to a `Record` (records.py).
 """
 
 from __future__ import annotations
 
-import functools
-import json
-import os
-import platform
-import statistics
-import subprocess
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,15 +24,17 @@ from softclip_kernels.testing import (
     tolerances,
 )
 
-RESULTS = Path(__file__).parent / "results"
 SOFT_SHARE = 0.5  # of the pairs, in the PSD cases
 TEACHER_SCALE = 14.3
 LOSSES = ("hard", "psd", "psd_teacher")
+FORWARD_PRODUCTS = {"hard": 2, "psd": 2, "psd_teacher": 4}  # multiples of N² D floating-point operations
+PRODUCTS = {"hard": 8, "psd": 8, "psd_teacher": 12}  # the same, forward + backward
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, y, scale) -> 0-d loss
 
 
-# Problems
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def operands(
@@ -72,13 +64,18 @@ def target(loss: str, n: int, d: int, dtype: torch.dtype, device: str = "cpu") -
     psd_teacher: half of the pairs are taught by another model's embeddings of width d."""
     if loss == "hard":
         return Hard()
-    soft = partition(n, round(SOFT_SHARE * n), seed=0, step=0).to(device=device, dtype=torch.float32)
+    soft = soft_rows(n).to(device=device, dtype=torch.float32)
     if loss == "psd":
         return Mix(Hard(), SelfTeacher(swap="paired"), soft)
     if loss == "psd_teacher":
         a, b = teacher_embeddings(n, d, dtype, device)
         return Mix(Hard(), Teacher(a, b, TEACHER_SCALE), soft)
     raise ValueError(f"loss={loss!r} is not known; allowed: {', '.join(LOSSES)}")
+
+
+def soft_rows(n: int) -> Tensor:
+    """(n,) bool: the pairs that are taught, in the PSD cases."""
+    return partition(n, round(SOFT_SHARE * n), seed=0, step=0)
 
 
 def teacher_embeddings(n: int, d: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
@@ -105,7 +102,7 @@ def dense(
 
     if loss == "hard":
         return hard
-    soft = partition(n, round(SOFT_SHARE * n), seed=0, step=0).to(device)
+    soft = soft_rows(n).to(device)
     embeddings = None if loss == "psd" else teacher_embeddings(n, d, rounded or dtype, device)
 
     def mixed(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -121,7 +118,67 @@ def dense(
     return mixed
 
 
-# Correctness first
+@dataclass(frozen=True)
+class Case:
+    """One loss at one size."""
+
+    loss: str
+    dtype: torch.dtype
+    n: int
+    d: int
+    device: str = "cpu"
+
+    def labels(self) -> dict[str, str | int]:
+        return {"loss": self.loss, "dtype": dtype_name(self.dtype), "n": self.n, "d": self.d}
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        return operands(self.n, self.d, self.dtype, self.device)
+
+    def target(self) -> Target:
+        return target(self.loss, self.n, self.d, self.dtype, self.device)
+
+    def fused(self, backend: str = "auto") -> Loss:
+        return fused(self.target(), backend)
+
+    def dense(self) -> Loss:
+        return dense(self.loss, self.n, self.d, self.dtype, self.device)
+
+    def in_float32(self) -> Loss:
+        """The dense loss in float32, of a teacher whose embeddings are rounded to this dtype."""
+        return dense(self.loss, self.n, self.d, torch.float32, self.device, rounded=self.dtype)
+
+
+def under_autocast(loss: Loss, device: str) -> Loss:
+    """As training loops evaluate it: products in bfloat16, softmaxes and cross-entropy in float32."""
+    kind = torch.device(device).type
+
+    def evaluate(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        with torch.autocast(kind, torch.bfloat16):
+            return loss(x, y, scale)
+
+    return evaluate
+
+
+def open_clip(case: Case) -> Loss:
+    """open_clip's ClipLoss (hard); for the other losses its DistillClipLoss: both similarity matrices of student and of
+    teacher, and the cross-entropy of the hard pairing added."""
+    labels = torch.arange(case.n, device=case.device)
+    taught = case.loss != "hard"
+    embeddings = teacher_embeddings(case.n, case.d, case.dtype, case.device) if taught else None
+
+    def cross_entropy(teacher: Tensor, student: Tensor) -> Tensor:
+        return -(teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
+
+    def evaluate(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        per_image, per_text = scale.to(x.dtype) * x @ y.T, scale.to(x.dtype) * y @ x.T
+        hard = (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+        if embeddings is None:
+            return hard
+        a, b = embeddings
+        teacher_per_image, teacher_per_text = TEACHER_SCALE * a @ b.T, TEACHER_SCALE * b @ a.T
+        return hard + (cross_entropy(teacher_per_image, per_image) + cross_entropy(teacher_per_text, per_text)) / 2
+
+    return evaluate
 
 
 def check(loss: str, d: int, dtype: torch.dtype, device: str = "cpu", backend: str = "auto", n: int = 1000) -> None:
@@ -148,116 +205,6 @@ def check_equal(results: Mapping[str, Result], x: Tensor, y: Tensor, scale: Tens
             raise AssertionError(f"{name} against {first_name}: {error}") from None
 
 
-# Timing
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds: the median, the quartiles as the spread, and every run's own."""
-
-    median: float
-    low: float
-    high: float
-    seconds: tuple[float, ...]
-
-    @staticmethod
-    def of(seconds: Sequence[float]) -> Timing:
-        low, median, high = (
-            statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [seconds[0]] * 3
-        )
-        return Timing(median, low, high, tuple(seconds))
-
-    def __str__(self) -> str:
-        return f"{self.median:.4g} s [{self.low:.4g}, {self.high:.4g}]"
-
-
-def interleaved(
-    contenders: Mapping[str, Callable[[], object]],
-    rounds: int = 7,
-    warm_up: int = 1,
-    synchronise: Callable[[], object] = lambda: None,
-) -> dict[str, Timing]:
-    """Every contender once a round, so that the machine's drift meets all alike; the order alternates."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(-warm_up, rounds):
-        for name in contenders if index % 2 else reversed(list(contenders)):
-            synchronise()
-            start = time.perf_counter()
-            contenders[name]()
-            synchronise()
-            if index >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: Timing.of(values) for name, values in seconds.items()}
-
-
-def forward_only(loss: Loss, x: Tensor, y: Tensor, scale: Tensor) -> Callable[[], object]:
-    def run() -> None:
-        with torch.no_grad():
-            loss(x, y, scale)
-
-    return run
-
-
-def forward_backward(loss: Loss, x: Tensor, y: Tensor, scale: Tensor) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(loss(x, y, scale), (x, y, scale))
-
-
-# Records
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What a figure depends on: the device, the versions, the commit and whether the tree differed from it. A copy
-    without .git (a machine lent for a run) takes the commit from SOFTCLIP_COMMIT and cannot tell the rest (None)."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
-    return {
-        "device": _device_name(device),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "softclip_kernels": softclip_kernels.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("SOFTCLIP_COMMIT", "unknown"),
-        "modified": None if status is None else bool(status),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def write(name: str, device: str, rows: Iterable[Mapping[str, Any]], folder: Path | None = None) -> Path:
-    """<folder>/<name>.json: {"environment": ..., "rows": [...]}; a Timing in a row becomes its fields. bench/results/
-    where no folder is given. Whole at every moment, so that a run that is ended leaves what it wrote last."""
-    folder = RESULTS if folder is None else folder
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    plain = [{key: asdict(value) if isinstance(value, Timing) else value for key, value in row.items()} for row in rows]
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps({"environment": environment(device), "rows": plain}, indent=1) + "\n")
-    return partial.replace(path)
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as aligned text."""
-    heads = list(rows[0])
-    cells = [heads] + [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(heads))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
-
-
-@functools.cache  # so that a device that is lost later still has its name in the record
-def _device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-    return model or platform.processor() or platform.machine()
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
+def check_at_size(case: Case, results: Mapping[str, Result], x: Tensor, y: Tensor, scale: Tensor) -> None:
+    """The same, against the dense loss in float32 of the operands (detached) as rounded."""
+    check_equal({"dense": Result.of(case.in_float32(), x.float(), y.float(), scale), **results}, x, y, scale)
