@@ -1,7 +1,7 @@
 # make train   trains on the emoji data with two processes (ARGS="..." goes to python -m train)
 # make test    lint, types and every test but the long ones
 # make test-long: the tests marked long (soaks, whole training runs compared), which take minutes each
-# make lint    ruff and mypy alone
+# make lint    ruff, clang-format and mypy alone
 # make bench   the CPU benchmark; make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # Each sets up .venv by itself and re-uses it while constraints.txt, pyproject.toml and the C++ sources stay the same.
 
@@ -11,7 +11,8 @@ ARGS ?=
 TRITON = 3.7.0
 VENV = .venv
 RUN = $(VENV)/bin/python
-KERNELS = $(wildcard csrc/*)
+KERNELS = $(shell find csrc -type f -not -name '*.pyc')
+FORMATTED = $(filter %.h %.cpp %.inl,$(KERNELS))
 
 .PHONY: train test test-long lint bench sanitize clean
 
@@ -27,6 +28,7 @@ test-long: $(VENV)/package
 lint: $(VENV)/package
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 	$(RUN) -m mypy
 
 bench: $(VENV)/package

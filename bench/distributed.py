@@ -4,14 +4,13 @@ python -m bench distributed                     8,192 pairs on 1, 2 and 4 ranks
 python -m bench distributed --pairs 65536 --ranks 4
 
 Every rank is a process with one thread, and they share the machine's cores: seconds are those of the machine, not of a
-cluster. Rows go to bench/results/distributed.json.
+cluster. Rows go to bench/results/distributed/.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,12 +23,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from softclip_kernels import Exchange, Mix, Target, Teacher, agreement, distributed, softclip_loss
+from softclip_kernels import Exchange, Mix, Target, Teacher, softclip_loss
+from softclip_kernels.distributed import torch_private
 from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
 
-from . import common
+from . import Row, memory, problems
+from .records import Record, table
 
-Row = dict[str, Any]
+LABELS = ("table", "loss", "exchange", "backend", "ranks", "plan", "pairs", "width", "scale")
 MIB = 2**20
 CHECKED_PAIRS = 512
 ROUNDED_PAIRS = 2048
@@ -48,17 +49,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--backend", default="auto")
     options = parser.parse_args(arguments)
-    memory = [
-        measured(loss, dtype, plan, ranks, options.pairs, options.width, options.backend)
-        for loss, dtype in CASES
-        for ranks in options.ranks
-        for plan in (PLANS if ranks > 1 else PLANS[:1])
-        if ranks > 1 or dtype is None
-    ]
-    print(common.table(memory), end="\n\n")
-    errors = rounding_errors(options.width)
-    print(common.table(errors))
-    print(f"\n{common.write('distributed', 'cpu', memory + errors)}")
+    record = Record("distributed", "cpu", LABELS)
+    rows = []
+    for loss, dtype in CASES:
+        for ranks in options.ranks:
+            for plan in PLANS if ranks > 1 else ("-",):
+                if ranks > 1 or dtype is None:
+                    rows.append(measured(loss, dtype, plan, ranks, options.pairs, options.width, options.backend))
+                    record.add(rows[-1:])
+    print(table(rows), end="\n\n")
+    rows = rounding_errors(options.width)
+    record.add(rows)
+    print(f"{table(rows)}\n\nwritten to {record.path}")
 
 
 def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
@@ -82,10 +84,12 @@ def measured(loss: str, dtype: torch.dtype | None, plan: str, ranks: int, pairs:
     """One row: the most of any rank."""
     found = on_ranks(_memory_and_bytes, ranks, loss, dtype, plan, pairs, width, backend)
     return {
+        "table": "memory",
         "loss": loss,
-        "exchange": str(dtype or torch.float32).removeprefix("torch."),
+        "exchange": problems.dtype_name(dtype or torch.float32),
+        "backend": backend,
         "ranks": ranks,
-        "plan": plan if ranks > 1 else "-",
+        "plan": plan,
         "pairs": pairs,
         "width": width,
         "inputs MiB": pairs // ranks * width * 4 * 2 / MIB,
@@ -98,19 +102,18 @@ def measured(loss: str, dtype: torch.dtype | None, plan: str, ranks: int, pairs:
 def _memory_and_bytes(
     rank: int, ranks: int, loss: str, dtype: torch.dtype | None, plan: str, pairs: int, width: int, backend: str
 ) -> Row:
+    plan = "gather" if plan == "-" else plan  # one rank sends nothing
     _check(loss, Exchange(dist.group.WORLD, plan), rank, ranks, width, backend)
     exchange = Exchange(dist.group.WORLD, plan, dtype)
     x, y, scale, target = _share(loss, rank, ranks, pairs, width)
     sent = _Counter()
     dist.barrier()
-    before = _reset_peak()
     start = time.perf_counter()
-    _loss(target, exchange, backend)(x, y, scale).backward()
-    seconds = time.perf_counter() - start
-    return {"peak": _peak() - before, "sent": sent.total, "seconds": seconds}
+    peak = memory.growth(lambda: _loss(target, exchange, backend)(x, y, scale).backward())
+    return {"peak": peak, "sent": sent.total, "seconds": time.perf_counter() - start}
 
 
-def _loss(target: Target, exchange: Exchange | None, backend: str) -> common.Loss:
+def _loss(target: Target, exchange: Exchange | None, backend: str) -> problems.Loss:
     def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
         value = softclip_loss(x, y, scale, target, group=exchange, backend=backend)
         assert isinstance(value, Tensor)
@@ -120,10 +123,10 @@ def _loss(target: Target, exchange: Exchange | None, backend: str) -> common.Los
 
 
 def _share(loss: str, rank: int, ranks: int, pairs: int, width: int) -> tuple[Tensor, Tensor, Tensor, Target]:
-    x, y, scale = common.operands(pairs, width, torch.float32)
+    x, y, scale = problems.operands(pairs, width, torch.float32)
     own = slice(pairs * rank // ranks, pairs * (rank + 1) // ranks)
     x, y = (operand.detach()[own].clone().requires_grad_() for operand in (x, y))
-    return x, y, scale, common.target(loss, pairs, width, torch.float32)
+    return x, y, scale, problems.target(loss, pairs, width, torch.float32)
 
 
 def _check(loss: str, exchange: Exchange, rank: int, ranks: int, width: int, backend: str) -> None:
@@ -138,7 +141,7 @@ def _check(loss: str, exchange: Exchange, rank: int, ranks: int, width: int, bac
         torch.cat([part.dy for part in parts]) / ranks,
         torch.stack([part.dscale for part in parts]).mean(),
     )
-    x, y, scale = (operand.detach() for operand in common.operands(CHECKED_PAIRS, width, torch.float32))
+    x, y, scale = (operand.detach() for operand in problems.operands(CHECKED_PAIRS, width, torch.float32))
     assert_as_accurate_as_dense(whole, x, y, scale, target)
 
 
@@ -154,7 +157,7 @@ class _Counter:
             self.total += sum(_bytes(one.tensor) for one in operations if one.op is dist.isend)
             return point_to_point(operations)
 
-        gather, to_all = agreement.all_gather_into, dist.all_to_all_single
+        gather, to_all = torch_private.all_gather_into, dist.all_to_all_single
 
         def gathering(output: Tensor, own: Tensor, **options: Any) -> Any:
             self.total += (world - 1) * _bytes(own)
@@ -165,24 +168,11 @@ class _Counter:
             return to_all(output, own, *arguments, **options)
 
         vars(dist).update(batch_isend_irecv=batch, all_to_all_single=exchanging)
-        vars(agreement).update(all_gather_into=gathering)
-        vars(distributed).update(all_gather_into=gathering)
+        vars(torch_private).update(all_gather_into=gathering)
 
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _reset_peak() -> int:
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak() -> int:
-    """The most resident memory since the reset, in bytes."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
 
 
 def rounding_errors(width: int) -> list[Row]:
@@ -191,7 +181,7 @@ def rounding_errors(width: int) -> list[Row]:
     found = on_ranks(_results, 2, width)
     rows: list[Row] = []
     for index, (loss, scale) in enumerate((loss, scale) for loss in ROUNDED_LOSSES for scale in SCALES):
-        row: Row = {"rounded loss": loss, "pairs": ROUNDED_PAIRS, "width": width, "scale": scale}
+        row: Row = {"table": "rounding", "loss": loss, "pairs": ROUNDED_PAIRS, "width": width, "scale": scale}
         for field in FIELDS:
             exact, rounded = (torch.cat([of_rank[index][which][field] for of_rank in found]) for which in (0, 1))
             if field in ("loss", "dscale"):
@@ -210,7 +200,7 @@ def _results(rank: int, ranks: int, width: int) -> list[list[dict[str, Tensor]]]
     y = matching_rows(x, noise=NOISE)
     results: list[list[dict[str, Tensor]]] = []
     for loss in ROUNDED_LOSSES:
-        target = _own_part(common.target(loss, ROUNDED_PAIRS, width, torch.float32), own)
+        target = _own_part(problems.target(loss, ROUNDED_PAIRS, width, torch.float32), own)
         for scale in SCALES:
             of_both: list[dict[str, Tensor]] = []
             for dtype in (None, torch.bfloat16):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import common
+from bench import problems, timing
 from softclip_kernels.backends import cpu
 
 pytest.importorskip("pytest_benchmark")
@@ -22,12 +22,12 @@ CONTENDERS = ("dense", "chunked", *(["cpu"] if cpu.levels() else []))
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("loss", common.LOSSES)
+@pytest.mark.parametrize("loss", problems.LOSSES)
 def test_forward_and_backward(loss: str, contender: str, benchmark: Any) -> None:
     dtype = torch.float32
     if contender == "dense":
-        function = common.dense(loss, N, D, dtype)
+        function = problems.dense(loss, N, D, dtype)
     else:
-        common.check(loss, D, dtype, backend=contender, n=300)
-        function = common.fused(common.target(loss, N, D, dtype), contender)
-    benchmark(common.forward_backward(function, *common.operands(N, D, dtype)))
+        problems.check(loss, D, dtype, backend=contender, n=300)
+        function = problems.fused(problems.target(loss, N, D, dtype), contender)
+    benchmark(timing.forward_backward(function, *problems.operands(N, D, dtype)))

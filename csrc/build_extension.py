@@ -1,12 +1,15 @@
 """Builds softclip_kernels._cpu with the system's C++ compiler: every instruction-set level in its own file, with
 its own flags, chosen at run time. A level that the compiler does not know is left out, and a machine without a compiler
-gets the package without the extension. Either is said in one line; what the compiler said goes to build/cpu.log."""
+gets the package without the extension. Either is said in one line; what the compiler said goes to build/cpu.log.
+
+pyproject.toml names `BuildCpu` as the command build_ext, setup.py the extension."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -14,21 +17,20 @@ import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
 CSRC = Path(__file__).resolve().parent
 LOG = CSRC.parent / "build" / "cpu.log"
-COMMON = ("bindings", "forward", "backward", "plan", "schedule", "team", "level_portable")
-AVX2 = ("-mavx2", "-mfma")
-AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-LEVELS = {"avx512bf16": (*AVX512, "-mavx512bf16"), "avx512": AVX512, "avx2": AVX2}
+CPU = CSRC / "cpu"
+COMMON = (
+    "bindings", "softmax_forward", "softmax_backward", "traversal", "workspace", "plan", "schedule", "team", "memory",
+)  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-Wall", "-Wextra")
-# gcc's own intrinsics headers start results from deliberately uninitialised registers.
+# gcc's own intrinsics headers start results from deliberately uninitialized registers.
 LEVEL_FLAGS = ("-Wno-uninitialized", "-Wno-maybe-uninitialized")
-
-EXTENSION = Extension("softclip_kernels._cpu", sources=[])
 
 
 class CannotBuildError(Exception):
@@ -55,8 +57,8 @@ class BuildCpu(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """An editable install looks for the library in the source tree; it may be missing."""
-        if Path(self.build_lib, *EXTENSION.name.split(".")[:-1]).exists():
-            target = Path(self.get_ext_filename(EXTENSION.name))
+        for extension in self.extensions:
+            target = Path(self.get_ext_filename(extension.name))
             built = Path(self.build_lib) / target
             if built.exists():
                 self.copy_file(str(built), str(CSRC.parent / target))
@@ -83,15 +85,34 @@ def _compiler() -> list[str]:
     return shlex.split(os.environ.get("CXX", "c++"))
 
 
+class Level(NamedTuple):
+    """A line of levels.def."""
+
+    name: str
+    line: str
+    flags: tuple[str, ...]
+
+
+def _levels() -> list[Level]:
+    """Those of this machine's architecture, best first."""
+    machine = platform.machine().lower()
+    architectures = ("any", {"amd64": "x86_64"}.get(machine, machine))
+    lines = re.findall(r"^(LEVEL\((\w+), (\w+), (.*)\))$", (CPU / "levels.def").read_text(), re.MULTILINE)
+    return [
+        Level(name, line, tuple(f"-m{feature}" for feature in re.findall(r"HAS\((\w+)\)", features)))
+        for line, name, architecture, features in lines
+        if architecture in architectures
+    ]
+
+
 def _build(target: Path, objects: Path) -> None:
     import pybind11
 
     extra = shlex.split(os.environ.get("SOFTCLIP_CPU_FLAGS", ""))
-    levels = LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {}
+    levels = _levels()
     units: dict[str, Sequence[str]] = dict.fromkeys(COMMON, ())
     units["bindings"] = ("-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include())
-    units["level_portable"] = LEVEL_FLAGS
-    units |= {f"level_{name}": (*flags, *LEVEL_FLAGS) for name, flags in levels.items()}
+    units |= {f"level_{level.name}": (*level.flags, *LEVEL_FLAGS) for level in levels}
     objects.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError):
@@ -99,20 +120,23 @@ def _build(target: Path, objects: Path) -> None:
 
     def compile_unit(name: str, flags: Sequence[str]) -> str:
         output = str(objects / f"{name}.o")
-        _run(f"{name}.cpp", [*_compiler(), *FLAGS, *extra, *flags, "-c", str(CSRC / f"{name}.cpp"), "-o", output])
+        _run(f"{name}.cpp", [*_compiler(), *FLAGS, *extra, *flags, "-c", str(CPU / f"{name}.cpp"), "-o", output])
         return output
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = {name: pool.submit(compile_unit, name, flags) for name, flags in units.items()}
     outputs = [results[name].result() for name in COMMON]
-    built = []
-    for name in levels:
+    compiled = []
+    for level in levels:
         try:
-            outputs.append(results[f"level_{name}"].result())
-            built.append(name)
+            outputs.append(results[f"level_{level.name}"].result())
+            compiled.append(level.line)
         except RefusedError as error:
-            _report(f"the CPU kernels lack the level {name}: {error}{_logged(error.output)}")
-    outputs.append(compile_unit("levels", [f"-DSOFTCLIP_HAS_{name.upper()}" for name in built]))
+            if not level.flags:  # without the level that every machine can run there is nothing
+                raise
+            _report(f"the CPU kernels lack the level {level.name}: {error}{_logged(error.output)}")
+    (objects / "compiled_levels.def").write_text("".join(f"{line}\n" for line in compiled))
+    outputs.append(compile_unit("levels", ("-I", str(objects))))
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     _run("linking", [*_compiler(), *shared, "-pthread", *extra, *outputs, "-o", str(target)])
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# The tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then the threaded ones under ThreadSanitizer.
+# The tests of the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then the threaded ones under
+# ThreadSanitizer.
 # Everything is built and run in a temporary copy; PYTHON names the interpreter, CXX (gcc or clang) the compiler.
 set -eu
 cd "$(dirname "$0")/.."
@@ -27,6 +28,7 @@ check() {
 
 check "AddressSanitizer and UndefinedBehaviorSanitizer" libasan.so \
   "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined" \
-  tests/test_cpu.py tests/test_cpu_process.py -k "not cannot_be_had"  # the sanitizer needs the address space
-check "ThreadSanitizer" libtsan.so "-fsanitize=thread" tests/test_cpu.py \
+  tests/backends/test_cpu.py tests/backends/test_cpu_process.py \
+  -k "not cannot_be_had"  # it limits the address space, which the sanitizer needs
+check "ThreadSanitizer" libtsan.so "-fsanitize=thread" tests/backends/test_cpu.py \
   -k "threads_change or more_threads or float32_against"

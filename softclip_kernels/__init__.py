@@ -1,14 +1,25 @@
 """softclip_kernels: contrastive losses with mixed hard and soft targets that never store the similarity matrix."""
 
-from . import schedules
 from .backends import SlowerBackendWarning
-from .functional import Losses, RetrievalRanks, softclip_loss, softclip_loss_with_ranks
-from .layout import Exchange
-from .module import SoftClipLoss
-from .psd import ProgressiveSelfDistillation, partition
-from .targets import Average, Blocks, Dense, Hard, Mix, Target, Weighted
-from .teachers import Potentials, SelfTeacher, Sinkhorn, Teacher
-from .two_pass import TwoPass
+from .distributed.exchange import Exchange
+from .distributed.two_pass import TwoPass
+from .losses.softmax import Losses, RetrievalRanks, SoftClipLoss, softclip_loss, softclip_loss_with_ranks
+from .targets import (
+    Average,
+    Blocks,
+    Dense,
+    Hard,
+    Mix,
+    Potentials,
+    ProgressiveSelfDistillation,
+    SelfTeacher,
+    Sinkhorn,
+    Target,
+    Teacher,
+    Weighted,
+    partition,
+    schedules,
+)
 from .version import __version__
 
 __all__ = [

@@ -3,7 +3,7 @@
     z          = scale * x @ y.T
     rows       = z.logsumexp(1), and for each teacher  (q.softmax(1) * z).sum(1)   with q the teacher's logits, constant
     columns    = the same over rows
-    positive   = z[i, positive[i]]
+    positive   = z[i, positive_column[i]]
     dots       = for each linear term with its matrix E,  (E * z).sum(1)  and  (E * z).sum(0)
 
 Every loss of the library is a linear function of these, so targets, weights and reductions are PyTorch outside.
@@ -12,14 +12,17 @@ Every loss of the library is a linear function of these, so targets, weights and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops, sharded
-from .layout import Layout
-from .problem import LinearTerm, LossParts, Problem, Statistics
+from . import ops
+from .distributed import sharded
+from .distributed.exchange import Layout
+from .problem import Problem
+from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient
 
 
 def loss_parts(problem: Problem, terms: Sequence[LinearTerm], layout: Layout, backend: str = "auto") -> LossParts:
@@ -28,90 +31,50 @@ def loss_parts(problem: Problem, terms: Sequence[LinearTerm], layout: Layout, ba
     The problem holds this rank's rows and this rank's columns; positives are global column numbers."""
     if layout.exchange is not None:
         return sharded.loss_parts(problem, terms, layout, backend)
-    if not terms:
-        return LossParts(statistics(problem, problem.x, problem.y, backend), (), ())
-    # The gradients of hard and soft terms cancel as training converges, so 16-bit ones must be added before they are
-    # rounded: all of them go to one wide copy of the embeddings, which the terms compute with.
-    dtype = problem.accumulation_dtype
-    x, y = problem.x.to(dtype), problem.y.to(dtype)
-    dots = [term.dots(x, y, problem.scale, 0, term.column_operands()) for term in terms]
-    found = statistics(problem, x, y, backend)
-    return LossParts(found, tuple(row for row, _ in dots), tuple(column for _, column in dots))
+    x, y, scale = problem.x, problem.y, problem.scale
+    if terms:
+        # The gradients of hard and soft terms cancel as training converges, so 16-bit ones must be added before they
+        # are rounded: all of them go to one wide copy of the embeddings, which the terms compute with.
+        x, y = x.to(problem.accumulation_dtype), y.to(problem.accumulation_dtype)
+    dots = [term.dots(x, ColumnBlock(y, 0, term.column_operands()), scale) for term in terms]
+    constant = replace(problem, x=problem.x.detach(), y=problem.y.detach(), scale=scale.detach())
+    statistics = SoftmaxStatisticsFunction.apply(x, y, scale, backend, tuple(constant.sources()), *constant.tensors())
+    return LossParts(Statistics.of(*statistics), tuple(row for row, _ in dots), tuple(column for _, column in dots))
 
 
-def statistics(problem: Problem, x: Tensor, y: Tensor, backend: str = "auto") -> Statistics:
-    """The Statistics of one rank's problem, differentiable with respect to x and y: the problem's own, or their copies
-    in the accumulation dtype, which then get unrounded gradients."""
-    (own_x, own_y, scale, *optional, operands), sources = ops.pack(problem)
-    return Statistics(
-        *_SoftClipStatistics.apply(
-            x, y, scale, own_x.detach(), own_y.detach(), backend, tuple(sources), *optional, *operands
-        )
-    )
+class SoftmaxStatisticsFunction(torch.autograd.Function):
+    """Statistics of the problem in `tensors`. x and y are the problem's own, or copies in the accumulation dtype, which
+    then get gradients that are not rounded."""
 
-
-class _SoftClipStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        wide_x: Tensor,
-        wide_y: Tensor,
-        scale: Tensor,
         x: Tensor,
         y: Tensor,
+        scale: Tensor,
         backend: str,
         sources: tuple[int, ...],
-        positive: Tensor | None,
-        row_segment: Tensor | None,
-        column_segment: Tensor | None,
-        row_threshold: Tensor | None,
-        column_threshold: Tensor | None,
-        *operands: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        result = ops.forward(
-            x,
-            y,
-            scale,
-            positive,
-            row_segment,
-            column_segment,
-            row_threshold,
-            column_threshold,
-            list(operands),
-            list(sources),
-            backend,
-        )
-        rows, columns, positive_logit, row_ranks, column_ranks = result
-        ctx.backend, ctx.sources, ctx.rounded = backend, sources, wide_x.dtype == x.dtype
-        ctx.save_for_backward(
-            wide_x, wide_y, x, y, scale, positive, row_segment, column_segment, rows, columns, positive_logit, *operands
-        )
-        ctx.mark_non_differentiable(row_ranks, column_ranks)
+        result = ops.forward(*ops.pack(tensors, sources), backend)
+        ctx.backend, ctx.sources, ctx.problem_tensors = backend, sources, len(tensors)
+        ctx.save_for_backward(x, y, scale, *tensors, *result[:3])
+        ctx.mark_non_differentiable(*result[3:])
         return tuple(result)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        wide_x, wide_y, x, y, scale, positive, row_segment, column_segment, *saved = ctx.saved_tensors
-        rows, columns, positive_logit, *operands = saved
-        grad_rows, grad_columns, grad_positive = gradients[:3]
+        x, y, scale, *saved = ctx.saved_tensors
+        tensors, statistics = saved[: ctx.problem_tensors], saved[ctx.problem_tensors :]
+        needs_input_grad = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
-            found = ops.backward(
-                x,
-                y,
-                scale,
-                positive,
-                row_segment,
-                column_segment,
-                operands,
-                list(ctx.sources),
+            results = ops.backward(
+                *ops.pack(tensors, ctx.sources),
                 ctx.backend,
-                rows,
-                columns,
-                positive_logit,
-                grad_rows[0::2].contiguous(),  # the teachers' log-sum-exps, at odd positions, are constants
-                grad_columns[0::2].contiguous(),
-                grad_positive,
-                ctx.rounded,
+                *statistics,
+                *StatisticsGradient.of(*gradients[:3]),
+                needs_input_grad,
+                x.dtype == tensors[0].dtype,
             )
-        dx, dy, dscale = ops.without_graph(found, (wide_x, wide_y, scale))
-        return dx, dy, dscale, *(None for _ in range(9 + len(operands)))
+        needed = [result if needs else None for result, needs in zip(results, needs_input_grad, strict=True)]
+        return *ops.without_graph(needed, (x, y, scale)), None, None, *(None for _ in tensors)

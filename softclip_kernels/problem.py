@@ -1,4 +1,4 @@
-"""What a backend computes on: one block of logits, its teachers, and the statistics that come out of it.
+"""What a backend computes on: one block of logits and its teachers.
 
 Shapes, here and in every backend: N rows (images), M columns (texts), D the embedding width, E a teacher's
 embedding width, K the number of teachers. `z = scale * x @ y.T` is the (N, M) block of logits that is never stored.
@@ -7,12 +7,15 @@ embedding width, K the number of teachers. `z = scale * x @ y.T` is the (N, M) b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
+
+# What a field of a problem runs along. Whatever slices, sends or packs a problem goes by this, and names no field.
+ROWS, COLUMNS = {"along": "rows"}, {"along": "columns"}
 
 
 class Source(IntEnum):
@@ -36,23 +39,17 @@ class TeacherOperand:
 
     source: Source
     scale: Tensor | None = None
-    x: Tensor | None = None
-    y: Tensor | None = None
-    row_bias: Tensor | None = None
-    column_bias: Tensor | None = None
+    x: Tensor | None = field(default=None, metadata=ROWS)
+    y: Tensor | None = field(default=None, metadata=COLUMNS)
+    row_bias: Tensor | None = field(default=None, metadata=ROWS)
+    column_bias: Tensor | None = field(default=None, metadata=COLUMNS)
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Everything but the source, in the order that the constructor takes it back after the source."""
-        return self.scale, self.x, self.y, self.row_bias, self.column_bias
+        return tuple(getattr(self, name) for name in TEACHER_TENSORS)
 
     def block(self, rows: slice, columns: slice) -> TeacherOperand:
-        return replace(
-            self,
-            x=_sliced(self.x, rows),
-            y=_sliced(self.y, columns),
-            row_bias=_sliced(self.row_bias, rows),
-            column_bias=_sliced(self.column_bias, columns),
-        )
+        return replace(self, **_sliced(self, rows, columns))
 
 
 @dataclass(frozen=True)
@@ -69,15 +66,15 @@ class Problem:
     column_threshold  (M,) } z_ij > column_threshold_j for column j (both given or neither)
     """
 
-    x: Tensor
-    y: Tensor
+    x: Tensor = field(metadata=ROWS)
+    y: Tensor = field(metadata=COLUMNS)
     scale: Tensor
-    positive_column: Tensor | None = None
-    row_segment: Tensor | None = None
-    column_segment: Tensor | None = None
+    positive_column: Tensor | None = field(default=None, metadata=ROWS)
+    row_segment: Tensor | None = field(default=None, metadata=ROWS)
+    column_segment: Tensor | None = field(default=None, metadata=COLUMNS)
     teachers: tuple[TeacherOperand, ...] = ()
-    row_threshold: Tensor | None = None
-    column_threshold: Tensor | None = None
+    row_threshold: Tensor | None = field(default=None, metadata=ROWS)
+    column_threshold: Tensor | None = field(default=None, metadata=COLUMNS)
 
     @property
     def rows(self) -> int:
@@ -86,6 +83,10 @@ class Problem:
     @property
     def columns(self) -> int:
         return self.y.shape[0]
+
+    @property
+    def is_empty(self) -> bool:
+        return 0 in (self.rows, self.columns)
 
     @property
     def accumulation_dtype(self) -> torch.dtype:
@@ -99,64 +100,55 @@ class Problem:
         return inside, self.positive_column.clamp(0, self.columns - 1)
 
     def block(self, rows: slice, columns: slice) -> Problem:
-        """The sub-problem of these rows and columns. A TRANSPOSED teacher keeps its source: whoever computes the
-        block must supply the logits of the swapped block."""
-        return replace(
-            self,
-            x=self.x[rows],
-            y=self.y[columns],
-            positive_column=None if self.positive_column is None else self.positive_column[rows] - columns.start,
-            row_segment=_sliced(self.row_segment, rows),
-            column_segment=_sliced(self.column_segment, columns),
-            teachers=tuple(teacher.block(rows, columns) for teacher in self.teachers),
-            row_threshold=_sliced(self.row_threshold, rows),
-            column_threshold=_sliced(self.column_threshold, columns),
+        """The sub-problem of these rows and columns. A TRANSPOSED teacher keeps its source: whoever computes the block
+        must supply the logits of the swapped block."""
+        teachers = tuple(teacher.block(rows, columns) for teacher in self.teachers)
+        return replace(self, **_sliced(self, rows, columns), teachers=teachers).counted_from(columns.start)
+
+    def counted_from(self, column: int) -> Problem:
+        """The same where this block's first column is the given one of those that `positive_column` counts."""
+        if self.positive_column is None or column == 0:
+            return self
+        return replace(self, positive_column=self.positive_column - column)
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All tensors: the problem's own, then each teacher's. `of` takes them back."""
+        own = [getattr(self, name) for name in PROBLEM_TENSORS]
+        return (*own, *(tensor for teacher in self.teachers for tensor in teacher.tensors()))
+
+    def sources(self) -> list[int]:
+        """Each teacher's Source."""
+        return [int(teacher.source) for teacher in self.teachers]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor | None], sources: Sequence[int]) -> Problem:
+        own, width = len(PROBLEM_TENSORS), len(TEACHER_TENSORS)
+        teachers = tuple(
+            TeacherOperand(Source(source), *tensors[own + k * width : own + (k + 1) * width])
+            for k, source in enumerate(sources)
         )
+        named: dict[str, Any] = dict(zip(PROBLEM_TENSORS, tensors[:own], strict=True))
+        return Problem(**named, teachers=teachers)
 
 
-def _sliced(tensor: Tensor | None, part: slice) -> Tensor | None:
-    return None if tensor is None else tensor[part]
+PROBLEM_TENSORS = tuple(each.name for each in fields(Problem) if each.name != "teachers")
+TEACHER_TENSORS = tuple(each.name for each in fields(TeacherOperand) if each.name != "source")
 
 
-class Statistics(NamedTuple):
-    """What the forward block operation returns, in the accumulation dtype.
-
-    rows           (1 + 2K, N): the logits' log-sum-exp over columns; then for each teacher k the log-sum-exp of its row
-                   logits `t_ij + column_bias_j`, and `sum_j softmax_j(t_ij + column_bias_j) * z_ij`, the student's mean
-                   logit under the teacher's row distribution
-    columns        (1 + 2K, M): the same over rows
-    positive_logit (N,) the positive's logit as this block computed it, 0 where it is not in the block; (0,) without
-    row_ranks      (N,) int64, how many logits exceed row_threshold; (0,) without thresholds
-    column_ranks   (M,) int64
-    """
-
-    rows: Tensor
-    columns: Tensor
-    positive_logit: Tensor
-    row_ranks: Tensor
-    column_ranks: Tensor
+def fields_along(kind: type[Problem] | type[TeacherOperand], axis: dict[str, str]) -> list[str]:
+    """The fields of a problem or a teacher that run along ROWS or COLUMNS."""
+    return [each.name for each in fields(kind) if each.metadata == axis]
 
 
-class LinearTerm(Protocol):
-    """A target matrix E whose sums against z need no log-sum-exp, hence no kernel."""
-
-    def column_operands(self) -> tuple[Tensor, ...]:
-        """What the term knows about this rank's columns, (M, ...) each."""
-
-    def dots(
-        self, x: Tensor, y: Tensor, scale: Tensor, start: int, operands: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """`(E * z).sum(1)` (N,) and `(E * z).sum(0)` (M,) of the rows x (N, D) and the columns y (M, D), which begin at
-        the global column `start` and bring these column_operands; differentiable, in the accumulation dtype."""
-
-
-class LossParts(NamedTuple):
-    """What a loss is a linear function of: Statistics, and each linear term's dots (N,) and (M,). Over ranks: of this
-    rank's rows with all columns, and of its columns with all rows."""
-
-    statistics: Statistics
-    row_dots: tuple[Tensor, ...]
-    column_dots: tuple[Tensor, ...]
+def _sliced(operand: Problem | TeacherOperand, rows: slice, columns: slice) -> dict[str, Any]:
+    """Every field that is given and runs along rows or columns, sliced."""
+    taken = ((ROWS, rows), (COLUMNS, columns))
+    return {
+        name: getattr(operand, name)[part]
+        for axis, part in taken
+        for name in fields_along(type(operand), axis)
+        if getattr(operand, name) is not None
+    }
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

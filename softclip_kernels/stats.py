@@ -1,32 +1,145 @@
-"""Merging of partial statistics: blocks of columns of one row (or of rows of one column) combine in any order.
+"""The statistics of a softmax loss: what the forward block operation returns, its gradient, and how parts of it merge.
 
-A statistic is laid out as Statistics.rows: (1 + 2K, L), a log-sum-exp, then for each teacher its log-sum-exp and the
-mean of the student's logits under it. Log-sum-exps merge by logaddexp; a mean merges weighted by its own normaliser.
+Blocks of columns of one row (or of rows of one column) combine in any order: log-sum-exps by logaddexp, a mean weighted
+by its own normalizer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
-def empty(teachers: int, length: int, like: Tensor) -> Tensor:
-    """The neutral element: nothing seen yet. Shape (1 + 2 * teachers, length), dtype and device of `like`."""
-    statistic = like.new_zeros(1 + 2 * teachers, length)
-    statistic[0] = -torch.inf
-    statistic[1::2] = -torch.inf
-    return statistic
+@dataclass(frozen=True)
+class SoftmaxStatistics:
+    """One direction's, of L rows or L columns, named views of one tensor.
 
+    packed        (1 + 2K, L) accumulation dtype: lse, then for each teacher teacher_lse[k] and teacher_mean[k]
+    lse           (L,) the logits' log-sum-exp
+    teacher_lse   (K, L) the log-sum-exp of each teacher's logits, biases added
+    teacher_mean  (K, L) the student's mean logit under each teacher's distribution
+    """
 
-def merge(a: Tensor, b: Tensor) -> Tensor:
-    """The statistic of the union of two disjoint parts. Both (1 + 2K, L)."""
-    merged = torch.empty_like(a)
-    merged[0] = torch.logaddexp(a[0], b[0])
-    merged[1::2] = torch.logaddexp(a[1::2], b[1::2])
-    merged[2::2] = _weight(a[1::2], b[1::2]) * a[2::2] + _weight(b[1::2], a[1::2]) * b[2::2]
-    return merged
+    packed: Tensor
+
+    @property
+    def lse(self) -> Tensor:
+        return self.packed[0]
+
+    @property
+    def teacher_lse(self) -> Tensor:
+        return self.packed[1::2]
+
+    @property
+    def teacher_mean(self) -> Tensor:
+        return self.packed[2::2]
+
+    @staticmethod
+    def empty(teachers: int, length: int, like: Tensor) -> SoftmaxStatistics:
+        """The neutral element of `merge`: nothing seen yet. Dtype and device of `like`."""
+        nothing = SoftmaxStatistics(like.new_zeros(1 + 2 * teachers, length))
+        nothing.lse.fill_(-torch.inf)
+        nothing.teacher_lse.fill_(-torch.inf)
+        return nothing
+
+    def part(self, positions: slice) -> SoftmaxStatistics:
+        return SoftmaxStatistics(self.packed[:, positions])
+
+    def merge(self, other: SoftmaxStatistics) -> SoftmaxStatistics:
+        """The statistics of the union of two disjoint parts."""
+        merged = SoftmaxStatistics(torch.empty_like(self.packed))
+        a, b = self, other
+        merged.lse.copy_(torch.logaddexp(a.lse, b.lse))
+        merged.teacher_lse.copy_(torch.logaddexp(a.teacher_lse, b.teacher_lse))
+        merged.teacher_mean.copy_(
+            _weight(a.teacher_lse, b.teacher_lse) * a.teacher_mean
+            + _weight(b.teacher_lse, a.teacher_lse) * b.teacher_mean
+        )
+        return merged
 
 
 def _weight(part: Tensor, other: Tensor) -> Tensor:
     """The part's share `exp(part) / (exp(part) + exp(other))`, as a sigmoid: the two shares sum to exactly 1."""
     return torch.where(part == -torch.inf, 0.0, torch.sigmoid(part - other))
+
+
+class Statistics(NamedTuple):
+    """What the forward block operation returns, in the accumulation dtype.
+
+    rows            over columns, for each row: the logits z_ij, each teacher's `t_ij + column_bias_j`
+    columns         over rows, for each column: z_ij, each teacher's `t_ij + row_bias_i`
+    positive_logit  (N,) the positive's logit as this block computed it, 0 where it is not in the block; (0,) without
+    row_ranks       (N,) int64, how many logits exceed row_threshold; (0,) without thresholds
+    column_ranks    (M,) int64
+    """
+
+    rows: SoftmaxStatistics
+    columns: SoftmaxStatistics
+    positive_logit: Tensor
+    row_ranks: Tensor
+    column_ranks: Tensor
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """As operators return them: (1 + 2K, N), (1 + 2K, M), (N,), (N,), (M,). `of` takes them back."""
+        return self.rows.packed, self.columns.packed, self.positive_logit, self.row_ranks, self.column_ranks
+
+    @staticmethod
+    def of(rows: Tensor, columns: Tensor, positive_logit: Tensor, *ranks: Tensor) -> Statistics:
+        """`ranks`: the rows' and the columns', or none, where a backward pass has no use for them."""
+        row_ranks, column_ranks = ranks or [rows.new_empty(0, dtype=torch.int64) for _ in range(2)]
+        return Statistics(SoftmaxStatistics(rows), SoftmaxStatistics(columns), positive_logit, row_ranks, column_ranks)
+
+
+class StatisticsGradient(NamedTuple):
+    """The loss's gradient with respect to Statistics. Teachers' log-sum-exps and ranks are constants and have none.
+
+    rows            (1 + K, N) with respect to rows.lse, then to each rows.teacher_mean[k]; contiguous
+    columns         (1 + K, M) the same for the columns
+    positive_logit  (N,) or, without positives, (0,)
+    """
+
+    rows: Tensor
+    columns: Tensor
+    positive_logit: Tensor
+
+    @staticmethod
+    def of(rows: Tensor, columns: Tensor, positive_logit: Tensor) -> StatisticsGradient:
+        """From the gradients of Statistics.tensors(): (1 + 2K, N), (1 + 2K, M), (N,)."""
+        return StatisticsGradient(rows[0::2].contiguous(), columns[0::2].contiguous(), positive_logit)
+
+
+class ColumnBlock(NamedTuple):
+    """A visiting block of M columns, as a linear term meets it.
+
+    y         (M, D)
+    start     the global number of the first column
+    operands  what the term's own `column_operands` are for these columns, (M, ...) each
+    """
+
+    y: Tensor
+    start: int
+    operands: Sequence[Tensor]
+
+
+class LinearTerm(Protocol):
+    """A target matrix E whose sums against z need no log-sum-exp, hence no kernel."""
+
+    def column_operands(self) -> tuple[Tensor, ...]:
+        """What the term knows about this rank's columns, (M, ...) each."""
+
+    def dots(self, x: Tensor, columns: ColumnBlock, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """`(E * z).sum(1)` (N,) and `(E * z).sum(0)` (M,) of the rows x (N, D) and a block of columns; differentiable,
+        in the accumulation dtype."""
+
+
+class LossParts(NamedTuple):
+    """What a loss is a linear function of: Statistics, and each linear term's dots (N,) and (M,). Over ranks: of this
+    rank's rows with all columns, and of its columns with all rows."""
+
+    statistics: Statistics
+    row_dots: tuple[Tensor, ...]
+    column_dots: tuple[Tensor, ...]

@@ -1,14 +1,14 @@
-"""``python -m train``."""
+"""`python -m train`."""
 
 import sys
 
-from train.signals import stop
+from .signals import stop
 
 if __name__ == "__main__":
     stop.listen()  # before the imports, which take seconds
 
-    from train import launch
-    from train.main import main
+    from . import launch
+    from .cli import main
 
     status = main()
     if launch.is_launched():

@@ -1,13 +1,13 @@
 """Checkpoints that a crash cannot spoil.
 
-A checkpoint is a folder ``checkpoints/step-000120``:
+A checkpoint is a folder `checkpoints/step-000120`:
 
     model.safetensors  config.json  tokenizer.json  state.json    safe to share: no code in them
     fingerprint.json                                              of the data, the code and the versions
     engine/                                                       DeepSpeed's own, a file a rank, for resuming
     manifest.json                                                 SHA-256 and size of all others
 
-It is written under another name, flushed to disk, and renamed; ``checkpoints/latest`` is written last. Whoever reads
+It is written under another name, flushed to disk, and renamed; `checkpoints/latest` is written last. Whoever reads
 checks the manifest, reads the parts, and falls back to the newest checkpoint that is whole, readable and finite. No
 part can run code when it is read: see engine_files for DeepSpeed's.
 """
@@ -28,11 +28,11 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from tokenizers import Tokenizer
 
-from train import progress
-from train.config import CHANGEABLE, REPLACED, SKIP_WINDOW, Config, ConfigError, changes
-from train.files import explain, sha256_of, sync_file, sync_folder, write_atomically, write_new
-from train.fingerprint import Fingerprint
-from train.model import Clip
+from . import heartbeat
+from .config import CHANGEABLE, REPLACED, SKIP_WINDOW, Config, ConfigError, changes
+from .files import explain, sha256_of, sync_file, sync_folder, write_atomically, write_new
+from .fingerprint import Fingerprint
+from .model import Clip
 
 FOLDER, LATEST, MANIFEST, ENGINE = "checkpoints", "latest", "manifest.json", "engine"
 WEIGHTS, CONFIG, TOKENIZER, STATE = "model.safetensors", "config.json", "tokenizer.json", "state.json"
@@ -52,10 +52,14 @@ class RunError(RuntimeError):
 
 @dataclass(frozen=True)
 class State:
-    """What a run knows besides parameters: ``step`` steps are done (skipped ones count), by how many processes.
+    """What a run knows besides parameters.
 
-    ``skipped`` counts all batches that were, ``skipped_in_a_row`` those since the last step that was not;
-    ``recent_skips`` are the skipped among the last SKIP_WINDOW steps, by number.
+    step              how many steps are done; skipped ones count
+    skipped           how many of them were skipped
+    processes         by how many processes they were done
+    zero_stage        DeepSpeed ZeRO's, 1 to 3
+    skipped_in_a_row  how many were skipped since the last step that was not
+    recent_skips      the numbers of the skipped ones among the last SKIP_WINDOW steps
     """
 
     step: int
@@ -66,8 +70,8 @@ class State:
     recent_skips: tuple[int, ...] = ()
 
     def after(self, applied: bool) -> State:
-        """With one step more, whose batch was `applied` or skipped."""
-        recent = tuple(one for one in self.recent_skips if one > self.step - SKIP_WINDOW)
+        """The state one step on, whose batch was `applied` or skipped."""
+        recent = tuple(step for step in self.recent_skips if step > self.step - SKIP_WINDOW)
         return replace(
             self,
             step=self.step + 1,
@@ -128,7 +132,7 @@ def commit(
     entries = {}
     for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
         entries[path.relative_to(scratch).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-        progress.tick()  # many files are no hang
+        heartbeat.tick()  # many files are no hang
         sync_file(path)
     at("files flushed")
     write_atomically(scratch / MANIFEST, json.dumps(entries, indent=1).encode())
@@ -161,14 +165,14 @@ def spared(steps: list[int], keep_every: int) -> set[int]:
 
 
 def find(run: Path, warn: Callable[[str], None] = print, engine: bool = False) -> Path:
-    """The newest good checkpoint: ``latest``, or, with a warning for each that is not, the newest of the others.
-    `engine`: one that training can go on from, moments included."""
+    """The newest good checkpoint: `latest`, or, with a warning for each that is not good, the newest of the others.
+    `engine`: one that training can go on from, moments included. Raises CheckpointError where there is none."""
     try:
         latest = (run / FOLDER / LATEST).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         latest = ""
     names = _names(run)
-    for name in sorted(names, key=lambda one: one == latest, reverse=True):
+    for name in sorted(names, key=lambda name: name == latest, reverse=True):
         problem = why_broken(run / FOLDER / name, engine)
         if problem is None:
             return run / FOLDER / name
@@ -189,7 +193,7 @@ def why_broken(folder: Path, engine: bool = False) -> str | None:
         state = read_state(folder)
         read_fingerprint(folder)
         if engine:
-            from train.engine_files import why_unusable  # DeepSpeed takes seconds to import
+            from .engine_files import why_unusable  # DeepSpeed takes seconds to import
 
             problem = why_unusable(folder / ENGINE, state.processes)
     except CheckpointError as error:
@@ -200,7 +204,7 @@ def why_broken(folder: Path, engine: bool = False) -> str | None:
 
 
 def _why_not_whole(folder: Path) -> str | None:
-    """Whether all files of the manifest are as they were written."""
+    """Which file of the manifest is not as it was written, or None."""
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, entry in entries.items():
@@ -218,50 +222,42 @@ def _why_not_whole(folder: Path) -> str | None:
 
 
 def steps_done(run: Path) -> int:
-    """Of the newest checkpoint, whole or not; 0 where there is none."""
+    """The steps of the newest checkpoint, whole or not; 0 where there is none."""
     return _step(next(iter(_names(run)), name_of(0)))
 
 
 def read_state(folder: Path) -> State:
-    """Fields that an earlier version did not know have their defaults.
-
-    Raises:
-        CheckpointError: a field is unknown, missing, or no count.
-    """
-    found = _read_mapping(folder / STATE)
-    known = {one.name: one.default is MISSING for one in fields(State)}
-    unknown, missing = (
-        sorted(found.keys() - known.keys()),
-        sorted(name for name in known if known[name] and name not in found),
-    )
+    """Fields that an earlier version did not know have their defaults. Raises CheckpointError where a field is unknown,
+    missing, or no count."""
+    content = _read_mapping(folder / STATE)
+    required = {field.name: field.default is MISSING for field in fields(State)}
+    unknown = sorted(content.keys() - required.keys())
+    missing = sorted(name for name in required if required[name] and name not in content)
     if unknown:
         raise CheckpointError(
             f"{STATE} holds {', '.join(unknown)}, which this version does not know: a newer one wrote it"
         )
     if missing:
         raise CheckpointError(f"{STATE} lacks {', '.join(missing)}")
-    recent = found.pop("recent_skips", [])
+    recent = content.pop("recent_skips", [])
     if not isinstance(recent, list):
         raise CheckpointError(f"{STATE} gives recent_skips as {recent!r}, and a list is allowed")
-    for name, value in (*found.items(), *(("recent_skips", one) for one in recent)):
+    for name, value in (*content.items(), *(("recent_skips", step) for step in recent)):
         if type(value) is not int or not 0 <= value < MAX_COUNT:
             raise CheckpointError(f"{STATE} gives {name} as {value!r}, and a whole number from 0 to 2^62 is allowed")
-    return State(**found, recent_skips=tuple(recent))
+    return State(**content, recent_skips=tuple(recent))
 
 
 def read_config(folder: Path) -> Config:
-    """Options of earlier versions that others replaced are left out: they never were a part of what is trained.
-
-    Raises:
-        CheckpointError: it is not a configuration of this version.
-    """
-    found = _read_mapping(folder / CONFIG)
+    """Options of earlier versions that others replaced are left out: they never were a part of what is trained. Raises
+    CheckpointError where it is not a configuration of this version."""
+    content = _read_mapping(folder / CONFIG)
     for name in REPLACED:
         section, _, option = name.partition(".")
-        if isinstance(found.get(section), dict):
-            found[section].pop(option, None)
+        if isinstance(content.get(section), dict):
+            content[section].pop(option, None)
     try:
-        return Config.from_dict(found)
+        return Config.from_dict(content)
     except ConfigError as error:
         raise CheckpointError(f"{CONFIG}: {error}") from error
 
@@ -277,12 +273,12 @@ def read_fingerprint(folder: Path) -> Fingerprint | None:
 
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        mapping = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: {_short(error)}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path.name} holds {type(found).__name__}; a mapping is needed")
-    return found
+    if not isinstance(mapping, dict):
+        raise CheckpointError(f"{path.name} holds {type(mapping).__name__}; a mapping is needed")
+    return mapping
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -299,11 +295,11 @@ def read_model(folder: Path) -> tuple[Clip, Tokenizer, Config]:
 
 def describe_mismatch(state: State, processes: int, zero_stage: int) -> str | None:
     """Why the engine's files of `state` cannot go on here, or None."""
-    found: dict[str, Any] = {
+    pairs: dict[str, Any] = {
         "job.processes": (state.processes, processes),
         "job.zero_stage": (state.zero_stage, zero_stage),
     }
-    for name, (then, now) in found.items():
+    for name, (then, now) in pairs.items():
         if then != now:
             return (
                 f"the checkpoint was written with {name}={then} and this job has {now}; its optimizer state is cut "
@@ -343,11 +339,9 @@ def _step(name: str) -> int:
 
 
 def _names(run: Path) -> list[str]:
-    """Finished checkpoints, newest first: by number, for a millionth step has a digit more than the others.
-
-    Raises:
-        CheckpointError: there is a folder of them, and it cannot be read; none would be taken for a new run.
-    """
+    """Finished checkpoints, newest first: by number, for a millionth step has a digit more than the others. Raises
+    CheckpointError where there is a folder of them that cannot be read: as if there were none, the run would be taken
+    for a new one."""
     try:
         with os.scandir(run / FOLDER) as entries:
             names = [entry.name for entry in entries if NAME.fullmatch(entry.name) and entry.is_dir()]
@@ -358,6 +352,6 @@ def _names(run: Path) -> list[str]:
     return sorted(names, key=_step, reverse=True)
 
 
-def exist(run: Path) -> bool:
+def has_any(run: Path) -> bool:
     """Whether the run ever finished a checkpoint, good or not."""
     return bool(_names(run))

@@ -1,4 +1,4 @@
-"""What a run is made of: frozen dataclasses, read from YAML and ``section.name=value`` overrides, checked once.
+"""What a run is made of: frozen dataclasses, read from YAML and `section.name=value` overrides, checked once.
 
 Every message of a ConfigError names the value, what is allowed and the way out.
 """
@@ -16,8 +16,8 @@ import yaml
 from softclip_kernels import backends, schedules
 
 DEFAULT_FILE = Path(__file__).parent / "configs" / "emoji.yaml"
-# What a run may be continued with in another value than it began with: how far it goes, how it is watched and kept, and
-# which kernels compute the same loss. All other options say what is trained on what, which a checkpoint is a part of.
+# The options that may have another value when a run goes on: how far it goes, how it is watched and kept, and which
+# kernels compute the same loss. All others say what is trained on what, and a checkpoint is a part of that.
 CHANGEABLE = (
     "data.folder",
     "data.max_bad_fraction",
@@ -46,8 +46,15 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class Data:
-    """``folder``: one made by prepare_emoji or laid out like it; None for the emoji set, which is fetched on demand."""
+class DataOptions:
+    """What is trained on.
+
+    folder            one made by prepare_emoji or laid out like it; None for the emoji set, which is fetched on demand
+    image_size        height and width of the pictures in pixels
+    seed              fixes the splits, the wording of the captions, and which of them are corrupted
+    corrupt           share of the training captions that are exchanged between concepts
+    max_bad_fraction  share of a split's samples that may be unreadable
+    """
 
     folder: str | None = None
     image_size: int = 48
@@ -65,8 +72,9 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Model:
-    """``image_widths``: channels of the stages, multiples of 8, each at half the resolution of the one before."""
+class ModelOptions:
+    """The two towers. `image_widths`: channels of the image tower's stages, multiples of 8, each at half the resolution
+    of the one before."""
 
     embed_dim: int = 256
     image_widths: tuple[int, ...] = (32, 64, 128)
@@ -92,11 +100,11 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Loss:
-    """``target``: psd (progressive self-distillation) or hard (CLIP).
+class LossOptions:
+    """`target`: psd (progressive self-distillation) or hard (CLIP).
 
-    The soft share alpha is 0 for ``hard_steps`` steps, then goes from ``alpha_start`` to ``alpha_end`` over
-    ``rise_steps`` by ``schedule`` and stays there.
+    The soft share α is 0 for `hard_steps` steps, then goes from `alpha_start` to `alpha_end` over `rise_steps` by
+    `schedule` and stays there.
     """
 
     target: str = "psd"
@@ -115,6 +123,8 @@ class Loss:
         _one_of("loss.schedule", self.schedule, ("constant", "linear", "cosine"))
         _one_of("loss.swap", self.swap, ("none", "paired"))
         _one_of("loss.scope", self.scope, ("full", "block"))
+        # A run that was started under a former name of its backend goes on, and says the name it has now.
+        object.__setattr__(self, "backend", backends.current_name(self.backend))
         _one_of("loss.backend", self.backend, ("auto", *backends.registered()))
         _at_least("loss.hard_steps", self.hard_steps, 0)
         _at_least("loss.rise_steps", self.rise_steps, 1)
@@ -136,10 +146,10 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """AdamW. ``batch_size`` is that of all processes together; each process encodes its share in ``micro_batches``
-    parts, twice where there are several, and holds one part's activations at a time. The learning rate rises linearly
-    over ``warmup_steps`` and falls by half a cosine to ``final_lr_fraction`` of its peak ``lr``.
+class OptimizerOptions:
+    """AdamW. `batch_size` is that of all processes together; each process encodes its share in `micro_batches` parts,
+    twice where there are several, and holds one part's activations at a time. The learning rate rises linearly over
+    `warmup_steps` and falls by half a cosine to `final_lr_fraction` of its peak `lr`.
     """
 
     steps: int = 420
@@ -174,16 +184,20 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
-class Job:
+class JobOptions:
     """How a run is carried out.
 
-    ``processes``: how many `python -m train` starts; 0 for one per GPU, or two on a CPU. ``on_nonfinite``: what all
-    ranks do together where a loss or gradient is not finite; the batch is skipped or the job stops.
-    ``max_skipped_in_a_row``: so many may be skipped one after another, and ``max_skipped_share`` of the last
-    SKIP_WINDOW steps; one more stops the job. ``keep_every``: besides the last ``keep_checkpoints``, the first
-    checkpoint of each so many steps is never removed; 0 for none. ``timeout_seconds``: how long the job may stand still
-    before it ends; ``setup_timeout_seconds``: the same before the first step, where data may be fetched. ``*_every``:
-    in steps; evaluate_every=0 evaluates at the end only.
+    processes              how many `python -m train` starts; 0 for one per GPU, or two on a CPU
+    seed                   of the initial weights, the batches, the augmentation and the PSD draw
+    checkpoint_every       in steps
+    keep_checkpoints       how many of the newest stay on disk
+    keep_every             besides those, the first checkpoint of each so many steps is never removed; 0 for none
+    evaluate_every         in steps; 0 evaluates at the end only
+    on_nonfinite           what all ranks do together where a loss or gradient is not finite: `skip` it, or `stop`
+    max_skipped_in_a_row   how many batches may be skipped one after another; one more stops the job
+    max_skipped_share      share of the last SKIP_WINDOW steps that may be skipped; one more stops the job
+    timeout_seconds        how long the job may stand still before it ends
+    setup_timeout_seconds  the same before the first step, where data may be fetched
     """
 
     processes: int = 0
@@ -220,11 +234,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Config:
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    loss: Loss = field(default_factory=Loss)
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    job: Job = field(default_factory=Job)
+    """All options of a run, by section."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    job: JobOptions = field(default_factory=JobOptions)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and scalars, as YAML and JSON take them."""
@@ -239,7 +255,7 @@ class Config:
     @classmethod
     def from_dict(cls, mapping: dict[str, Any]) -> Config:
         """From nested mappings; what is left out keeps its default."""
-        sections = {one.name: one.default_factory for one in fields(cls)}
+        sections = {section.name: section.default_factory for section in fields(cls)}
         _known("section", mapping, sections)
         made = {}
         for name, values in mapping.items():
@@ -250,7 +266,7 @@ class Config:
 
 
 def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file (the emoji run's by default) with ``section.name=value`` overrides on top."""
+    """The configuration of a YAML file (the emoji run's by default) with `section.name=value` overrides on top."""
     path = DEFAULT_FILE if file is None else Path(file)
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -276,7 +292,7 @@ def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
 
 
 def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
-    """The options of `after` that differ from `before`, by ``section.name``: their values (then, now)."""
+    """The options of `after` that differ from `before`, by `section.name`: their values (then, now)."""
     now = after.to_dict()
     return {
         f"{section}.{name}": (value, now[section][name])
@@ -287,7 +303,7 @@ def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _section(section: str, kind: type, values: dict[str, Any]) -> Any:
-    known = {one.name: one for one in fields(kind)}
+    known = {option.name: option for option in fields(kind)}
     for name in sorted(str(name) for name in values if f"{section}.{name}" in REPLACED):
         raise ConfigError(f"{section}.{name} is of an earlier version; give {REPLACED[f'{section}.{name}']} instead")
     _known(f"option of {section!r}", values, known)
@@ -301,7 +317,7 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
         if value is None and base != annotation:
             return None
         if base.startswith("tuple") and isinstance(value, (list, tuple)):
-            return tuple(_typed(name, one, base.removeprefix("tuple[").split(",")[0]) for one in value)
+            return tuple(_typed(name, element, base.removeprefix("tuple[").split(",")[0]) for element in value)
         if base == "int" and isinstance(value, int) and not isinstance(value, bool):
             return value
         if base == "float" and isinstance(value, (int, float, str)) and not isinstance(value, bool):

@@ -16,7 +16,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from train.files import naming
+from .files import naming
 
 # Besides tensors and plain values, ZeRO 1 and 2 keep these three, and ZeRO 3 the first two. None acts when it is made.
 CLASSES = (LossScaler, ZeroStageEnum, fragment_address)
@@ -24,8 +24,8 @@ MODEL, OPTIMIZER = "*_model_states.pt", "*_optim_states.pt"
 
 
 class EngineFiles(TorchCheckpointEngine):
-    """Takes the place of DeepSpeed's own in an engine. While it saves, ranks wait for each other: an error of the disk
-    is kept, for `raise_failure` to raise once all are through."""
+    """Takes the place of DeepSpeed's own in an engine. While it saves, ranks wait for each other: so an error of the
+    disk is kept, and `raise_failure` raises it once all are through."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,18 +86,18 @@ def read(path: Path, map_location: Any = None) -> Any:
         asked = ", ".join(re.findall(r"GLOBAL ([\w.]+)", str(error))) or "what no optimizer's state holds"
         raise pickle.UnpicklingError(
             f"{path.name} asks for {asked}; only tensors, plain values and "
-            f"{', '.join(one.__name__ for one in CLASSES)} are read, for anything else could run code"
+            f"{', '.join(kind.__name__ for kind in CLASSES)} are read, for anything else could run code"
         ) from None
 
 
 def why_unusable(folder: Path, processes: int) -> str | None:
     """Why the engine of `processes` ranks cannot go on from the files in `folder`, or None. Reads all of them, one at a
-    time: a part that is missing DeepSpeed would leave out without a word."""
+    time: DeepSpeed would leave out a missing part without a word."""
     optimizers = sorted(folder.glob(OPTIMIZER))
     if len(optimizers) != processes or not list(folder.glob(MODEL)):
         return f"{folder.name}/ lacks files of some of the {processes} ranks"
     for path in sorted(folder.iterdir()):
-        if any(not torch.isfinite(one).all() for one in tensors(read(path, "cpu"))):
+        if any(not torch.isfinite(tensor).all() for tensor in tensors(read(path, "cpu"))):
             return f"{folder.name}/{path.name} holds NaN or infinity"
     return None
 
@@ -108,5 +108,5 @@ def tensors(content: Any) -> Iterator[torch.Tensor]:
         if content.is_floating_point():
             yield content
     elif isinstance(content, dict | list | tuple):
-        for one in content.values() if isinstance(content, dict) else content:
-            yield from tensors(one)
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from tensors(part)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the power goes, and what they hold."""
+"""Crash-safe writes (write, flush, rename), errors of the system in words, and hashes of files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file of a folder that is still another's scratch, and flushed and renamed as a whole."""
+    """Write a file of a scratch folder that is later flushed and renamed as a whole."""
     with naming(path):
         path.write_bytes(data)
 
@@ -45,12 +45,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def explain(error: OSError) -> str:
-    """An error of the system in words: what, where, and, where room is what lacks, how much is left there."""
+    """An error of the system in words: what, where, and, where the disk is full, how much room is left."""
     if error.filename is None:
         return error.strerror or str(error)
     place = Path(os.fsdecode(error.filename)).absolute()
     words = f"{error.strerror}: {place}"
-    folder = next((one for one in (place, *place.parents) if os.path.isdir(one)), None)  # Path.is_dir may raise
+    folder = next((path for path in (place, *place.parents) if os.path.isdir(path)), None)  # Path.is_dir may raise
     if folder is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return words
     try:

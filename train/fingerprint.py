@@ -1,6 +1,6 @@
 """What a run's results depend on besides its configuration: the data, the code, and the versions below it.
 
-Every checkpoint holds one (``fingerprint.json``), so that a run that goes on can say what is no longer as it was.
+Every checkpoint holds one (`fingerprint.json`), so that a run that goes on can say what is no longer as it was.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 import softclip_kernels
-from train.data.manifest import read_manifest
-from train.files import sha256_of
+
+from .data.manifest import read_manifest
+from .files import sha256_of
 
 PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "pillow")  # those that compute something of a step
 CODE = ("*.py", "*.so", "*.pyd")  # what runs: an extension that was compiled anew is other code
@@ -26,8 +27,12 @@ SHORT = 12  # digits of a hash that a message shows
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """``data``: of the prepared folder, wherever it lies. ``code``: of softclip_kernels and the trainer, compiled parts
-    included. Both are SHA-256 in hex. ``versions``: by name, the machine's kind among them."""
+    """What a run's results depend on.
+
+    data      SHA-256 in hex of the prepared folder, wherever it lies
+    code      SHA-256 in hex of softclip_kernels and the trainer, compiled parts included
+    versions  by name, the machine's kind among them
+    """
 
     data: str = ""
     code: str = ""
@@ -47,7 +52,7 @@ class Fingerprint:
 
 def take(folder: Path, device: torch.device) -> Fingerprint:
     """Of the prepared data in `folder` and of what runs here, now."""
-    return Fingerprint(of_data(folder), of_code(), versions(device))
+    return Fingerprint(of_data(folder), of_code(), versions_of(device))
 
 
 def of_data(folder: Path) -> str:
@@ -66,18 +71,18 @@ def of_code() -> str:
     return total.hexdigest()
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """Of Python, the packages and the machine's kind, from which results may differ in their last bits."""
-    found = {"python": platform.python_version(), "softclip_kernels": softclip_kernels.__version__}
+def versions_of(device: torch.device) -> dict[str, str]:
+    """Of Python and the packages, and the machine's kind: with other ones, results may differ in their last bits."""
+    versions = {"python": platform.python_version(), "softclip_kernels": softclip_kernels.__version__}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "none"
-    found["platform"] = f"{platform.system()} {platform.machine()}"
+            versions[package] = "none"
+    versions["platform"] = f"{platform.system()} {platform.machine()}"
     on_gpu = device.type == "cuda"
-    found["processor"] = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
-    return found
+    versions["processor"] = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    return versions
 
 
 def other_data(then: Fingerprint, now: Fingerprint) -> str | None:
@@ -87,7 +92,7 @@ def other_data(then: Fingerprint, now: Fingerprint) -> str | None:
 
 def other_software(then: Fingerprint, now: Fingerprint) -> list[str]:
     """What differs in code and versions, each in words."""
-    found = [] if then.code == now.code else [f"code {then.code[:SHORT]}, now {now.code[:SHORT]}"]
+    changes = [] if then.code == now.code else [f"code {then.code[:SHORT]}, now {now.code[:SHORT]}"]
     names: Iterable[str] = sorted(then.versions.keys() | now.versions.keys())
     pairs = ((name, then.versions.get(name, "unknown"), now.versions.get(name, "unknown")) for name in names)
-    return found + [f"{name} {old}, now {new}" for name, old, new in pairs if old != new]
+    return changes + [f"{name} {old}, now {new}" for name, old, new in pairs if old != new]

@@ -22,13 +22,8 @@ class LockedError(RuntimeError):
 
 def hold(run: Path, patience: float = 0.0) -> TextIO:
     """Take the run for this job; it holds as long as the returned file is open, here or in a process that inherits it.
-
-    Args:
-        patience: seconds to wait for the job before, which may be ending.
-
-    Raises:
-        LockedError: another job holds it, or the folder cannot be written.
-    """
+    `patience`: seconds to wait for the job before, which may be ending. Raises LockedError where another job holds it,
+    or the folder cannot be written."""
     try:
         file = (run / FILE).open("a+", encoding="utf-8")
     except OSError as error:
@@ -56,7 +51,7 @@ def hold(run: Path, patience: float = 0.0) -> TextIO:
 
 
 def take(file: TextIO, patience: float) -> bool:
-    """Whether the file's lock, which the kernel frees however its holders end, could be had within so many seconds.
+    """Whether the file's lock, which the kernel frees however its holders end, could be had within `patience` seconds.
     Raises OSError where the file system has none."""
     end = time.monotonic() + patience
     while True:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.config import Model as ModelConfig
-from train.tokenizer import PAD_ID
+from .config import ModelOptions
+from .tokenizer import PAD_ID
 
 MAX_LOG_SCALE = math.log(100.0)
 NORM_GROUPS = 8
@@ -36,7 +36,7 @@ class ConvBlock(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """(b, 3, H, W) in [-1, 1] → (b, E), not normalised.
+    """(b, 3, H, W) in [-1, 1] → (b, E), not normalized.
 
     Each stage halves the resolution; all but the first, whose maps are the largest, have a residual block. The last
     maps are not averaged over space: what is where tells one drawing from another.
@@ -87,15 +87,16 @@ class TextBlock(nn.Module):
 
 
 class TextTower(nn.Module):
-    """(b, L) token ids → (b, E), not normalised: the mean over tokens that are not padding."""
+    """(b, L) token ids → (b, E), not normalized: the mean over tokens that are not padding."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, options: ModelOptions, vocab_size: int) -> None:
         super().__init__()
-        self.tokens = nn.Embedding(vocab_size, config.text_width)
-        self.positions = nn.Parameter(torch.empty(config.context_length, config.text_width))
-        self.blocks = nn.ModuleList(TextBlock(config.text_width, config.text_heads) for _ in range(config.text_layers))
-        self.norm = nn.LayerNorm(config.text_width)
-        self.project = nn.Linear(config.text_width, config.embed_dim, bias=False)
+        self.tokens = nn.Embedding(vocab_size, options.text_width)
+        self.positions = nn.Parameter(torch.empty(options.context_length, options.text_width))
+        width, heads = options.text_width, options.text_heads
+        self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(options.text_layers))
+        self.norm = nn.LayerNorm(options.text_width)
+        self.project = nn.Linear(options.text_width, options.embed_dim, bias=False)
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions, std=0.01)
 
@@ -115,11 +116,11 @@ class Clip(nn.Module):
     The scale is kept as its logarithm; step.clamp_log_scale keeps that at or below MAX_LOG_SCALE.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, precision: str = "fp32") -> None:
+    def __init__(self, options: ModelOptions, vocab_size: int, precision: str = "fp32") -> None:
         super().__init__()
-        self.image = ImageTower(config.image_widths, config.embed_dim)
-        self.text = TextTower(config, vocab_size)
-        self.log_scale = nn.Parameter(torch.tensor([math.log(config.initial_scale)]))
+        self.image = ImageTower(options.image_widths, options.embed_dim)
+        self.text = TextTower(options, vocab_size)
+        self.log_scale = nn.Parameter(torch.tensor([math.log(options.initial_scale)]))
         self.autocast = precision == "bf16"
 
     def forward(self, images: Tensor | None, tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +129,7 @@ class Clip(nn.Module):
             x = self.log_scale.new_empty(0) if images is None else self.image(images)
             y = self.log_scale.new_empty(0) if tokens is None else self.text(tokens)
         # Norms, similarities and the loss stay in fp32: they are a small part of the work and decide its precision.
-        x, y = (F.normalize(one.float(), dim=-1) if len(one) else one for one in (x, y))
+        x, y = (F.normalize(rows.float(), dim=-1) if len(rows) else rows for rows in (x, y))
         return x, y, self.log_scale.float().exp()
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:

@@ -35,10 +35,12 @@ def name_of(request: int) -> str:
 
 
 class Stop:
-    """Whether this process was asked to stop, ``request``: a signal's number, ORPHANED, or 0; and what happens then.
+    """Whether this process was asked to stop, and what happens then.
 
-    ``at_once``: called by the listening thread at the first request. None: the main thread looks at ``request`` where
-    it can stop. ``hurry``: called before the process ends at the second SIGINT.
+    request      a signal's number, ORPHANED, or 0 as long as nobody asked
+    act_at_once  sets what the listening thread calls at the first request; None: nothing, for the main thread looks at
+                 `request` where it can stop
+    hurry        called before the process ends at the second SIGINT
     """
 
     def __init__(self) -> None:
@@ -55,15 +57,15 @@ class Stop:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for one in SIGNALS:
-            if signal.getsignal(one) is not signal.SIG_IGN:
-                signal.signal(one, lambda *_: None)
-                signal.siginterrupt(one, False)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, lambda *_: None)
+                signal.siginterrupt(number, False)
         parent = int(os.environ.get(LAUNCHER, os.getppid())) if "RANK" in os.environ else None
         threading.Thread(target=self._listen, args=(reader, parent), name="signals", daemon=True).start()
 
     def act_at_once(self, act: Callable[[str], None] | None) -> None:
-        """What the first request does, given its name; see the class."""
+        """Have the listening thread call `act` at the first request, with its name; see the class."""
         with self._lock:
             self._at_once = act
 

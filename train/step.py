@@ -12,23 +12,27 @@ import torch.distributed as dist
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_local_fp32_param,
-    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
 )
 from torch import Tensor
 
 from softclip_kernels import Exchange, Hard, ProgressiveSelfDistillation, Target, TwoPass, softclip_loss_with_ranks
-from train.config import Config, Loss
-from train.engine_files import tensors
-from train.model import MAX_LOG_SCALE
-from train.samples import Batch
+
+from .config import Config, LossOptions
+from .data.sampler import Batch
+from .model import MAX_LOG_SCALE
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of the global batch, and the same on every rank. ``applied``: the parameters were updated, since the loss and the
-    gradient were finite. ``r1_*``: in-batch R@1. ``grad_norm``: before clipping."""
+    """Of the global batch, and the same on every rank.
+
+    applied    the parameters were updated, since the loss and the gradient were finite
+    r1_*       in-batch R@1
+    scale      the logit scale that the loss was taken with
+    grad_norm  before clipping; NaN where the loss is not finite
+    """
 
     applied: bool
     loss: float
@@ -46,7 +50,6 @@ def train_step(engine: Any, batch: Batch, step: int, config: Config, group: Any)
     target = target_at(step, config.optimizer.batch_size, config.loss, config.job.seed)
     exchange = Exchange(group, step=step)  # errors name the step
     loss, ranks = softclip_loss_with_ranks(x, y, scale, target, group=exchange, backend=config.loss.backend)
-    assert isinstance(loss, torch.Tensor)  # reduction="mean"
 
     # One exchange before the backward pass: what is logged, and whether every rank's loss is finite.
     local = torch.stack([torch.isfinite(loss), loss.detach(), *ranks.recall(1)]).double()
@@ -71,7 +74,7 @@ def encode(engine: Any, batch: Batch, micro_batches: int) -> tuple[tuple[Tensor,
     return passes.outputs, passes.backward
 
 
-def target_at(step: int, pairs: int, loss: Loss, seed: int) -> Target:
+def target_at(step: int, pairs: int, loss: LossOptions, seed: int) -> Target:
     """What the global batch of `pairs` pairs should match: a function of (seed, step), alike on all ranks."""
     if loss.target == "hard":
         return Hard()
@@ -93,47 +96,3 @@ def clamp_log_scale(log_scale: torch.nn.Parameter) -> None:
         safe_set_full_fp32_param(log_scale, master.clamp(max=MAX_LOG_SCALE))
     with deepspeed.zero.GatheredParameters([log_scale], modifier_rank=0, enabled=partitioned):
         log_scale.clamp_(max=MAX_LOG_SCALE)
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
-MASTER = "master copy"
-
-
-@torch.no_grad()
-def nonfinite(engine: Any, weights: dict[str, Tensor], group: Any) -> list[str]:
-    """What holds NaN or infinity of the whole model's `weights`, of their fp32 master copies, and of the moments, of
-    which each rank holds its part: by parameter, and the same on every rank. Every rank calls it."""
-    own = [*tensors(weights), *tensors(engine.optimizer.state_dict())]
-    bad = torch.tensor(float(not all(torch.isfinite(one).all() for one in own)), device=engine.device)
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
-    if not bad:
-        return []
-    names: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(names, _nonfinite_here(engine, weights), group=group)
-    return sorted(set().union(*names)) or ["the optimizer's state"]
-
-
-def _nonfinite_here(engine: Any, weights: dict[str, Tensor]) -> list[str]:
-    """What this rank alone can name."""
-    parts = dict(weights)
-    for name, parameter in engine.module.named_parameters():
-        for key, part in _own_parts(engine, parameter).items():
-            parts[f"{name} ({key})"] = part
-    return [name for name, part in parts.items() if not torch.isfinite(part).all()]
-
-
-def _own_parts(engine: Any, parameter: Any) -> dict[str, Tensor]:
-    """This rank's part of a parameter's master copy and moments. In ZeRO 1 and 2 by hand: DeepSpeed's own way to the
-    moments links those of the first parameter group alone, for the others have none yet when it looks."""
-    optimizer = engine.optimizer
-    moments = MOMENTS if optimizer.optimizer.state else ()
-    if hasattr(parameter, "ds_id"):
-        found = {f"moment {key}": safe_get_local_optimizer_state(parameter, key) for key in moments}
-        return {MASTER: safe_get_local_fp32_param(parameter), **found}
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return {}
-    address, flat = mapping.get_hp_fragment_address(), optimizer.single_partition_of_fp32_groups
-    state = optimizer.optimizer.state.get(flat[mapping.param_group_index], {})
-    found = {f"moment {key}": state[key].narrow(0, address.start, address.numel) for key in moments if key in state}
-    return {MASTER: mapping.hp_fragment, **found}

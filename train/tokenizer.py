@@ -13,7 +13,7 @@ PAD_ID = 0
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level, so that no caption holds an unknown token; lower-cased, for captions differ in case by chance."""
+    """Byte-level, so that no caption holds an unknown token; lower-cased, since captions differ in case by chance."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -35,9 +35,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> Tensor:
-    """(n, length) int64 token ids, cut or padded with PAD_ID. A caption that spells a special token is text: its
-    "[PAD]" would else hide it from the tower, and its "[END]" end it."""
+    """(n, length) int64 token ids, cut or padded with PAD_ID. A caption that spells a special token is text: otherwise
+    a "[PAD]" in it would hide it from the tower, and an "[END]" would end it."""
     tokenizer.encode_special_tokens = True
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=PAD_ID, pad_token=PAD)
-    return torch.tensor([one.ids for one in tokenizer.encode_batch(list(captions))], dtype=torch.int64).view(-1, length)
+    encodings = tokenizer.encode_batch(list(captions))
+    return torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64).view(-1, length)

@@ -1,7 +1,7 @@
 """What the Triton kernels compile to for GPUs that are not at hand: registers, spills, shared memory, instructions.
 
 python -m bench aot    every variant for every architecture (minutes): the summary of docs/triton.md, and the rows to
-                       bench/results/triton_aot.json, which git ignores: any machine with triton makes the same
+                       bench/results/triton_aot/, which git ignores: any machine with triton makes the same
 
 Compiled, not run: it needs triton and no GPU. The budgets that the figures must keep are in
 tests/backends/test_triton_aot.py.
@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any
 
-from .. import common
+from .. import Row
+from ..records import Record
 
-Row = dict[str, Any]
+LABELS = ("architecture", "variant", "triton")
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
@@ -57,10 +57,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--architecture", nargs="+", choices=every_architecture, default=every_architecture)
     parser.add_argument("--every", type=int, default=1, help="compile every n-th variant only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--name", default="triton_aot", help="of the file in bench/results/")
+    parser.add_argument("--name", default="triton_aot", help="of the folder in bench/results/")
     options = parser.parse_args(arguments)
     if min(options.every, options.jobs) < 1:
         parser.error(f"--every {options.every} and --jobs {options.jobs} must be at least 1")
     rows = machine_code.table(options.architecture, options.every, jobs=options.jobs)
     print(markdown(summary(rows)))
-    print(f"written to {common.write(options.name, 'cpu', rows)}")
+    record = Record(options.name, "cpu", LABELS)
+    record.add(rows)
+    print(f"written to {record.path}")

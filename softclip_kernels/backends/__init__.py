@@ -12,7 +12,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ..problem import Problem, Statistics
+from ..problem import Problem
+from ..stats import Statistics, StatisticsGradient
 
 logger = logging.getLogger("softclip_kernels")
 
@@ -28,13 +29,13 @@ class Backend(Protocol):
     `forward` returns Statistics. `backward` returns the products `G @ y` (N, D) and `G.T @ x` (M, D) in the
     accumulation dtype, contiguous and newly allocated, for
 
-        G_ij = grad_rows[0, i] * softmax_j(z)_ij + grad_columns[0, j] * softmax_i(z)_ij
-               + sum_k grad_rows[1 + k, i]    * softmax_j(t_k + column_bias_k)_ij
-               + sum_k grad_columns[1 + k, j] * softmax_i(t_k + row_bias_k)_ij
+        G_ij = gradient.rows[0, i] * softmax_j(z)_ij + gradient.columns[0, j] * softmax_i(z)_ij
+               + sum_k gradient.rows[1 + k, i]    * softmax_j(t_k + column_bias_k)_ij
+               + sum_k gradient.columns[1 + k, j] * softmax_i(t_k + row_bias_k)_ij
 
     with G_ij = 0 at every row's positive (the caller adds that entry in full precision) and at excluded pairs. The
-    softmaxes come from `statistics`, which may stem from a larger problem than this block. `grad_rows` is (1 + K, N)
-    and `grad_columns` (1 + K, M), accumulation dtype, contiguous. The scale's own factor is the caller's.
+    softmaxes come from `statistics`, which may stem from a larger problem than this block. The scale's own factor is
+    the caller's. `needs_input_grad`: of x and of y; a product that is not needed is not made, and None.
     """
 
     name: str
@@ -49,8 +50,12 @@ class Backend(Protocol):
     def forward(self, problem: Problem) -> Statistics: ...
 
     def backward(
-        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
-    ) -> tuple[Tensor, Tensor]: ...
+        self,
+        problem: Problem,
+        statistics: Statistics,
+        gradient: StatisticsGradient,
+        needs_input_grad: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]: ...
 
 
 RENAMED = {"native": "cpu"}  # former names that still work
@@ -69,24 +74,27 @@ def registered() -> dict[str, Backend]:
     return dict(_registry)
 
 
-def canonical(name: str, stacklevel: int = 2) -> str:
-    """The name itself, or the one that took the place of a former name, with a DeprecationWarning for the caller
-    `stacklevel` frames up. ValueError for a name that never was one."""
-    if name in RENAMED:
-        now = RENAMED[name]
-        message = f"backend={name!r} is now called {now!r}; the former name goes with the next release"
-        warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
-        return now
+def current_name(name: str, stacklevel: int = 2) -> str:
+    """The name itself; of a former name, the one that took its place, with a DeprecationWarning for the caller
+    `stacklevel` frames up."""
+    if name not in RENAMED:
+        return name
+    current = RENAMED[name]
+    message = f"backend={name!r} is now called {current!r}; the former name goes with the next release"
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
+    return current
+
+
+def check_name(name: str) -> None:
     if name != "auto" and name not in _registry:
         raise ValueError(f"backend={name!r} is not known; allowed: 'auto', {', '.join(map(repr, _registry))}")
-    return name
 
 
 def select(name: str, problem: Problem) -> Backend:
     """The backend to use. A backend asked for by name that cannot run raises RuntimeError saying why. `auto` takes the
     first that can, logs each distinct choice once with the reasons against those it passed over, and warns
     (SlowerBackendWarning) where one of these has kernels for this kind of device."""
-    name = canonical(name)
+    check_name(name)
     if name != "auto":
         reason = _registry[name].why_not(problem)
         if reason is not None:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import stats
-from ..problem import Problem, Source, Statistics
-from .reference import dense_gradient, dense_statistics, student_logits
+from ..problem import Problem, Source
+from ..stats import SoftmaxStatistics, Statistics, StatisticsGradient
+from .reference import Logits, dense_gradient, dense_statistics, student_logits
 
 BLOCK = {"cpu": 1024, "cuda": 4096}  # edge of a block: in fp32, 4 MiB and 64 MiB a matrix
 
@@ -32,15 +32,15 @@ class ChunkedBackend:
     def forward(self, problem: Problem) -> Statistics:
         like = problem.x.new_empty(0, dtype=problem.accumulation_dtype)
         ranked = problem.row_threshold is not None
-        rows = stats.empty(len(problem.teachers), problem.rows, like)
-        columns = stats.empty(len(problem.teachers), problem.columns, like)
+        rows = SoftmaxStatistics.empty(len(problem.teachers), problem.rows, like)
+        columns = SoftmaxStatistics.empty(len(problem.teachers), problem.columns, like)
         positive = like.new_zeros(problem.rows if problem.positive_column is not None else 0)
         row_ranks = torch.zeros(problem.rows if ranked else 0, dtype=torch.int64, device=like.device)
         column_ranks = torch.zeros(problem.columns if ranked else 0, dtype=torch.int64, device=like.device)
-        for i, j, block, z, z_transposed in _blocks(problem):
-            part = dense_statistics(block, z, z_transposed)
-            rows[:, i] = stats.merge(rows[:, i], part.rows)
-            columns[:, j] = stats.merge(columns[:, j], part.columns)
+        for i, j, block, logits in _blocks(problem):
+            part = dense_statistics(block, logits)
+            rows.packed[:, i] = rows.part(i).merge(part.rows).packed
+            columns.packed[:, j] = columns.part(j).merge(part.columns).packed
             if problem.positive_column is not None:
                 positive[i] += part.positive_logit
             if ranked:
@@ -49,29 +49,31 @@ class ChunkedBackend:
         return Statistics(rows, columns, positive, row_ranks, column_ranks)
 
     def backward(
-        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        problem: Problem,
+        statistics: Statistics,
+        gradient: StatisticsGradient,
+        needs_input_grad: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]:
         dtype = problem.accumulation_dtype
-        gx = problem.x.new_zeros(problem.x.shape, dtype=dtype)
-        gy = problem.y.new_zeros(problem.y.shape, dtype=dtype)
-        for i, j, block, z, z_transposed in _blocks(problem):
-            g = dense_gradient(
-                block,
-                z,
-                z_transposed,
-                statistics.rows[:, i],
-                statistics.columns[:, j],
-                grad_rows[:, i],
-                grad_columns[:, j],
-            )
-            gx[i].addmm_(g, block.y.to(dtype))
-            gy[j].addmm_(g.T, block.x.to(dtype))
+        gx, gy = (
+            operand.new_zeros(operand.shape, dtype=dtype) if needed else None
+            for operand, needed in zip((problem.x, problem.y), needs_input_grad, strict=True)
+        )
+        for i, j, block, logits in _blocks(problem):
+            known = statistics._replace(rows=statistics.rows.part(i), columns=statistics.columns.part(j))
+            incoming = gradient._replace(rows=gradient.rows[:, i], columns=gradient.columns[:, j])
+            g = dense_gradient(block, logits, known, incoming)
+            if gx is not None:
+                gx[i].addmm_(g, block.y.to(dtype))
+            if gy is not None:
+                gy[j].addmm_(g.T, block.x.to(dtype))
         return gx, gy
 
 
-def _blocks(problem: Problem) -> Iterator[tuple[slice, slice, Problem, Tensor, Tensor]]:
-    """Every block once: its rows, its columns, its sub-problem, its logits and the logits of the transposed pairs (the
-    logits themselves where no teacher asks for them)."""
+def _blocks(problem: Problem) -> Iterator[tuple[slice, slice, Problem, Logits]]:
+    """Every block once: its rows, its columns, its sub-problem, its logits and those of the swapped pairs (the logits
+    themselves where no teacher asks for them)."""
     transposed = any(teacher.source == Source.TRANSPOSED for teacher in problem.teachers)
     edge = BLOCK.get(problem.x.device.type, BLOCK["cuda"])
     row_slices, column_slices = _slices(problem.rows, edge), _slices(problem.columns, edge)
@@ -80,12 +82,12 @@ def _blocks(problem: Problem) -> Iterator[tuple[slice, slice, Problem, Tensor, T
             block = problem.block(i, j)
             z = student_logits(block)
             if not transposed or i == j:
-                yield i, j, block, z, z.T if transposed else z
+                yield i, j, block, (z, z.T if transposed else z)
                 continue
             mirror = problem.block(j, i)
             z_mirror = student_logits(mirror)
-            yield i, j, block, z, z_mirror.T
-            yield j, i, mirror, z_mirror, z.T
+            yield i, j, block, (z, z_mirror.T)
+            yield j, i, mirror, (z_mirror, z.T)
 
 
 def _slices(length: int, edge: int) -> list[slice]:

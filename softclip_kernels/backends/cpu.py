@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..problem import Problem, Source, Statistics, TeacherOperand
+from ..problem import Problem, Source, TeacherOperand
+from ..stats import Statistics, StatisticsGradient
 
 _cpu: Any = None
 _MISSING: str | None = None
@@ -64,6 +65,7 @@ def peak(name: str, threads: int, bfloat16: bool) -> float:
 class CpuBackend:
     name = "cpu"
     device: str | None = "cpu"
+    blocks_summed_twice = 0  # by the last forward, because a term had outgrown the references in force; for tests
 
     def details(self) -> dict[str, str]:
         """The instruction-set level in use and those that could be; empty where the extension was not built."""
@@ -81,68 +83,55 @@ class CpuBackend:
         return None
 
     def forward(self, problem: Problem) -> Statistics:
-        return self.counted_forward(problem)[0]
-
-    def counted_forward(self, problem: Problem) -> tuple[Statistics, int]:
-        """The forward, and how many blocks were summed twice, because a term had outgrown the references in force."""
         call = _Call(problem)
         statistics, n, m = 1 + 2 * len(problem.teachers), problem.rows, problem.columns
         ranked = problem.row_threshold is not None
-        result = Statistics(
+        result = Statistics.of(
             torch.empty(statistics, n),
             torch.empty(statistics, m),
             torch.zeros(n if problem.positive_column is not None else 0),
             torch.zeros(n if ranked else 0, dtype=torch.int64),
             torch.zeros(m if ranked else 0, dtype=torch.int64),
         )
-        redone = _cpu.forward(
+        self.blocks_summed_twice = _cpu.forward(
             call.problem,
             level(),
             _threads(problem),
-            rows=result.rows.data_ptr(),
-            columns=result.columns.data_ptr(),
-            positive=result.positive_logit.data_ptr(),
+            rows=result.rows.packed.data_ptr(),
+            columns=result.columns.packed.data_ptr(),
+            positive_logit=result.positive_logit.data_ptr(),
             row_ranks=result.row_ranks.data_ptr(),
             column_ranks=result.column_ranks.data_ptr(),
         )
-        return result, redone
+        return result
 
     def backward(
-        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        gx, gy = (torch.zeros(tensor.shape) for tensor in (problem.x, problem.y))
-        self.add_gradients(problem, statistics, grad_rows, grad_columns, gx, gy)
-        return gx, gy
-
-    def add_gradients(
         self,
         problem: Problem,
         statistics: Statistics,
-        grad_rows: Tensor,
-        grad_columns: Tensor,
-        gx: Tensor | None,
-        gy: Tensor | None,
-    ) -> None:
-        """Adds G @ y to gx (N, D) and Gᵀ @ x to gy (M, D), both float32 and contiguous. One that is None is left out,
-        and with it a third of the work."""
+        gradient: StatisticsGradient,
+        needs_input_grad: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]:
+        gx, gy = (
+            torch.zeros(operand.shape) if needed else None
+            for operand, needed in zip((problem.x, problem.y), needs_input_grad, strict=True)
+        )
         call = _Call(problem)
         n, m, k = problem.rows, problem.columns, len(problem.teachers)
-        assert statistics.rows.shape == (1 + 2 * k, n) and grad_rows.shape == (1 + k, n)
-        assert statistics.columns.shape == (1 + 2 * k, m) and grad_columns.shape == (1 + k, m)
-        for gradient, operand in ((gx, problem.x), (gy, problem.y)):
-            assert gradient is None or (gradient.shape == operand.shape and gradient.is_contiguous())
-            assert gradient is None or gradient.dtype == torch.float32
+        assert statistics.rows.packed.shape == (1 + 2 * k, n) and gradient.rows.shape == (1 + k, n)
+        assert statistics.columns.packed.shape == (1 + 2 * k, m) and gradient.columns.shape == (1 + k, m)
         _cpu.backward(
             call.problem,
             level(),
             _threads(problem),
-            rows=call.vector(statistics.rows),
-            columns=call.vector(statistics.columns),
-            grad_rows=call.vector(grad_rows),
-            grad_columns=call.vector(grad_columns),
+            rows=call.vector(statistics.rows.packed),
+            columns=call.vector(statistics.columns.packed),
+            grad_rows=call.vector(gradient.rows),
+            grad_columns=call.vector(gradient.columns),
             gx=0 if gx is None else gx.data_ptr(),
             gy=0 if gy is None else gy.data_ptr(),
         )
+        return gx, gy
 
 
 def _threads(problem: Problem) -> int:
@@ -170,7 +159,7 @@ class _Call:
             x=self._matrix(problem.x),
             y=self._matrix(problem.y),
             scale=problem.scale.item(),
-            positive=self.vector(problem.positive_column, torch.int64),
+            positive_column=self.vector(problem.positive_column, torch.int64),
             row_segment=self.vector(row_segment, torch.int32),
             column_segment=self.vector(column_segment, torch.int32),
             teachers=[self._teacher(teacher) for teacher in problem.teachers],
@@ -196,17 +185,17 @@ class _Call:
         own = teacher.source == Source.EMBEDDINGS
         assert own == (teacher.x is not None) == (teacher.y is not None)
         return _cpu.Teacher(
-            int(teacher.source),
-            1.0 if teacher.scale is None else teacher.scale.item(),
-            self._matrix(teacher.x) if teacher.x is not None else None,
-            self._matrix(teacher.y) if teacher.y is not None else None,
-            self.vector(teacher.row_bias),
-            self.vector(teacher.column_bias),
+            source=int(teacher.source),
+            scale=1.0 if teacher.scale is None else teacher.scale.item(),
+            x=self._matrix(teacher.x) if teacher.x is not None else None,
+            y=self._matrix(teacher.y) if teacher.y is not None else None,
+            row_bias=self.vector(teacher.row_bias),
+            column_bias=self.vector(teacher.column_bias),
         )
 
 
 def _assert_lengths(length: int, *tensors: Tensor | None) -> None:
-    """Native code reads as many elements as it is told, whatever lies there."""
+    """C++ code reads as many elements as it is told, whatever lies there."""
     for tensor in tensors:
         assert tensor is None or len(tensor) == length, f"{tuple(tensor.shape)}, not {length}"
 

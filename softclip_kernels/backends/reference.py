@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..problem import Problem, Source, Statistics, TeacherOperand
+from ..problem import Problem, Source, TeacherOperand
+from ..stats import Statistics, StatisticsGradient
 
 
 class ReferenceBackend:
@@ -24,14 +25,21 @@ class ReferenceBackend:
 
     def forward(self, problem: Problem) -> Statistics:
         z = student_logits(problem)
-        return dense_statistics(problem, z, z.T)
+        return dense_statistics(problem, (z, z.T))
 
     def backward(
-        self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        problem: Problem,
+        statistics: Statistics,
+        gradient: StatisticsGradient,
+        needs_input_grad: tuple[bool, bool] = (True, True),
+    ) -> tuple[Tensor | None, Tensor | None]:
         z = student_logits(problem)
-        g = dense_gradient(problem, z, z.T, statistics.rows, statistics.columns, grad_rows, grad_columns)
-        return g @ problem.y.to(g.dtype), g.T @ problem.x.to(g.dtype)
+        g = dense_gradient(problem, (z, z.T), statistics, gradient)
+        return (
+            g @ problem.y.to(g.dtype) if needs_input_grad[0] else None,
+            g.T @ problem.x.to(g.dtype) if needs_input_grad[1] else None,
+        )
 
 
 def student_logits(problem: Problem) -> Tensor:
@@ -40,15 +48,17 @@ def student_logits(problem: Problem) -> Tensor:
     return problem.scale * (problem.x.to(dtype) @ problem.y.to(dtype).T)
 
 
-def dense_statistics(problem: Problem, z: Tensor, z_transposed: Tensor) -> Statistics:
-    """Statistics of a block from its logits z (N, M) and, for TRANSPOSED teachers, the logits of the swapped
-    pairs `z_transposed[i, j] = z[j, i]` (N, M)."""
-    excluded = _excluded(problem)
+Logits = tuple[Tensor, Tensor]
+"""A block's logits z (N, M) and, for TRANSPOSED teachers, those of the swapped pairs (N, M): at (i, j) z's (j, i)."""
+
+
+def dense_statistics(problem: Problem, logits: Logits) -> Statistics:
+    """Statistics of a block from its logits."""
+    z, excluded = logits[0], _excluded(problem)
     student = _exclude(z, excluded)
-    rows = [student.logsumexp(1)]
-    columns = [student.logsumexp(0)]
+    rows, columns = [student.logsumexp(1)], [student.logsumexp(0)]
     for teacher in problem.teachers:
-        row_logits, column_logits = _teacher_logits(teacher, z, z_transposed, excluded)
+        row_logits, column_logits = _teacher_logits(teacher, logits, excluded)
         rows += _log_sum_exp_and_mean(row_logits, z, 1)
         columns += _log_sum_exp_and_mean(column_logits, z, 0)
     positive = z.new_empty(0)
@@ -59,27 +69,21 @@ def dense_statistics(problem: Problem, z: Tensor, z_transposed: Tensor) -> Stati
     if problem.row_threshold is not None and problem.column_threshold is not None:
         row_ranks = (student > problem.row_threshold[:, None]).sum(1)
         column_ranks = (student > problem.column_threshold[None, :]).sum(0)
-    return Statistics(torch.stack(rows), torch.stack(columns), positive, row_ranks, column_ranks)
+    return Statistics.of(torch.stack(rows), torch.stack(columns), positive, row_ranks, column_ranks)
 
 
-def dense_gradient(
-    problem: Problem,
-    z: Tensor,
-    z_transposed: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    grad_rows: Tensor,
-    grad_columns: Tensor,
-) -> Tensor:
-    """G (N, M) of the Backend protocol, from the block's logits and its share of the statistics."""
+def dense_gradient(problem: Problem, logits: Logits, statistics: Statistics, gradient: StatisticsGradient) -> Tensor:
+    """G (N, M) of the Backend protocol, from a block's logits."""
     excluded = _excluded(problem)
-    student = _exclude(z, excluded)
-    g = grad_rows[0][:, None] * _shifted_exp(student, rows[0][:, None])
-    g += grad_columns[0][None, :] * _shifted_exp(student, columns[0][None, :])
+    student = _exclude(logits[0], excluded)
+    of_row, *of_row_teachers = gradient.rows[:, :, None]
+    of_column, *of_column_teachers = gradient.columns[:, None, :]
+    g = of_row * _shifted_exp(student, statistics.rows.lse[:, None])
+    g += of_column * _shifted_exp(student, statistics.columns.lse[None, :])
     for k, teacher in enumerate(problem.teachers):
-        row_logits, column_logits = _teacher_logits(teacher, z, z_transposed, excluded)
-        g += grad_rows[1 + k][:, None] * _shifted_exp(row_logits, rows[1 + 2 * k][:, None])
-        g += grad_columns[1 + k][None, :] * _shifted_exp(column_logits, columns[1 + 2 * k][None, :])
+        row_logits, column_logits = _teacher_logits(teacher, logits, excluded)
+        g += of_row_teachers[k] * _shifted_exp(row_logits, statistics.rows.teacher_lse[k][:, None])
+        g += of_column_teachers[k] * _shifted_exp(column_logits, statistics.columns.teacher_lse[k][None, :])
     if problem.positive_column is not None:
         inside, column = problem.positives_inside()
         kept = torch.where(inside, 0.0, g.gather(1, column[:, None])[:, 0])
@@ -87,10 +91,9 @@ def dense_gradient(
     return g
 
 
-def _teacher_logits(
-    teacher: TeacherOperand, z: Tensor, z_transposed: Tensor, excluded: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _teacher_logits(teacher: TeacherOperand, logits: Logits, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
     """The teacher's (N, M) logits for the row direction and for the column direction, biases added."""
+    z, z_transposed = logits
     if teacher.source == Source.EMBEDDINGS:
         assert teacher.x is not None and teacher.y is not None
         t = teacher.x.to(z.dtype) @ teacher.y.to(z.dtype).T

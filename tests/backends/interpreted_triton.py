@@ -10,17 +10,27 @@ and run on a GPU (test_triton_gpu.py).
 
 from __future__ import annotations
 
-import mutants
 import pytest
-import test_loss
 import torch
-from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
+from helpers import mutants
+from loss import test_loss
 
 from softclip_kernels import Hard, backends, softclip_loss, softclip_loss_with_ranks
 from softclip_kernels.backends.triton import coefficients, launch, online, softmax_backward
 from softclip_kernels.backends.triton.shapes import Shape
 from softclip_kernels.problem import Problem, Source, TeacherOperand
-from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
+from softclip_kernels.stats import StatisticsGradient
+from softclip_kernels.testing import (
+    ALL_TARGETS,
+    FIELDS,
+    RECTANGULAR_TARGETS,
+    SQUARE_TARGETS,
+    Result,
+    assert_as_accurate_as_dense,
+    matching_rows,
+    operands,
+    unit_rows,
+)
 
 # Tiles are 32 x 64 or 64 x 32 in the interpreter, steps along the width 32: one entry, less than a tile, a tile, many
 # with ragged edges; widths below, at and between multiples of a step. One size a target in turn, all sizes for the
@@ -32,8 +42,8 @@ RECTANGULAR_SIZES = ((70, 130, 33), (64, 128, 64), (1, 2, 3), (129, 63, 1), (2, 
 
 def check(name, n, m, d, scale=14.3):
     target = ALL_TARGETS[name](n, m)
-    x, y, scale = test_loss.operands(n, m, d, scale=scale)
-    result, signal = test_loss.fused(x, y, scale, target, "triton"), test_loss.has_signal(n, m, d)
+    x, y, scale = operands(n, m, d, scale=scale)
+    result, signal = Result.of_loss(x, y, scale, target, backend="triton"), test_loss.has_signal(n, m, d)
     assert_as_accurate_as_dense(result, x, y, scale, target, signal=signal)
 
 
@@ -67,9 +77,7 @@ def test_any_scale_agrees_with_float64(name, scale):
 @pytest.mark.parametrize("name", ALL_TARGETS)
 def test_every_mutant_is_refused(name):
     target, scales = ALL_TARGETS[name](70, 70), SCALES if name in ("hard", "psd", "psd_external") else (14.3,)
-    found = {
-        scale: mutants.refusals(*test_loss.operands(70, 70, 40, scale=scale), target, "triton") for scale in scales
-    }
+    found = {scale: mutants.refusals(*operands(70, 70, 40, scale=scale), target, "triton") for scale in scales}
     assert not [case for case in found.items() if mutants.MISSED in case[1].values()]
 
 
@@ -82,13 +90,13 @@ def test_several_super_blocks_agree_with_float64(name, monkeypatch):
 
 def test_second_tile_shape_agrees(monkeypatch):
     """Tile shapes change the result by rounding only: square ones here instead of the interpreter's."""
-    x, y, scale = test_loss.operands(130, 130, 40)
+    x, y, scale = operands(130, 130, 40)
     for name in ("hard", "psd"):
         target = SQUARE_TARGETS[name](130, 130)
-        usual = test_loss.fused(x, y, scale, target, "triton")
+        usual = Result.of_loss(x, y, scale, target, backend="triton")
         with monkeypatch.context() as patch:
             patch.setattr(launch, "candidates", lambda *_: (Shape(64, 64, 16, 4, 1),))
-            other = test_loss.fused(x, y, scale, target, "triton")
+            other = Result.of_loss(x, y, scale, target, backend="triton")
         for field in FIELDS:
             torch.testing.assert_close(getattr(usual, field), getattr(other, field), rtol=1e-5, atol=1e-6)
 
@@ -144,17 +152,19 @@ def test_the_branch_out_of_range_is_what_saves_extreme_gradients(monkeypatch):
     x = unit_rows(40, 16, dtype=torch.float32)
     y, scale = -x, torch.tensor(400.0)
     x[0] *= 3
-    expected = test_loss.fused(x, y, scale, None, "reference")
-    torch.testing.assert_close(test_loss.fused(x, y, scale, None, "triton").dx, expected.dx, rtol=1e-3, atol=1e-3)
+    expected = Result.of_loss(x, y, scale, None, backend="reference")
+    torch.testing.assert_close(
+        Result.of_loss(x, y, scale, None, backend="triton").dx, expected.dx, rtol=1e-3, atol=1e-3
+    )
     prepare = coefficients.prepare
 
-    def all_in_range(launch_pass, k, direction, statistic, grad):
-        arguments = prepare(launch_pass, k, direction, statistic, grad)
+    def all_in_range(launch_pass, k, direction, statistics, grad):
+        arguments = prepare(launch_pass, k, direction, statistics, grad)
         arguments[f"{direction}_in_range"].fill_(1)
         return arguments
 
     monkeypatch.setattr(coefficients, "prepare", all_in_range)
-    assert not torch.allclose(test_loss.fused(x, y, scale, None, "triton").dx, expected.dx, rtol=0.1, atol=0.1)
+    assert not torch.allclose(Result.of_loss(x, y, scale, None, backend="triton").dx, expected.dx, rtol=0.1, atol=0.1)
 
 
 def test_fresh_memory_is_never_read():
@@ -170,11 +180,11 @@ def test_fresh_memory_is_never_read():
 
 def test_repeats_are_bitwise_equal():
     """Ten here, where programs run one after the other; 250 on a GPU."""
-    x, y, scale = test_loss.operands(97, 97, 40)
+    x, y, scale = operands(97, 97, 40)
     target = SQUARE_TARGETS["psd"](97, 97)
-    first = test_loss.fused(x, y, scale, target, "triton")
+    first = Result.of_loss(x, y, scale, target, backend="triton")
     for _ in range(10):
-        again = test_loss.fused(x, y, scale, target, "triton")
+        again = Result.of_loss(x, y, scale, target, backend="triton")
         assert all(torch.equal(getattr(first, field), getattr(again, field)) for field in FIELDS)
 
 
@@ -202,7 +212,7 @@ def test_float16_gradients_are_taken_in_a_unit_that_holds_them():
 
 
 def test_launch_results_have_the_backend_protocol_types():
-    x, y, scale = test_loss.operands(40, 40, 16)
+    x, y, scale = operands(40, 40, 16)
     loss = Result.of(lambda *leaves: softclip_loss(*leaves, Hard(), backend="triton"), x, y, scale)
     assert [getattr(loss, field).dtype for field in FIELDS] == [torch.float32] * 4
 
@@ -222,7 +232,8 @@ def test_an_operand_without_a_gradient_costs_no_product(kind, monkeypatch):
     problem = Problem(x, y, torch.tensor(10.0), torch.arange(n), teachers=_teachers(kind, n))
     triton = backends.registered()["triton"]
     statistics = triton.forward(problem)
-    grad_rows, grad_columns = (torch.rand(1 + len(problem.teachers), n) for _ in range(2))
+    rows, columns = (torch.rand(1 + len(problem.teachers), n) for _ in range(2))
+    gradient = StatisticsGradient(rows, columns, torch.zeros(n))
     monkeypatch.setattr(launch, "backward_edge", lambda *_: 64)
     products, launched, add_product, call = [], [], launch.add_product, launch.Call.__call__
 
@@ -247,11 +258,11 @@ def test_an_operand_without_a_gradient_costs_no_product(kind, monkeypatch):
 
     monkeypatch.setattr(launch, "add_product", counted_product)
     monkeypatch.setattr(launch.Call, "__call__", counted_call)
-    gx, gy = triton.backward(problem, statistics, grad_rows, grad_columns)
+    gx, gy = triton.backward(problem, statistics, gradient)
     blocks = 6 if kind == "mirrored" else 9
     assert counts() == [9, 9, blocks, 2]
     for needed in ((True, False), (False, True), (False, False)):
-        alone = triton.backward(problem, statistics, grad_rows, grad_columns, needed)
+        alone = triton.backward(problem, statistics, gradient, needed)
         for result, both, wanted in zip(alone, (gx, gy), needed, strict=True):
             assert torch.equal(result, both) if wanted else result is None
         assert counts() == [9 * needed[0], 9 * needed[1], *((blocks, 2) if any(needed) else (0, 0))]

@@ -1,19 +1,27 @@
 """The Triton kernels on a GPU: every target and dtype against float64, repeats, ranks, memory. Needs torch, triton and
-pytest only; `python -m bench gpu` runs this file first, over several processes. Without a GPU, tests/test_bench_gpu.py
-walks through it on small sizes with another backend."""
+pytest only; `python -m bench gpu` runs this file first, over several processes. Without a GPU,
+tests/benchmarks/test_gpu_suite.py walks through it on small sizes with another backend."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import mutants
 import pytest
-import test_loss
 import torch
-from conftest import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS
+from helpers import mutants
+from loss import test_loss
 
-from softclip_kernels import Hard, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.testing import FIELDS, Result, assert_as_accurate_as_dense, matching_rows, unit_rows
+from softclip_kernels import Hard, softclip_loss, softclip_loss_with_ranks, testing
+from softclip_kernels.testing import (
+    ALL_TARGETS,
+    FIELDS,
+    RECTANGULAR_TARGETS,
+    SQUARE_TARGETS,
+    Result,
+    assert_as_accurate_as_dense,
+    matching_rows,
+    unit_rows,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +66,7 @@ def moved(value, device):
 
 
 def operands(n, m, d, dtype, scale=14.3):
-    return tuple(one.to(DEVICE) for one in test_loss.operands(n, m, d, dtype, scale))
+    return tuple(one.to(DEVICE) for one in testing.operands(n, m, d, dtype=dtype, scale=scale))
 
 
 def fused(x, y, scale, target):

@@ -191,7 +191,8 @@ JITFunction._do_compile = compile
 from softclip_kernels.backends.triton import launch
 from softclip_kernels.backends.triton.softmax_backward import backward
 from softclip_kernels.backends.triton.softmax_forward import forward
-from softclip_kernels.problem import Problem, TeacherOperand, Source, Statistics
+from softclip_kernels.problem import Problem, TeacherOperand, Source
+from softclip_kernels.stats import StatisticsGradient
 launch.architecture = lambda device: "sm_90"
 launch.add_product = lambda *arguments: None
 launch.SCRATCH = 2**21
@@ -201,7 +202,7 @@ def run(problem):
     statistics = forward(problem)
     k = len(problem.teachers)
     n, m = problem.rows, problem.columns
-    backward(problem, statistics, torch.ones(1 + k, n), torch.ones(1 + k, m))
+    backward(problem, statistics, StatisticsGradient(torch.ones(1 + k, n), torch.ones(1 + k, m), torch.zeros(n)))
     return [(name, grid, tuple(map(plain, arguments))) for name, grid, arguments in noted]
 
 def plain(value):

@@ -1,4 +1,4 @@
-"""``python -m train.data``: prepare the emoji set and print what it holds."""
+"""`python -m train.data`: prepare the emoji set and print what it holds."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-from train.data.manifest import Manifest, read_manifest
-from train.data.prepare import prepare_emoji
-from train.data.sources import PACKAGES, VENDOR_PACKAGES, SetupError
+from .emoji import SetupError, prepare_emoji
+from .emoji.sources import PACKAGES, VENDOR_PACKAGES
+from .manifest import Manifest, read_manifest
 
 
 def summary(manifest: Manifest) -> str:
-    """Counts by split and vendor, what was dropped, and the licences."""
+    """Counts by split and vendor, what was dropped, and the licenses."""
     vendors = list(VENDOR_PACKAGES)
     lines = ["".join(f"{cell:>19}" for cell in ("split", *vendors, "total"))]
     for split, counts in manifest.counts.items():

@@ -1,12 +1,12 @@
-"""What a caption may hold. Text of the world comes with characters that no tokenizer or log should meet:
+"""What a caption may hold. Real text comes with characters that no tokenizer or log should meet:
 
-- what UTF-8 cannot write (a lone surrogate, which JSON may spell): the sample is skipped, as ``broken_text``;
+- what UTF-8 cannot write (a lone surrogate, which JSON may spell): the sample is skipped, as `broken_text`;
 - NUL and other control characters, line breaks among them, and runs of white space: one space;
 - invisible marks that only turn the direction of what is shown, and byte-order marks: taken out. (The joiners of
-  emoji and of some scripts are letters' business and stay.);
-- nothing but that: the sample is skipped, as ``empty_caption``; more than MAX_CAPTION_CHARS: as ``caption_too_long``.
+  emoji and of some scripts belong to the text and stay.);
+- nothing but that: the sample is skipped, as `empty_caption`; more than MAX_CAPTION_CHARS: as `caption_too_long`.
 
-The text of special tokens ("[PAD]") is text like any other; see train.tokenizer.encode.
+The text of special tokens ("[PAD]") is text like any other; see tokenizer.encode.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ _TAKEN_OUT = str.maketrans("", "", _DIRECTION_AND_ORDER_MARKS)
 
 
 class BadCaptionError(ValueError):
-    """A caption that no rule can clean; ``args[0]`` is the reason."""
+    """A caption that no rule can clean; `args[0]` is the reason."""
 
 
 def clean(text: str) -> str:
-    """The caption as the rules above leave it.
-
-    Raises:
-        BadCaptionError: broken_text, empty_caption or caption_too_long.
-    """
+    """The caption as the rules above leave it. Raises BadCaptionError: broken_text, empty_caption or
+    caption_too_long."""
     if not is_writable(text):
         raise BadCaptionError("broken_text")
     if len(text) > MAX_CAPTION_CHARS:

@@ -1,4 +1,4 @@
-"""The manifest of a prepared folder: written last and atomically, so that its presence means a finished set-up."""
+"""The manifest of a folder of prepared data. It is written last and atomically: where it is, a set-up was finished."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from train.files import write_atomically
+from ..files import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 # Raised whenever what a set-up writes changes, captions and splits included: older folders are then made anew.
@@ -23,7 +23,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its plain name in the folder, its count of samples and the SHA-256 of its bytes."""
+    """One tar file: its plain name in the folder, its count of samples and the SHA-256 of its bytes in hex."""
 
     name: str
     samples: int
@@ -32,7 +32,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared folder holds. ``counts`` are samples by split and vendor, ``dropped`` by reason."""
+    """What a prepared folder holds.
+
+    size         height and width of the pictures in pixels
+    seed         what fixed splits and captions
+    packages     the packages that it was made from: name and version
+    group_names  the subject groups, which samples name
+    shards       the tar files of each split
+    counts       samples by split and vendor
+    dropped      pictures that are in no split, counted by reason
+    renderer     what drew them
+    """
 
     size: int
     seed: int
@@ -46,17 +56,14 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``<folder>/manifest.json``; the last act of a set-up."""
+    """Write `<folder>/manifest.json`; the last act of a set-up."""
     text = json.dumps(asdict(manifest), indent=1, sort_keys=True)
     write_atomically(folder / MANIFEST_NAME, text.encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``<folder>/manifest.json``.
-
-    Raises:
-        DataError: there is none, or it names a shard that is not a plain tar file of the folder.
-    """
+    """Read and check `<folder>/manifest.json`. Raises DataError where there is none, or where it cannot be read, lacks
+    a field or names a shard that is not a plain tar file of the folder."""
     path = folder / MANIFEST_NAME
     way_out = (
         "give a folder that `python -m train.data` made or that is laid out like it; the emoji set itself is made "

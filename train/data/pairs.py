@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train.data.manifest import DataError, read_manifest
-from train.data.shards import BadCount, read_shard
+from .manifest import DataError, read_manifest
+from .shards import BadCount, read_shard
 
 DERANGEMENT_ROUNDS = 1000
 
@@ -19,17 +19,16 @@ DERANGEMENT_ROUNDS = 1000
 class Pairs:
     """A split of n image-text pairs.
 
-    Attributes:
-        images: (n, 4, H, W) uint8, RGBA, not premultiplied.
-        captions: all captions of each image, the canonical one (unique to its concept) first.
-        concepts: (n,) int64; equal ids mean the same concept, also between splits. It tells what the *image* shows,
-            also where the captions were corrupted.
-        groups: (n,) int64, index into ``group_names``.
-        group_names: the subject groups of emojibase (smileys, animals, food, ...).
-        vendors: vendor name of each image.
-        keys: sample ids, unique between splits too.
-        corrupted: (n,) bool; True where the captions are those of another concept.
-        bad: skipped samples by reason.
+    images       (n, 4, H, W) uint8 RGBA, not premultiplied
+    captions     all captions of each image, the canonical one (unique to its concept) first
+    concepts     (n,) int64; equal ids mean the same concept, also between splits. It tells what the image shows, also
+                 where the captions were corrupted
+    groups       (n,) int64, index into `group_names`
+    group_names  the subject groups (of the emoji set: smileys, animals, food, ...)
+    vendors      vendor name of each image
+    keys         sample ids, unique between splits too
+    corrupted    (n,) bool; True where the captions are those of another concept
+    bad          skipped samples, counted by reason
     """
 
     images: torch.Tensor
@@ -46,6 +45,11 @@ class Pairs:
         return len(self.keys)
 
 
+def all_captions(pairs: Pairs) -> list[str]:
+    """The captions of all pairs, sorted, each once: what the tokenizer is trained on."""
+    return sorted({text for captions in pairs.captions for text in captions})
+
+
 def describe_bad(bad: dict[str, int]) -> str:
     """Skipped samples in words, by reason, the most frequent first."""
     if not bad:
@@ -57,11 +61,9 @@ def describe_bad(bad: dict[str, int]) -> str:
 def corruption_sources(concepts: Sequence[int], share: float, seed: int) -> np.ndarray:
     """(n,) int64: whose captions each sample gets, itself where it is left alone.
 
-    ``round(share * n)`` samples exchange captions among themselves, each with one of another concept (another vendor's
-    drawing of the same concept carries the same captions, so that a plain derangement could change nothing).
-
-    Raises:
-        DataError: no such exchange was found, for one concept holds too many of the chosen samples.
+    `round(share * n)` samples exchange captions among themselves, each with one of another concept (another vendor's
+    drawing of the same concept carries the same captions, so that a plain derangement could change nothing). Raises
+    DataError where no such exchange was found, because one concept holds too many of the chosen samples.
     """
     ids = np.asarray(concepts, dtype=np.int64)
     source = np.arange(len(ids))
@@ -86,19 +88,16 @@ def corruption_sources(concepts: Sequence[int], share: float, seed: int) -> np.n
 def load_pairs(
     folder: Path, split: str, *, corrupt: float = 0.0, seed: int = 0, max_bad_fraction: float = 0.01
 ) -> Pairs:
-    """Load a split of a folder made by ``prepare_emoji``.
+    """Load a split of a prepared folder: one made by `prepare_emoji`, or laid out like it.
 
-    Args:
-        folder: a folder with a manifest and the shards it names.
-        split: one of the manifest's splits: ``train``, ``heldout``, ``concepts`` or ``vendor``.
-        corrupt: share of the training captions to exchange between concepts, 0 to 1; see ``corruption_sources``.
-        seed: fixes which captions are corrupted and how.
-        max_bad_fraction: the load stops once more than this share of the split's samples is bad.
+    folder            a folder with a manifest and the shards that it names
+    split             one of the manifest's splits: of the emoji set `train`, `heldout`, `concepts` or `vendor`
+    corrupt           share of the training captions to exchange between concepts, 0 to 1; see corruption_sources
+    seed              fixes which captions are corrupted and how
+    max_bad_fraction  the load stops once more than this share of the split's samples is bad
 
-    Raises:
-        DataError: no finished set-up, a missing split or shard, too many bad samples, or captions that cannot be
-            exchanged.
-        ValueError: an argument is out of range.
+    Raises DataError where no set-up was finished, a split or shard is missing, too many samples are bad or captions
+    cannot be exchanged; ValueError where an argument is out of range.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

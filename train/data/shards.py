@@ -1,6 +1,6 @@
-"""WebDataset shards: plain tar files with a ``png``, a ``txt`` and a ``json`` member for each sample.
+"""WebDataset shards: plain tar files with a `png`, a `txt` and a `json` member for each sample.
 
-Reading uses tarfile rather than the webdataset library. The library's url opener runs ``pipe:`` commands, its tar
+Reading uses tarfile rather than the webdataset library. The library's URL opener runs `pipe:` commands, its tar
 reader takes compressed archives and reads a member of any size whole, and it unpickles members by their suffix; each
 can be switched off, but only piece by piece, and a reader that has none of it is shorter than the switches. The files
 stay readable by the library.
@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from PIL import Image
 
-from train.data.captions import BadCaptionError, clean, is_writable
-from train.data.manifest import DataError, Shard
-from train.files import sha256_of
+from ..files import sha256_of
+from .captions import BadCaptionError, clean, is_writable
+from .manifest import DataError, Shard
 
 SUFFIXES = ("png", "txt", "json")
 MAX_MEMBER_BYTES = 4 << 20
@@ -35,7 +35,7 @@ _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded sample; ``image`` is (H, W, 4) uint8 RGBA, not premultiplied."""
+    """One decoded sample; `image` is (H, W, 4) uint8 RGBA, not premultiplied."""
 
     key: str
     image: np.ndarray
@@ -46,7 +46,7 @@ class Sample:
 
 
 class BadSampleError(Exception):
-    """A sample that must be skipped; ``args[0]`` is the reason it is counted under."""
+    """A sample that must be skipped; `args[0]` is the reason it is counted under."""
 
 
 class BadCount:
@@ -58,11 +58,7 @@ class BadCount:
         self._message = f"of {expected} samples in {where}, at most the fraction {max_fraction} may be bad"
 
     def add(self, reason: str, count: int = 1) -> None:
-        """Count ``count`` bad samples.
-
-        Raises:
-            DataError: more are bad than allowed.
-        """
+        """Count `count` more bad samples. Raises DataError where that makes more than are allowed."""
         self.reasons[reason] += count
         total = self.reasons.total()
         if total > self._limit:
@@ -73,9 +69,9 @@ class BadCount:
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> Shard:
-    """Write (key, PNG bytes, json record) samples to a tar; ``record['captions'][0]`` becomes the txt member.
+    """Write (key, PNG bytes, JSON record) samples to a tar; `record["captions"][0]` becomes the txt member.
 
-    Written under another name, then renamed. The bytes depend on nothing but the samples (no times, no owners).
+    It is written under another name, then renamed. The bytes depend on nothing but the samples (no times, no owners).
     """
     count = 0
     scratch = path.with_name(path.name + ".tmp")
@@ -93,11 +89,8 @@ def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]
 
 
 def decode_image(data: bytes, size: int) -> np.ndarray:
-    """Decode PNG or JPEG bytes to (size, size, 4) uint8 RGBA; the header is judged before any pixel is decoded.
-
-    Raises:
-        BadSampleError: another format, too many pixels, another size, or broken data.
-    """
+    """Decode PNG or JPEG bytes to (size, size, 4) uint8 RGBA; the header is judged before any pixel is decoded. Raises
+    BadSampleError for another format, too many pixels, another size, or broken data."""
     if data.startswith(_PNG) and len(data) >= 24:
         width, height = struct.unpack(">II", data[16:24])
         if width * height > MAX_PIXELS:
@@ -121,11 +114,8 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
 
 
 def decode_sample(key: str, members: dict[str, bytes | None], size: int) -> Sample:
-    """Decode the three members of a sample; None stands for a member that was too large to read.
-
-    Raises:
-        BadSampleError: a member is missing, malformed, empty or too large.
-    """
+    """Decode the three members of a sample; None stands for a member that was too large to read. Raises BadSampleError
+    where a member is missing, malformed, empty or too large."""
     if any(suffix not in members for suffix in SUFFIXES):
         raise BadSampleError("missing_member")
     png, text, table = (members[suffix] for suffix in SUFFIXES)
@@ -171,7 +161,7 @@ def _safe_key(name: str) -> tuple[str, str] | None:
 
 
 class _BoundedFile:
-    """A file that refuses reads beyond ``MAX_MEMBER_BYTES``: tarfile reads the long headers of an archive whole."""
+    """A file that refuses reads beyond MAX_MEMBER_BYTES: tarfile reads the long headers of an archive whole."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -201,7 +191,7 @@ def _headers(file: BinaryIO) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]
 def _read_groups(file: BinaryIO, bad: BadCount) -> Iterator[tuple[str, dict[str, bytes | None]]]:
     """Consecutive members of one key, as WebDataset groups them; a suffix that comes twice starts a new group.
 
-    Only regular png, txt and json members are read: into memory, up to ``MAX_MEMBER_BYTES``, never to disk. A member
+    Only regular png, txt and json members are read: into memory, up to MAX_MEMBER_BYTES, never to disk. A member
     too large is given as None. Raises where the archive breaks off or is malformed.
     """
     key, members = "", dict[str, bytes | None]()
@@ -233,7 +223,7 @@ def _check_file(path: Path, shard: Shard) -> None:
         raise DataError(
             f"{path.parent} lacks the shard {shard.name!r} of its manifest; bring it back, or leave it out there"
         )
-    if not path.is_file():  # opening a pipe would wait for ever
+    if not path.is_file():  # opening a pipe would wait forever
         raise DataError(f"the shard {path} is no file; allowed: a plain tar file")
     found = sha256_of(path) if shard.sha256 else ""
     if found != shard.sha256:
@@ -244,14 +234,11 @@ def _check_file(path: Path, shard: Shard) -> None:
 
 
 def read_shard(folder: Path, shard: Shard, size: int, seen: set[str], bad: BadCount) -> Iterator[Sample]:
-    """Stream the good samples of a shard; bad ones are counted in ``bad``, and keys already in ``seen`` are bad.
+    """Stream the good samples of a shard; bad ones are counted in `bad`, and keys already in `seen` are bad. Samples
+    that the manifest promises and the archive does not hold (it was cut short) are counted as `truncated_tar`.
 
-    Samples that the manifest promises and the archive does not hold (it was cut short) are counted as
-    ``truncated_tar``.
-
-    Raises:
-        DataError: the shard is missing, no file, or not the one that the manifest knows, or more samples are bad than
-            ``bad`` allows.
+    Raises DataError where the shard is missing, no file, or not the one that the manifest knows, and where more samples
+    are bad than `bad` allows.
     """
     path = folder / shard.name
     _check_file(path, shard)

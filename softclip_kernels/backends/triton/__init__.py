@@ -26,7 +26,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...problem import Problem, Statistics
+from ...problem import Problem
+from ...stats import Statistics, StatisticsGradient
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_RANKED = 2**24  # ranks are counted in fp32
@@ -71,14 +72,13 @@ class TritonBackend:
         self,
         problem: Problem,
         statistics: Statistics,
-        grad_rows: Tensor,
-        grad_columns: Tensor,
+        gradient: StatisticsGradient,
         needs_input_grad: tuple[bool, bool] = (True, True),
     ) -> tuple[Tensor | None, Tensor | None]:
         from .softmax_backward import backward
 
         with _on(problem.x.device):
-            return backward(problem, statistics, grad_rows, grad_columns, needs_input_grad)
+            return backward(problem, statistics, gradient, needs_input_grad)
 
 
 @cache

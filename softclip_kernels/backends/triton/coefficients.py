@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...stats import SoftmaxStatistics
 from . import launch
-from .passes import Pass, teacher_rows
+from .passes import Pass
 from .tiles import BOUND, LOG2E, NONE, TEACHER_BOUND, TOP_COLUMN_BIAS, TOP_ROW_BIAS, center
 
 # How far the reference lies below the largest logit that the norms allow. With a_i between 2^-100 and 2^80 times the
@@ -123,22 +124,22 @@ def coefficients_kernel(
     tl.store(in_range + flag, flags.to(tl.int8), mask=flag * FLAG_GROUP < length)
 
 
-def prepare(launch_pass: Pass, k: int, direction: str, statistic: Tensor, grad: Tensor) -> dict[str, Any]:
+def prepare(launch_pass: Pass, k: int, direction: str, statistics: SoftmaxStatistics, grad: Tensor) -> dict[str, Any]:
     """The arguments of softmax_backward_kernel for a `direction`, "row" or "column", of the pass that holds teacher k;
-    from the direction's statistic (1 + 2K, L) and gradients (1 + K, L)."""
-    length = statistic.shape[1]
+    from the direction's statistics and the gradients (1 + K, L) with respect to them."""
+    length, device = len(statistics.lse), statistics.lse.device
     # Without a teacher its arguments are read nowhere.
-    teacher_log_sum_exp, teacher_grad = statistic[0], grad[0]
+    teacher_log_sum_exp, teacher_grad = statistics.lse, grad[0]
     if launch_pass.taught:
-        teacher_log_sum_exp, teacher_grad = teacher_rows(statistic, k)[0], grad[1 + k]
+        teacher_log_sum_exp, teacher_grad = statistics.teacher_lse[k], grad[1 + k]
     prepared = {
-        name: statistic.new_empty(length, dtype=torch.float32)
+        name: torch.empty(length, dtype=torch.float32, device=device)
         for name in ("student_coefficient", "teacher_coefficient", "student_exponent", "teacher_exponent")
     }
     flags = triton.cdiv(length, FLAG_GROUP.value)
-    prepared["in_range"] = torch.empty(flags, dtype=torch.int8, device=statistic.device)
+    prepared["in_range"] = torch.empty(flags, dtype=torch.int8, device=device)
     arguments: dict[str, Any] = {
-        "log_sum_exp": statistic[0].contiguous(),
+        "log_sum_exp": statistics.lse.contiguous(),
         "grad": grad[0],
         "teacher_log_sum_exp": teacher_log_sum_exp.contiguous(),
         "teacher_grad": teacher_grad,

@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...stats import SoftmaxStatistics
 from . import launch
-from .passes import Pass, teacher_rows
+from .passes import Pass
 from .tiles import (
     EMBEDDINGS,
     FACTOR,
@@ -155,19 +156,19 @@ def online_rows_kernel(
         tl.store(teacher_mean + i, mean / tl.where(teacher_total == 0.0, 1.0, teacher_total), mask=wanted)
 
 
-def recompute(launch_pass: Pass, in_range: Tensor, statistic: Tensor, k: int) -> None:
-    """Overwrites the statistic (1 + 2K, N) of the student and of teacher k at the rows where in_range (N,) is False."""
+def recompute(launch_pass: Pass, in_range: Tensor, statistics: SoftmaxStatistics, k: int) -> None:
+    """Overwrites the statistics of the student and of teacher k at the rows where in_range (N,) is False."""
     launch_pass = launch_pass.unmirrored()
     rows, columns = launch_pass.problem.rows, launch_pass.problem.columns
     shape = launch.candidates("online", launch_pass)[0]
     # Without a teacher its arguments are written nowhere.
-    log_sum_exp, mean = teacher_rows(statistic, k) if launch_pass.taught else (statistic[0], statistic[0])
+    taught = launch_pass.taught
     arguments = launch_pass.arguments() | launch.constants(launch_pass, shape)
     arguments |= {
         "in_range": in_range.to(torch.int8),
-        "log_sum_exp": statistic[0],
-        "teacher_log_sum_exp": log_sum_exp,
-        "teacher_mean": mean,
+        "log_sum_exp": statistics.lse,
+        "teacher_log_sum_exp": statistics.teacher_lse[k] if taught else statistics.lse,
+        "teacher_mean": statistics.teacher_mean[k] if taught else statistics.lse,
         "rows": rows,
         "columns": columns,
     }

@@ -138,12 +138,6 @@ class Pass:
         return arguments
 
 
-def teacher_rows(statistic: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Teacher k's log-sum-exp and mean logit (L,) in a statistic (1 + 2K, L), as views."""
-    log_sum_exps, means = statistic[1::2], statistic[2::2]
-    return log_sum_exps[k], means[k]
-
-
 def passes(problem: Problem) -> list[Pass]:
     """The launches that cover a problem: the first holds the student, each holds one teacher."""
     problem = _with_contiguous_vectors(problem)

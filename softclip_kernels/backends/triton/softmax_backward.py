@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Problem, Statistics
+from ...problem import Problem
+from ...stats import Statistics, StatisticsGradient
 from . import coefficients, launch, tuning
 from .coefficients import HEADROOM, all_in_range, one_direction
 from .passes import Pass, passes
@@ -292,22 +293,21 @@ def softmax_backward_kernel(
 def backward(
     problem: Problem,
     statistics: Statistics,
-    grad_rows: Tensor,
-    grad_columns: Tensor,
+    gradient: StatisticsGradient,
     needs_input_grad: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None]:
     """The block operation of the Backend protocol. The place of an operand that needs no gradient is None, and costs
     neither a buffer nor a product."""
     if not any(needs_input_grad):
         return None, None
-    unit = launch.unit(problem.x.dtype, grad_rows, grad_columns)
+    unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
     if unit is not None:
-        grad_rows, grad_columns = grad_rows / unit, grad_columns / unit
+        gradient = gradient._replace(rows=gradient.rows / unit, columns=gradient.columns / unit)
     gx, gy = (
         torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device) if needed else None
         for matrix, needed in zip((problem.x, problem.y), needs_input_grad, strict=True)
     )
-    blocks = _Blocks(problem, statistics, grad_rows, grad_columns)
+    blocks = _Blocks(problem, statistics, gradient)
     for i, j in launch.super_blocks(problem.rows, problem.columns, blocks.edge, blocks.mirrored):
         blocks.compute(i, j)
         _add_products(blocks.g, problem, i, j, gx, gy)
@@ -331,7 +331,7 @@ class _Blocks:
     """One super-block of G at a time, in the same scratch: `g` (edge, edge) in the embeddings' dtype and, where passes
     are mirrored, `mirror_g` for the mirror of a super-block beside the diagonal."""
 
-    def __init__(self, problem: Problem, statistics: Statistics, grad_rows: Tensor, grad_columns: Tensor) -> None:
+    def __init__(self, problem: Problem, statistics: Statistics, gradient: StatisticsGradient) -> None:
         launch_passes = passes(problem)
         self.mirrored = launch_passes[0].mirrored
         self.edge = launch.backward_edge(problem, launch_passes)
@@ -343,8 +343,8 @@ class _Blocks:
         self.launches = []
         for k, launch_pass in enumerate(launch_passes):
             arguments = launch_pass.arguments()
-            arguments |= coefficients.prepare(launch_pass, k, "row", statistics.rows, grad_rows)
-            arguments |= coefficients.prepare(launch_pass, k, "column", statistics.columns, grad_columns)
+            arguments |= coefficients.prepare(launch_pass, k, "row", statistics.rows, gradient.rows)
+            arguments |= coefficients.prepare(launch_pass, k, "column", statistics.columns, gradient.columns)
             arguments |= {
                 "previous": wide[(k - 1) % 2] if k > 0 else None,
                 "g": self.g if k == len(launch_passes) - 1 else wide[k % 2],

@@ -19,9 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...problem import Problem, Statistics
+from ...problem import Problem
+from ...stats import SoftmaxStatistics, Statistics
 from . import launch, online, tuning
-from .passes import Pass, passes, teacher_rows
+from .passes import Pass, passes
 from .shapes import GROUP, Shape
 from .tiles import (
     BOUND,
@@ -286,7 +287,7 @@ def forward(problem: Problem) -> Statistics:
     """The block operation of the Backend protocol."""
     n, m, teachers = problem.rows, problem.columns, len(problem.teachers)
     like = problem.x.new_empty(0, dtype=torch.float32)
-    rows, columns = like.new_empty(1 + 2 * teachers, n), like.new_empty(1 + 2 * teachers, m)
+    rows, columns = (SoftmaxStatistics(like.new_empty(1 + 2 * teachers, length)) for length in (n, m))
     positive_logit = like.new_zeros(n if problem.positive_column is not None else 0)
     row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=like.device) for _ in range(2))
     for k, launch_pass in enumerate(passes(problem)):
@@ -365,8 +366,8 @@ def _add_partial(sums: Tensor, partial: Tensor, part: slice, slots: int) -> None
     sums[:, part] += partial[:slots, :, : part.stop - part.start].sum(0)
 
 
-def _finish(launch_pass: Pass, sums: Tensor, statistic: Tensor, k: int) -> None:
-    """A pass's sums over every row become the statistic (1 + 2K, N) of the student and of teacher k, in place."""
+def _finish(launch_pass: Pass, sums: Tensor, statistics: SoftmaxStatistics, k: int) -> None:
+    """A pass's sums over every row become the statistics of the student and of teacher k, in place."""
     # Exponentials below fp32's smallest normal number vanish. All of them together are below half an ulp of a sum that
     # is at least this.
     smallest = max(launch_pass.problem.columns, 1) * 2.0**-102
@@ -374,16 +375,15 @@ def _finish(launch_pass: Pass, sums: Tensor, statistic: Tensor, k: int) -> None:
     if launch_pass.student:
         total, sums = sums[0], sums[1:]
         reference = _reference(launch_pass.scalar(BOUND))
-        statistic[0] = (reference + total.log2()) * LN2
+        statistics.lse.copy_((reference + total.log2()) * LN2)
         in_range &= (total >= smallest) & (total < torch.inf)
     if launch_pass.taught:
         total, weighted = sums[:2]
         reference = _reference(launch_pass.scalar(TEACHER_BOUND)) + launch_pass.scalar(TOP_COLUMN_BIAS)
-        log_sum_exp, mean = teacher_rows(statistic, k)
-        log_sum_exp.copy_((reference + total.log2()) * LN2)
-        mean.copy_(weighted / total * launch_pass.scalar(SCALE))
+        statistics.teacher_lse[k].copy_((reference + total.log2()) * LN2)
+        statistics.teacher_mean[k].copy_(weighted / total * launch_pass.scalar(SCALE))
         in_range &= (total >= smallest) & (total < torch.inf) & weighted.isfinite()
-    online.recompute(launch_pass, in_range, statistic, k)
+    online.recompute(launch_pass, in_range, statistics, k)
 
 
 def _reference(bound: Tensor) -> Tensor:

@@ -1,0 +1,83 @@
+"""How deep a call of the loss goes before it computes: every frame of ours from softclip_loss to a kernel.
+
+python -m bench frames          prints them for the CPU's kernels and, interpreted, for Triton's
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import softclip_kernels
+
+PACKAGE = Path(softclip_kernels.__file__).parent
+
+
+def frames(backend: str) -> list[str]:
+    """`module:function` of each frame of ours, outermost first, then the kernel itself: of the forward pass."""
+    deepest: list[str] = []
+
+    def look(frame: FrameType, event: str, argument: Any) -> None:
+        kernel = _cpu_kernel(event, argument) if backend == "cpu" else _triton_kernel(frame, event)
+        if kernel and not deepest:
+            caller: FrameType | None = frame if event == "c_call" else frame.f_back
+            deepest.extend([*_own(caller), kernel])
+
+    x, scale = torch.nn.functional.normalize(torch.randn(32, 16), dim=1), torch.tensor(9.0)
+    softclip_kernels.softclip_loss(x, x, scale, backend=backend)  # imports what is imported late
+    sys.setprofile(look)
+    try:
+        softclip_kernels.softclip_loss(x, x, scale, backend=backend)
+    finally:
+        sys.setprofile(None)
+    return deepest
+
+
+def _own(frame: FrameType | None) -> list[str]:
+    """The frames of this package that lead to `frame`. Where PyTorch's own stand between them, they are left out."""
+    found = []
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            module = path.relative_to(PACKAGE).with_suffix("").as_posix()
+            found.append(f"{module}:{frame.f_code.co_qualname}")
+        frame = frame.f_back
+    return found[::-1]
+
+
+def _cpu_kernel(event: str, argument: Any) -> str | None:
+    if event != "c_call" or argument.__name__ != "forward" or "softclip_kernels._cpu" not in str(argument.__module__):
+        return None
+    return "_cpu.forward (C++)"
+
+
+def _triton_kernel(frame: FrameType, event: str) -> str | None:
+    """Triton's own launcher, called with one of our kernels."""
+    if event != "call" or "triton/runtime" not in frame.f_code.co_filename or frame.f_code.co_name != "run":
+        return None
+    kernel = frame.f_locals.get("self")
+    return f"{getattr(kernel, '__name__', 'kernel')} (Triton)"
+
+
+def main(arguments: Sequence[str]) -> None:
+    if list(arguments) == ["--json"]:  # in this process: what its environment allows
+        print(json.dumps(frames("triton" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu")))
+        return
+    if arguments:
+        raise SystemExit(f"usage: python -m bench frames; got {' '.join(arguments)}")
+    for name, environment in (("cpu", {"TRITON_INTERPRET": "0"}), ("triton", {"TRITON_INTERPRET": "1"})):
+        command = [sys.executable, "-m", "bench", "frames", "--json"]
+        run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+        if run.returncode:
+            print(f"{name}: cannot run here: {run.stderr.strip().splitlines()[-1]}")
+            continue
+        found = json.loads(run.stdout.splitlines()[-1])
+        print(f"{name}: {len(found)} frames", *found, sep="\n  ")

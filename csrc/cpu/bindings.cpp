@@ -1,0 +1,155 @@
+// The Python module softclip_kernels._cpu. Tensors arrive as addresses, sizes and strides, so that one build serves
+// every version of PyTorch. softclip_kernels/backends/cpu.py, the only caller, has checked everything.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "levels.h"
+#include "operations.h"
+#include "team.h"
+
+namespace py = pybind11;
+using namespace softclip;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+const Kernels& kernels_of(const std::string& name) {
+  for (const Level& level : supported_levels()) {
+    if (name == level.name) return *level.kernels;
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not supported on this machine");
+}
+
+// Runs an operation without the GIL, looking for Ctrl-C now and then.
+template <class Operation>
+void interruptible(const Operation& operation) {
+  bool finished;
+  {
+    const py::gil_scoped_release release;
+    finished = operation([] {
+      const py::gil_scoped_acquire acquire;
+      return PyErr_CheckSignals() == 0;
+    });
+  }
+  if (!finished) throw py::error_already_set();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, module) {
+  py::class_<Matrix>(module, "Matrix")
+      .def(
+          py::init([](Address data, int64_t rows, int64_t width, int64_t row_step, int64_t column_step, bool bfloat16) {
+            return Matrix{pointer<const void>(data),
+                          rows,
+                          width,
+                          row_step,
+                          column_step,
+                          bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+          }),
+          py::arg("data"), py::arg("rows"), py::arg("width"), py::arg("row_step"), py::arg("column_step"),
+          py::arg("bfloat16"));
+
+  py::class_<Teacher>(module, "Teacher")
+      .def(py::init(
+               [](int source, double scale, const Matrix* x, const Matrix* y, Address row_bias, Address column_bias) {
+                 return Teacher{static_cast<Source>(source),
+                                scale,
+                                x ? *x : Matrix{},
+                                y ? *y : Matrix{},
+                                pointer<const float>(row_bias),
+                                pointer<const float>(column_bias)};
+               }),
+           py::arg("source"), py::arg("scale"), py::arg("x").none(true), py::arg("y").none(true), py::arg("row_bias"),
+           py::arg("column_bias"));
+
+  py::class_<Problem>(module, "Problem")
+      .def(py::init([](const Matrix& x, const Matrix& y, double scale, Address positive_column, Address row_segment,
+                       Address column_segment, std::vector<Teacher> teachers, Address row_threshold,
+                       Address column_threshold) {
+             return Problem{x,
+                            y,
+                            scale,
+                            pointer<const int64_t>(positive_column),
+                            pointer<const int32_t>(row_segment),
+                            pointer<const int32_t>(column_segment),
+                            std::move(teachers),
+                            pointer<const float>(row_threshold),
+                            pointer<const float>(column_threshold)};
+           }),
+           py::kw_only(), py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("positive_column"),
+           py::arg("row_segment"), py::arg("column_segment"), py::arg("teachers"), py::arg("row_threshold"),
+           py::arg("column_threshold"));
+
+  module.def(
+      "forward",
+      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
+         Address positive_logit, Address row_ranks, Address column_ranks) {
+        const Kernels& kernels = kernels_of(level);
+        const Statistics out{{pointer<float>(rows), problem.x.rows},
+                             {pointer<float>(columns), problem.y.rows},
+                             pointer<float>(positive_logit),
+                             pointer<int64_t>(row_ranks),
+                             pointer<int64_t>(column_ranks)};
+        int64_t summed_twice = 0;
+        interruptible([&](const Poll& poll) { return forward(kernels, problem, out, threads, poll, &summed_twice); });
+        return summed_twice;
+      },
+      py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
+      py::arg("positive_logit"), py::arg("row_ranks"), py::arg("column_ranks"),
+      "How many blocks were summed twice, because a term had outgrown the reference of its row or column.");
+
+  module.def(
+      "backward",
+      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
+         Address grad_rows, Address grad_columns, Address gx, Address gy) {
+        const Kernels& kernels = kernels_of(level);
+        const Gradients in{{pointer<const float>(rows), problem.x.rows},
+                           {pointer<const float>(columns), problem.y.rows},
+                           pointer<const float>(grad_rows),
+                           pointer<const float>(grad_columns),
+                           pointer<float>(gx),
+                           pointer<float>(gy)};
+        interruptible([&](const Poll& poll) { return backward(kernels, problem, in, threads, poll); });
+      },
+      py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
+      py::arg("grad_rows"), py::arg("grad_columns"), py::arg("gx"), py::arg("gy"));
+
+  module.def(
+      "peak",
+      [](const std::string& level, int threads, bool bfloat16, int64_t repeats) {
+        const Kernels& kernels = kernels_of(level);
+        const bool bf16x2 = bfloat16 && kernels.has_bf16x2();
+        const auto multiply_registers = (bf16x2 ? kernels.bf16x2 : kernels.float32).multiply_registers;
+        const py::gil_scoped_release release;
+        Team team(threads, [] { return true; });
+        std::vector<double> operations(threads);
+        const auto start = std::chrono::steady_clock::now();
+        team.run([&](int thread) { operations[thread] = multiply_registers(repeats); }, false);
+        const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+        return std::accumulate(operations.begin(), operations.end(), 0.0) / seconds.count();
+      },
+      py::arg("level"), py::arg("threads"), py::arg("bfloat16"), py::arg("repeats"),
+      "Floating-point operations a second of multiply-adds on registers alone: the yardstick of the benchmark.");
+
+  module.def(
+      "levels",
+      [] {
+        std::vector<std::string> names;
+        for (const Level& level : supported_levels()) names.push_back(level.name);
+        return names;
+      },
+      "The instruction-set levels that this machine can run, best first.");
+}

@@ -1,0 +1,3 @@
+#define SOFTCLIP_LEVEL portable
+#define SOFTCLIP_SIMD "simd_portable.h"
+#include "level.inl"

@@ -1,0 +1,104 @@
+// What the two operations have in common: the matrix products of a block and the softmax distributions over them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "../problem.h"
+#include "kernels.h"
+#include "schedule.h"
+
+namespace softclip {
+
+constexpr double kLn2 = 0.69314718055994530942, kLog2E = 1.4426950408889634074;
+
+// A visit to block (I, J) sees, with a teacher on the transposed logits, its mirror as well: block (J, I), laid out
+// transposed, so that its entry (j, i) lies where the block has (i, j). Seen from the mirror, rows and columns change
+// places. An index `side` says which of the two is meant.
+enum Side : int { kDirect = 0, kMirror = 1, kSides = 2 };
+
+constexpr int opposite(int side) { return kMirror - side; }
+
+// dots = left[I] . right[J]^T; by side (x, y) and (y, x).
+struct Product {
+  Matrix left[kSides], right[kSides];
+  bool bf16x2;     // in bf16 dot products
+  int64_t summed;  // elements along the width, as packed
+};
+
+// A bias in powers of two, split into a whole exponent and a factor; (length + kBlock,) each, empty without a bias.
+struct Bias {
+  std::vector<float> exponent, factor;
+};
+
+// The student's softmax, or a teacher's.
+struct Distribution {
+  int product;
+  bool transposed;           // its dots are those of the opposite side
+  float factor, factor_low;  // scale / ln 2
+  bool biased;
+  Bias row_bias, column_bias;
+};
+
+// A visited block, and whether its mirror is visited with it. (On the diagonal a block is its own mirror, transposed.)
+struct Block {
+  int64_t row, column;
+  int rows, columns;
+  bool with_mirror;
+  int sides() const { return with_mirror ? 2 : 1; }
+};
+
+// Which gradients a backward computes; none of them: a forward.
+struct Wanted {
+  bool x, y;
+  bool any() const { return x || y; }
+  // Of a side's left operand, x or on the mirror y, the product G . right; of its right operand G^T . left.
+  bool left(int side) const { return side == kDirect ? x : y; }
+  bool right(int side) const { return side == kDirect ? y : x; }
+};
+
+struct Plan {
+  Plan(const Kernels& kernels, const Problem& problem, int threads, Wanted wanted);
+
+  const Kernels& kernels;
+  const Problem& problem;
+  const int64_t rows, columns, width;
+  const Wanted wanted;
+  const bool mirrored;  // blocks are visited with their mirrors
+  const int threads;
+  const Schedule schedule;
+  bool long_call;                           // worth leaving the calling thread free to poll
+  std::vector<Product> products;            // the student's first
+  std::vector<Distribution> distributions;  // the student's, then teacher k's at 1 + k
+  // The first distribution of a teacher that is the student itself on the transposed logits: no bias, no segments, the
+  // same scale. Its row softmax is the student's column softmax and the other way round, so it needs no exponentials of
+  // its own.
+  std::optional<size_t> shares_student;
+
+  int sides() const { return mirrored ? 2 : 1; }
+  const ProductKernels& product_kernels(const Product& product) const {
+    return product.bf16x2 ? kernels.bf16x2 : kernels.float32;
+  }
+  // The student's dots have no reader after the first, so that G may take their place.
+  bool gradient_in_place() const { return distributions.size() == (shares_student ? 2u : 1u); }
+};
+
+// Calls found(row, at) for every row of the problem whose positive lies in the block, seen from a side: `at` is the
+// positive's place in that side's dots and G.
+template <class Found>
+void each_positive(const Plan& plan, const Block& block, int side, const Found& found) {
+  const int64_t* positive_column = plan.problem.positive_column;
+  if (positive_column == nullptr) return;
+  const bool direct = side == kDirect;  // the mirror has the problem's rows as its columns
+  const int64_t length = plan.kernels.block;
+  const int64_t row = direct ? block.row : block.column, rows = direct ? block.rows : block.columns;
+  const int64_t column = direct ? block.column : block.row, columns = direct ? block.columns : block.rows;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t j = positive_column[row + i] - column;
+    if (j >= 0 && j < columns) found(row + i, direct ? i * length + j : j * length + i);
+  }
+}
+
+}  // namespace softclip

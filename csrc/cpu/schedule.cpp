@@ -1,0 +1,37 @@
+#include "schedule.h"
+
+namespace softclip {
+namespace {
+
+int64_t boundary(int64_t length, int groups, int group) { return length * group / groups; }
+
+}  // namespace
+
+// A round-robin tournament needs an even number of groups, two for every thread.
+Schedule::Schedule(int64_t rows, int64_t columns, int threads, bool mirrored)
+    : rows_(rows),
+      columns_(columns),
+      threads_(threads),
+      mirrored_(mirrored),
+      groups_(mirrored && threads > 1 ? 2 * threads : threads) {}
+
+// Mirrored: one round of each group with itself, then groups - 1 rounds of the tournament. Otherwise a Latin square.
+int Schedule::rounds() const { return groups_; }
+
+Job Schedule::between(int row_group, int column_group) const {
+  return {boundary(rows_, groups_, row_group), boundary(rows_, groups_, row_group + 1),
+          boundary(columns_, groups_, column_group), boundary(columns_, groups_, column_group + 1),
+          mirrored_ && row_group == column_group};
+}
+
+std::vector<Job> Schedule::jobs(int round, int thread) const {
+  if (!mirrored_) return {between(thread, (thread + round) % groups_)};
+  if (groups_ == 1) return {between(0, 0)};
+  if (round == 0) return {between(2 * thread, 2 * thread), between(2 * thread + 1, 2 * thread + 1)};
+  // The circle method: one group stays, the others move on by one place each round.
+  const int others = groups_ - 1, turn = round - 1;
+  if (thread == 0) return {between(turn, others)};
+  return {between((turn + thread) % others, (turn - thread + others) % others)};
+}
+
+}  // namespace softclip

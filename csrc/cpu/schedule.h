@@ -1,0 +1,34 @@
+// Who works on what and when: a function of the sizes and the number of threads only, never of timing, so that results
+// are the same bit for bit on every run.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace softclip {
+
+// A rectangle of the similarity matrix; with `triangle`, where rows and columns are the same range, only its blocks
+// (I, J) with I <= J.
+struct Job {
+  int64_t row_begin, row_end, column_begin, column_end;
+  bool triangle;
+};
+
+// Within a round no two threads share rows or columns, so they add to row and column results without locks; a barrier
+// separates rounds.
+class Schedule {
+ public:
+  // mirrored: blocks (I, J) and (J, I) are worked on together; a job then owns both its ranges as rows and as columns.
+  Schedule(int64_t rows, int64_t columns, int threads, bool mirrored);
+  int rounds() const;
+  std::vector<Job> jobs(int round, int thread) const;
+
+ private:
+  Job between(int row_group, int column_group) const;
+  const int64_t rows_, columns_;
+  const int threads_;
+  const bool mirrored_;
+  const int groups_;
+};
+
+}  // namespace softclip

@@ -1,0 +1,130 @@
+#include "traversal.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "memory.h"
+#include "team.h"
+
+namespace softclip {
+namespace {
+
+constexpr size_t kKeptBytes = 16 << 20;  // of workspaces, from one call to the next
+constexpr size_t kApart = 4096;          // no two threads' memory in one page
+
+void transpose(const float* from, float* to, int length) {
+  constexpr int kPatch = 16;  // square patches of whole cache lines
+  for (int i = 0; i < length; i += kPatch) {
+    for (int j = 0; j < length; j += kPatch) {
+      for (int k = i; k < i + kPatch && k < length; ++k) {
+        for (int m = j; m < j + kPatch && m < length; ++m) to[int64_t{k} * length + m] = from[int64_t{m} * length + k];
+      }
+    }
+  }
+}
+
+// One thread's way.
+class Traversal {
+ public:
+  Traversal(const Plan& plan, Workspace& workspace, Visitor& visitor, const Team& team)
+      : plan_(plan), workspace_(workspace), visitor_(visitor), team_(team) {}
+
+  void work(const Job& job) const {
+    const int64_t block = plan_.kernels.block, group = block * workspace_.group();
+    for (int64_t first = job.row_begin; first < job.row_end; first += group) {
+      const int64_t last = std::min(first + group, job.row_end);
+      for (int64_t row = first; row < last; row += block) pack_rows(row, size(row, last), member(row, first));
+      for (int64_t column = job.triangle ? first : job.column_begin; column < job.column_end; column += block) {
+        const int columns = size(column, job.column_end);
+        pack_columns(column, columns);
+        for (int64_t row = first; row < last && !(job.triangle && row > column); row += block) {
+          if (team_.cancelled()) return;
+          const bool diagonal = job.triangle && row == column;
+          visit(member(row, first), {row, column, size(row, last), columns, plan_.mirrored && !diagonal});
+        }
+        visitor_.columns_done(workspace_, column, columns);
+      }
+    }
+  }
+
+ private:
+  int size(int64_t begin, int64_t end) const {
+    return static_cast<int>(std::min<int64_t>(plan_.kernels.block, end - begin));
+  }
+  int member(int64_t row, int64_t first) const { return static_cast<int>((row - first) / plan_.kernels.block); }
+
+  void pack_rows(int64_t row, int rows, int member) const {
+    const Kernels& kernels = plan_.kernels;
+    for (int side = 0; side < plan_.sides(); ++side) {
+      for (size_t p = 0; p < plan_.products.size(); ++p) {
+        const Product& product = plan_.products[p];
+        kernels.pack(product.left[side], row, rows, kernels.tile_rows, product.bf16x2,
+                     workspace_.left(p, side, member));
+      }
+      if (!plan_.wanted.right(side)) continue;
+      const Product& student = plan_.products[0];
+      kernels.pack_transposed(student.left[side], row, rows, student.bf16x2, workspace_.left_rows(side, member));
+    }
+  }
+
+  void pack_columns(int64_t column, int columns) const {
+    const Kernels& kernels = plan_.kernels;
+    for (int side = 0; side < plan_.sides(); ++side) {
+      for (size_t p = 0; p < plan_.products.size(); ++p) {
+        const Product& product = plan_.products[p];
+        kernels.pack(product.right[side], column, columns, kernels.tile_columns, product.bf16x2,
+                     workspace_.right(p, side));
+      }
+      if (!plan_.wanted.left(side)) continue;
+      const Product& student = plan_.products[0];
+      kernels.pack_transposed(student.right[side], column, columns, student.bf16x2, workspace_.right_rows(side));
+    }
+  }
+
+  void visit(int member, const Block& block) const {
+    for (int side = 0; side < plan_.sides(); ++side) {
+      for (size_t p = 0; p < plan_.products.size(); ++p) {
+        if (side == kMirror && !block.with_mirror) {  // on the diagonal
+          transpose(workspace_.dots(p, kDirect), workspace_.dots(p, kMirror), plan_.kernels.block);
+          continue;
+        }
+        const Product& product = plan_.products[p];
+        plan_.product_kernels(product).multiply(workspace_.left(p, side, member), workspace_.right(p, side),
+                                                product.summed, block.rows, block.columns, workspace_.dots(p, side));
+      }
+    }
+    visitor_.block(workspace_, member, block);
+  }
+
+  const Plan& plan_;
+  Workspace& workspace_;
+  Visitor& visitor_;
+  const Team& team_;
+};
+
+}  // namespace
+
+bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
+  std::vector<Workspace> workspaces(plan.threads, Workspace(plan));
+  const size_t each = (workspaces[0].bytes() + kApart - 1) / kApart * kApart;
+  const Scratch scratch(each * workspaces.size(), kKeptBytes);
+  char* memory = scratch.data();
+  for (Workspace& workspace : workspaces) {
+    workspace.attach(memory);
+    memory += each;
+  }
+  Team team(plan.threads, poll);
+  team.run(
+      [&](int thread) {
+        const FlushDenormals flush;
+        const Traversal traversal(plan, workspaces[thread], visitor, team);
+        for (int round = 0; round < plan.schedule.rounds(); ++round) {
+          for (const Job& job : plan.schedule.jobs(round, thread)) traversal.work(job);
+          team.wait();
+        }
+      },
+      plan.long_call);
+  return !team.cancelled();
+}
+
+}  // namespace softclip

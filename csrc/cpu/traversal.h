@@ -1,0 +1,26 @@
+// The way over all blocks of a plan: packs the operands, multiplies, and hands the dots of one block after the other to
+// an operation.
+#pragma once
+
+#include <cstdint>
+
+#include "operations.h"
+#include "plan.h"
+#include "workspace.h"
+
+namespace softclip {
+
+// What an operation does with the blocks of a plan. All threads call it, each with its own workspace.
+class Visitor {
+ public:
+  virtual ~Visitor() = default;
+  // The block's dots are computed. `member`: which of the group's row blocks it is in.
+  virtual void block(Workspace& workspace, int member, const Block& block) = 0;
+  // These columns have met all row blocks of a group.
+  virtual void columns_done(Workspace& /*workspace*/, int64_t /*column*/, int /*columns*/) {}
+};
+
+// Takes the visitor to every block of the plan. False: cancelled.
+bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor);
+
+}  // namespace softclip

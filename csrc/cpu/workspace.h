@@ -1,0 +1,83 @@
+// The memory that each thread works in.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "plan.h"
+
+namespace softclip {
+
+// Scratch vectors of (kBlock,) each.
+enum Line : int {
+  // of weights()
+  kColumnExponent,
+  kColumnFactor,
+  kColumnSegment,
+  // of a forward's sums
+  kRowReference,
+  kColumnReference,
+  kRowSum,
+  kColumnSum,
+  kRowDot,
+  kColumnDot,
+  kRowMaximum,
+  kColumnMaximum,
+  kLines,
+  // of a forward's counts, which come when the block's sums are done
+  kColumnThreshold = kColumnReference,
+  kRowCount = kRowSum,
+  kColumnCount = kColumnSum,
+};
+
+// The sum of one operand's gradient over the row blocks of a group, in the tiles of kernels.h. `filled`: it holds
+// something.
+struct Tiles {
+  float* data = nullptr;
+  bool filled = false;
+};
+
+// One thread's memory: panels of a group of row blocks (`left`, each a `member` of it) and of one column block
+// (`right`), dots, G, and scratch. What it holds at first is undefined.
+class Workspace {
+ public:
+  explicit Workspace(const Plan& plan);
+  size_t bytes() const { return floats_ * sizeof(float); }
+  int group() const { return group_; }  // how many row blocks share one packed column block
+  void attach(char* memory);
+
+  float* left(size_t product, int side, int member) const {
+    return memory_ + left_[product][side] + member * step_[product];
+  }
+  float* right(size_t product, int side) const { return memory_ + right_[product][side]; }
+  // For the gradient's products: rows of the left matrix by member, of the right matrix.
+  float* left_rows(int side, int member) const { return memory_ + left_rows_[side] + member * rows_step_; }
+  float* right_rows(int side) const { return memory_ + right_rows_[side]; }
+  Tiles& right_tiles(int side) { return right_tiles_[side]; }  // G^T . left rows, by side
+  float* dots(size_t product, int side) const { return memory_ + dots_[product][side]; }
+  float* g(int side) const { return memory_ + g_[side]; }
+  // G in bf16x2, for one side after the other.
+  float* g_along_columns() const { return memory_ + rounded_g_; }
+  float* g_along_rows() const { return g_along_columns() + area_ / 2; }
+  float* line(Line line) const { return memory_ + lines_ + line * length_; }
+
+ private:
+  struct Offsets {
+    int64_t side[kSides];
+    int64_t operator[](int index) const { return side[index]; }
+  };
+  int64_t reserve(int64_t floats);
+  int64_t floats_ = 0, area_, length_, rows_step_ = 0, lines_ = 0, rounded_g_ = 0;
+  int group_ = 1;
+  std::vector<int64_t> step_;
+  std::vector<Offsets> left_, right_, dots_;
+  Offsets left_rows_{}, right_rows_{}, tiles_{}, g_{};
+  Tiles right_tiles_[kSides];
+  float* memory_ = nullptr;
+};
+
+// The distribution's weights on one side of a block; their columns' part lies in lines of the workspace.
+Weights weights(const Plan&, const Workspace&, const Distribution&, const Block&, int side);
+
+}  // namespace softclip

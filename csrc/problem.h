@@ -1,0 +1,70 @@
+// What a block operation works on, and what comes out: plain memory that knows nothing of who computes on it. The
+// fields are those of softclip_kernels/problem.py.
+//
+// Legend, here and in every file: N rows (images), M columns (texts), D embedding width, E a teacher's embedding width,
+// K teachers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace softclip {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1 };
+
+// (rows, width), steps in elements.
+struct Matrix {
+  const void* data = nullptr;
+  int64_t rows = 0, width = 0, row_step = 0, column_step = 0;
+  Dtype dtype = Dtype::float32;
+};
+
+// Where a teacher's logits come from; the numbers are those of softclip_kernels/problem.py.
+enum class Source : int { embeddings = 0, logits = 1, transposed = 2 };
+
+struct Teacher {
+  Source source = Source::logits;
+  double scale = 1;
+  Matrix x, y;                         // (N, E) and (M, E), only with Source::embeddings
+  const float* row_bias = nullptr;     // (N,) or null: zero
+  const float* column_bias = nullptr;  // (M,)
+};
+
+struct Problem {
+  Matrix x, y;  // (N, D), (M, D)
+  double scale = 1;
+  const int64_t* positive_column = nullptr;  // (N,) or null; outside [0, M): not in this block
+  const int32_t* row_segment = nullptr;      // (N,) or null
+  const int32_t* column_segment = nullptr;   // (M,)
+  std::vector<Teacher> teachers;
+  const float* row_threshold = nullptr;     // (N,) or null
+  const float* column_threshold = nullptr;  // (M,)
+};
+
+// The softmax statistics along one direction, (1 + 2K, length) in one piece of memory. Float: float or const float.
+template <class Float>
+struct PackedStatistics {
+  Float* data;
+  int64_t length;
+
+  Float* log_sum_exp() const { return data; }
+  Float* teacher_log_sum_exp(size_t teacher) const { return data + (1 + 2 * static_cast<int64_t>(teacher)) * length; }
+  Float* teacher_mean(size_t teacher) const { return data + (2 + 2 * static_cast<int64_t>(teacher)) * length; }
+};
+
+// What a forward returns.
+struct Statistics {
+  PackedStatistics<float> rows, columns;  // length N, length M
+  float* positive_logit;                  // (N,) zero on entry, or null
+  int64_t *row_ranks, *column_ranks;      // (N,), (M,) zero on entry, or null
+};
+
+// What a backward reads (all but the last two) and adds to.
+struct Gradients {
+  PackedStatistics<const float> rows, columns;  // of the forward
+  const float *grad_rows, *grad_columns;        // (1 + K, N), (1 + K, M)
+  float *gx, *gy;                               // (N, D), (M, D) contiguous, zero on entry; null: not wanted
+};
+
+}  // namespace softclip

@@ -1,0 +1,10 @@
+"""Everything that communicates. See docs/distributed.md for the global batch, docs/two_pass.md for two-pass training.
+
+exchange       what `group=` says, and where this rank's rows lie in the global batch
+agreement      before an exchange: that every rank can make it, with operands that fit
+failures       when an exchange fails: which rank is missing, or failed, and with what
+laps           the exchanges: every rank's columns shown to every rank, by gather or ring
+sharded        the statistics of this rank's rows against all columns, a visiting block at a time
+two_pass       large batches on little memory: encode twice (GradCache)
+torch_private  what is used of PyTorch beyond its public interface
+"""

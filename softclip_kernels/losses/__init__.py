@@ -1,0 +1,1 @@
+"""The losses: softmax (CLIP and everything with soft targets)."""

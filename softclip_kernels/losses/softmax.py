@@ -1,0 +1,302 @@
+"""The softmax contrastive loss, as functions and as a module.
+
+One call runs, in order: checks and the agreement between ranks (`agreement.make_layout`), the target's `lower` and
+`complete`, `autograd.loss_parts` (the custom operator, `backends.select`, a kernel; over ranks, block by block),
+`CompletedTarget.losses`, the reduction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
+
+import torch
+from torch import Tensor, nn
+
+from .. import autograd, backends, checks, positives
+from ..distributed import agreement
+from ..distributed.exchange import Layout, as_exchange
+from ..problem import Problem
+from ..stats import Statistics
+from ..targets.base import Target, check_target
+from ..targets.context import Context
+from ..targets.hard import Hard
+from ..targets.terms import CompletedTarget, IndexTerm, LoweredTarget
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Losses(NamedTuple):
+    """reduction="none": rows (N,) image→text and columns (M,) text→image, this rank's own."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+class RetrievalRanks(NamedTuple):
+    """How many logits exceed the positive's: rows (N,) among columns, columns (M,) among rows; int64, 0 is the best, -1
+    for a column that is no row's positive. Ties count in favour, a positive that is NaN or infinite ranks last. This
+    rank's own rows and columns."""
+
+    rows: Tensor
+    columns: Tensor
+
+    def recall(self, k: int) -> tuple[Tensor, Tensor]:
+        """R@k image→text and text→image: the share of positives among the k best, 0-d tensors."""
+        rows, columns = self.rows < k, (self.columns < k)[self.columns >= 0]
+        return rows.double().mean(), columns.double().mean()
+
+
+class _Where(TypedDict, total=False):
+    """Options of the loss that its result's type does not depend on."""
+
+    group: Any
+    backend: str
+
+
+class Options(_Where, total=False):
+    """Options of the loss beside its operands and its target; see softclip_loss."""
+
+    reduction: str
+
+
+@overload
+def softclip_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    target: Target | None = None,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    **where: Unpack[_Where],
+) -> Tensor: ...
+@overload
+def softclip_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    target: Target | None = None,
+    *,
+    reduction: Literal["none"],
+    **where: Unpack[_Where],
+) -> Losses: ...
+@overload
+def softclip_loss(
+    x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None = None, **options: Unpack[Options]
+) -> Tensor | Losses: ...
+def softclip_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    target: Target | None = None,
+    *,
+    reduction: str = "mean",
+    group: Any = None,
+    backend: str = "auto",
+) -> Tensor | Losses:
+    """Contrastive loss between x and y with hard, soft or mixed targets, without storing the similarity matrix.
+
+        z = logit_scale * x @ y.T
+        (F.cross_entropy(z, Y) + F.cross_entropy(z.T, Y_columns.T)) / 2              # Y of unit rows; eye for Hard()
+
+    x            (N, D) image embeddings, float32, bfloat16, float16 or float64, normally of unit norm
+    y            (M, D) text embeddings, same dtype and device
+    logit_scale  one element, already exponentiated, any floating dtype
+    target       Hard() (CLIP) by default; see softclip_kernels.targets
+    reduction    "mean": half the mean over rows plus half the mean over columns; "sum": the same with sums;
+                 "none": Losses(rows, columns)
+    group        a torch.distributed process group, or an Exchange around one: x and y are this rank's shares, every
+                 rank's pairs are contrasted, and the mean over ranks of the returned losses is the loss of the whole
+                 batch. Every rank calls the loss, with targets of one kind; an error on one is an error on all
+    backend      "auto", or one of softclip_kernels.backends.registered(); one asked for that cannot run raises
+
+    Returns a 0-d tensor of the accumulation dtype (float64 for float64, else float32), or Losses of that dtype.
+    Gradients reach x, y and logit_scale; one that does not require a gradient costs no matrix product. A zero embedding
+    is legal (its logits are 0); NaN and infinity in an operand, the scale included, come back as a non-finite loss; a
+    scale of 0 or less is refused on the CPU. Raises TypeError or ValueError on operands that do not fit, RuntimeError
+    for a backend.
+    """
+    request = Request(x, y, logit_scale, target, reduction, group, backends.current_name(backend))
+    return _outside_graphs(_run, group)(request)[0]
+
+
+@overload
+def softclip_loss_with_ranks(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    target: Target | None = None,
+    *,
+    reduction: Literal["mean", "sum"] = "mean",
+    **where: Unpack[_Where],
+) -> tuple[Tensor, RetrievalRanks]: ...
+@overload
+def softclip_loss_with_ranks(
+    x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None = None, **options: Unpack[Options]
+) -> tuple[Tensor | Losses, RetrievalRanks]: ...
+def softclip_loss_with_ranks(
+    x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None = None, **options: Any
+) -> tuple[Any, RetrievalRanks]:
+    """softclip_loss, with its options, and from the same pass over the similarities the ranks of the positives. The
+    target's hard part must be Hard() or Hard(labels): something with one positive a row."""
+    options["backend"] = backends.current_name(options.get("backend", "auto"))
+    request = Request(x, y, logit_scale, target, **options, ranked=True)
+    loss, ranks = _outside_graphs(_run, request.group)(request)
+    return loss, ranks
+
+
+class SoftClipLoss(nn.Module):
+    """softclip_loss with its options set once; a drop-in for open_clip's ClipLoss (without its rank and world size:
+    give `group`). Holds no parameters and no state.
+
+        SoftClipLoss()(image_features, text_features, logit_scale)
+    """
+
+    def __init__(
+        self,
+        target: Target | None = None,
+        *,
+        reduction: str = "mean",
+        group: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        checks.one_of("reduction", reduction, REDUCTIONS)
+        if target is not None:
+            check_target("target", target)
+        self.target = target
+        self.reduction = reduction
+        self.group = group
+        self.backend = backends.current_name(backend)
+        backends.check_name(self.backend)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor,
+        logit_bias: Tensor | None = None,
+        output_dict: bool = False,
+        target: Target | None = None,
+    ) -> Tensor | Losses | dict[str, Tensor | Losses]:
+        """image_features (N, D), text_features (M, D), logit_scale one element, already exponentiated. `target` takes
+        the place of the module's for this call. Returns the loss, or {"contrastive_loss": loss} with output_dict."""
+        if logit_bias is not None:
+            raise ValueError(
+                "logit_bias has no effect on a softmax over logits; it belongs to a sigmoid loss: pass None"
+            )
+        loss = softclip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            self.target if target is None else target,
+            reduction=self.reduction,
+            group=self.group,
+            backend=self.backend,
+        )
+        return {"contrastive_loss": loss} if output_dict else loss
+
+    def extra_repr(self) -> str:
+        return f"target={self.target}, reduction={self.reduction!r}, backend={self.backend!r}"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of the loss: the arguments of softclip_loss, and whether retrieval ranks are asked for."""
+
+    x: Tensor
+    y: Tensor
+    logit_scale: Tensor
+    target: Target | None = None
+    reduction: str = "mean"
+    group: Any = None
+    backend: str = "auto"
+    ranked: bool = False
+
+    def check(self) -> None:
+        checks.one_of("reduction", self.reduction, REDUCTIONS)
+        backends.check_name(self.backend)
+        checks.embeddings(self.x, self.y)
+        if self.target is not None:
+            check_target("target", self.target)
+        checks.logit_scale(self.logit_scale, self.x.device)
+
+    def lower(self, context: Context) -> LoweredTarget:
+        lowered = (Hard() if self.target is None else self.target).lower(context)
+        if self.ranked and (lowered.positive is None or any(isinstance(term, IndexTerm) for term in lowered.linear)):
+            raise ValueError(f"retrieval ranks need one positive a row: one Hard() or Hard(labels), not {self.target}")
+        return lowered
+
+    def describe(self, lowered: LoweredTarget) -> str:
+        """What every rank's request must have in common, beyond its operands' shapes."""
+        operands = (self.x, self.y, self.logit_scale)
+        learning = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+        wanted = ["ranks"] * self.ranked + ["gradients"] * learning
+        return f"{lowered.structure()}, {' and '.join(wanted) or 'nothing'} wanted, reduction={self.reduction!r}"
+
+
+def _outside_graphs(function: Callable[..., Any], group: Any) -> Callable[..., Any]:
+    """Excludes the loss from a compiled graph when ranks must communicate."""
+    if torch.compiler.is_compiling() and as_exchange(group) is not None:
+        return torch.compiler.disable(function)
+    return function
+
+
+def _full_precision(x: Any) -> AbstractContextManager[Any]:
+    """No autocast in here: the operands' own dtypes say how to compute."""
+    return torch.autocast(x.device.type, enabled=False) if isinstance(x, Tensor) else nullcontext()
+
+
+def _run(request: Request) -> tuple[Any, Any]:
+    """The loss, and RetrievalRanks where they are asked for."""
+    with _full_precision(request.x):
+        problem, target, layout = _prepare(request)
+        if request.ranked:
+            assert target.lowered.positive is not None
+            problem = positives.with_thresholds(problem, target.lowered.positive.own, layout)
+        parts = autograd.loss_parts(problem, target.linear_terms(), layout, request.backend)
+        loss = _reduce(target.losses(parts, layout), request.reduction, layout)
+        return loss, _retrieval_ranks(problem, parts.statistics, layout) if request.ranked else None
+
+
+def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
+    """Everything before the first pass over the similarities. Over ranks, whatever may raise does so before any of them
+    waits for another."""
+    x, y, exchange = request.x, request.y, as_exchange(request.group)
+    layout = agreement.make_layout(x, y, exchange, request.check)
+    checks.not_empty(layout.n, layout.m)
+    scale = request.logit_scale.to(device=x.device, dtype=layout.dtype).reshape(())
+    context = Context(x.detach(), y.detach(), scale.detach(), layout, request.backend)
+
+    def lower() -> LoweredTarget:
+        lowered = request.lower(context)
+        if exchange is not None:  # what this rank's backend would refuse in the middle of an exchange
+            backends.select(request.backend, lowered.problem(x, y, scale))
+        return lowered
+
+    lowered = agreement.agree_on_text(exchange, "agreement on targets", lower, request.describe)
+    layout = agreement.decide_plan(lowered.problem(x, y, scale), layout)
+    target = lowered.complete(replace(context, layout=layout))
+    return target.lowered.problem(x, y, scale), target, layout
+
+
+def _reduce(losses: tuple[Tensor, Tensor], reduction: str, layout: Layout) -> Tensor | Losses:
+    rows, columns = losses
+    if reduction == "none":
+        return Losses(rows, columns)
+    if reduction == "sum":
+        return 0.5 * layout.world_size * (rows.sum() + columns.sum())
+    return 0.5 * layout.world_size * (rows.sum() / layout.n + columns.sum() / layout.m)
+
+
+def _retrieval_ranks(problem: Problem, statistics: Statistics, layout: Layout) -> RetrievalRanks:
+    assert problem.row_threshold is not None and problem.column_threshold is not None
+    # Nothing exceeds NaN or infinity: behind all others, not before them. (-inf: a column that is no row's positive.)
+    rows = torch.where(problem.row_threshold.isfinite(), statistics.row_ranks, layout.m)
+    columns = torch.where(problem.column_threshold < torch.inf, statistics.column_ranks, layout.n)
+    return RetrievalRanks(rows, torch.where(problem.column_threshold == -torch.inf, -1, columns))

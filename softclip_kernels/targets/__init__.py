@@ -1,0 +1,39 @@
+"""What each row should match.
+
+context    what a target may look at while it is lowered
+terms      what every target becomes: a sum of terms, each linear in the logits
+base       Target: one class with one method, `lower`
+hard       Hard, Dense
+soft       Teacher, SelfTeacher, and how they are normalized: Sinkhorn, Potentials
+combine    Mix, Average, Weighted, Blocks
+psd        ProgressiveSelfDistillation, partition
+schedules  the soft share alpha as a function of the step
+"""
+
+from . import schedules
+from .base import Target
+from .combine import Average, Blocks, ForBatch, Mix, Weighted
+from .context import Context
+from .hard import Dense, Hard
+from .psd import ProgressiveSelfDistillation, partition
+from .soft import Potentials, SelfTeacher, Sinkhorn, SoftTarget, Teacher
+
+__all__ = [
+    "Average",
+    "Blocks",
+    "Context",
+    "Dense",
+    "ForBatch",
+    "Hard",
+    "Mix",
+    "Potentials",
+    "ProgressiveSelfDistillation",
+    "SelfTeacher",
+    "Sinkhorn",
+    "SoftTarget",
+    "Target",
+    "Teacher",
+    "Weighted",
+    "partition",
+    "schedules",
+]

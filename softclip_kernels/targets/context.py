@@ -1,0 +1,63 @@
+"""What a target may look at while it is lowered to terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import checks
+from ..distributed.exchange import Layout
+
+Coefficients = float | Tensor | tuple[Tensor | float, Tensor | float]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What lowering may look at, detached: x (N, D) and y (M, D), this rank's rows and columns, scale 0-d."""
+
+    x: Tensor
+    y: Tensor
+    scale: Tensor
+    layout: Layout
+    backend: str = "auto"
+    segments: tuple[Tensor, Tensor] | None = None
+
+    def ones(self) -> tuple[Tensor, Tensor]:
+        dtype = self.layout.dtype
+        return self.x.new_ones(len(self.x), dtype=dtype), self.x.new_ones(len(self.y), dtype=dtype)
+
+    def row_vector(self, name: str, value: Tensor) -> Tensor:
+        """This rank's part of a per-row tensor given for its own rows or for all."""
+        checks.vector(name, value, (self.layout.n_local, self.layout.n))
+        value = value.detach().to(self.layout.device)
+        return value if len(value) == self.layout.n_local else value[self.layout.own_rows]
+
+    def column_vector(self, name: str, value: Tensor) -> Tensor:
+        """This rank's part of a per-column tensor given for its own columns or for all."""
+        checks.vector(name, value, (self.layout.m_local, self.layout.m))
+        value = value.detach().to(self.layout.device)
+        return value if len(value) == self.layout.m_local else value[self.layout.own_columns]
+
+    def identifiers(self, name: str, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's part of ids of rows and columns, int64."""
+        for side, value in (("rows", rows), ("columns", columns)):
+            checks.identifiers(f"{name} of the {side}", value)
+        own_rows = self.row_vector(f"{name} of the rows", rows)
+        return own_rows.long(), self.column_vector(f"{name} of the columns", columns).long()
+
+    def coefficients(self, name: str, value: Coefficients) -> tuple[Tensor | float, Tensor | float]:
+        """A number for all, one tensor for the pairs (N == M), or a (per-row, per-column) pair."""
+        if isinstance(value, Tensor) and value.dim():
+            checks.square(f"one tensor as {name}", self.layout.n, self.layout.m)
+        rows, columns = value if isinstance(value, tuple) else (value, value)
+        if isinstance(rows, Tensor):
+            rows = self._number_or(self.row_vector, f"{name} of the rows", rows)
+        if isinstance(columns, Tensor):
+            columns = self._number_or(self.column_vector, f"{name} of the columns", columns)
+        return rows, columns
+
+    def _number_or(self, vector: Callable[[str, Tensor], Tensor], name: str, value: Tensor) -> Tensor:
+        own = value.detach().to(self.layout.device) if value.dim() == 0 else vector(name, value)
+        return own.to(self.layout.dtype)

@@ -1,0 +1,377 @@
+"""What every target becomes: a sum of terms, each linear in the logits.
+
+    Y_rows[i, j]    = sum over terms of  row_coefficient[i]    * term's row entry (i, j)
+    Y_columns[i, j] = sum over terms of  column_coefficient[j] * term's column entry (i, j)
+    row loss i      = row_weight[i] * (mass_i * logsumexp_j z_ij - sum_j Y_rows_ij z_ij),   mass_i = sum_j Y_rows_ij
+
+A teacher term's entries are recomputed in the kernel's tile. A hard term's entries are a 0/1 or given matrix E whose
+sums against z are O((N + M) D) algebra on the embeddings, in PyTorch, never in a kernel. Over ranks N and M are this
+rank's shares: a coefficient, mass or loss lives on the rank whose row or column it belongs to, and only column indices
+are global.
+
+Lowering itself never communicates, so that ranks can agree that their targets fit before any of them waits for another;
+`complete` then fills in what depends on other ranks, such as the number of matches of a group.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import autograd, checks
+from ..distributed import laps
+from ..distributed.exchange import Layout
+from ..indexing import scatter_sum, take_rows
+from ..problem import Problem, Source, TeacherOperand
+from ..stats import ColumnBlock, LossParts, SoftmaxStatistics
+from .context import Context
+
+AnyTerm = TypeVar("AnyTerm", bound="Term")
+
+
+@dataclass(frozen=True)
+class Term:
+    """row_coefficient (N,), column_coefficient (M,), accumulation dtype."""
+
+    row_coefficient: Tensor
+    column_coefficient: Tensor
+
+    def scaled(self: AnyTerm, rows: Tensor | float, columns: Tensor | float) -> AnyTerm:
+        return replace(
+            self, row_coefficient=self.row_coefficient * rows, column_coefficient=self.column_coefficient * columns
+        )
+
+    def structure(self) -> str:
+        """What every rank's term must have in common."""
+        return type(self).__name__
+
+
+# Hard terms.
+
+
+@dataclass(frozen=True)
+class HardTerm(Term, ABC):
+    """E is the same matrix for both directions. A stats.LinearTerm."""
+
+    @abstractmethod
+    def complete(self, context: Context) -> CompletedTerm:
+        """With E's row and column sums, over all ranks."""
+
+    def column_operands(self) -> tuple[Tensor, ...]:
+        return ()
+
+    @abstractmethod
+    def dots(self, x: Tensor, columns: ColumnBlock, scale: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class CompletedTerm:
+    """A hard term with the sums of its E over all ranks: of each row (N,) and of each column (M,)."""
+
+    term: HardTerm
+    row_sum: Tensor
+    column_sum: Tensor
+
+
+@dataclass(frozen=True)
+class IndexTerm(HardTerm):
+    """E_ij = 1 at j = index[i]: the positive of each row. index (N,) int64, global column numbers. `own`: on every rank
+    the index names that rank's columns only."""
+
+    index: Tensor
+    own: bool = False
+
+    def complete(self, context: Context) -> CompletedTerm:
+        if context.segments is not None and context.layout.exchange is None:
+            row_segment, column_segment = context.segments
+            checks.own_segments(row_segment, column_segment[self.index])
+        ones = torch.ones_like(self.row_coefficient)
+        return CompletedTerm(self, ones, self.sum_to_columns(ones, context.layout))
+
+    def sum_to_columns(self, values: Tensor, layout: Layout) -> Tensor:
+        """The sum of the values (N,) of all ranks' rows at the column that each row's index names: (M,)."""
+        return laps.sum_to_columns(values, self.index, layout, self.own)
+
+    def structure(self) -> str:
+        return f"IndexTerm(own={self.own})"
+
+    def dots(self, x: Tensor, columns: ColumnBlock, scale: Tensor) -> tuple[Tensor, Tensor]:
+        y, index = columns.y, self.index - columns.start
+        column = index.clamp(0, len(y) - 1)
+        z = torch.where(column == index, scale * (x.to(scale.dtype) * take_rows(y, column).to(scale.dtype)).sum(1), 0.0)
+        return z, scatter_sum(len(y), column, z)
+
+
+@dataclass(frozen=True)
+class GroupTerm(HardTerm):
+    """E_ij = 1 where row_id[i] == column_id[j]; int64. Once complete, the coefficients let every row's and every
+    column's matches share a mass of 1; one without a match has none."""
+
+    row_id: Tensor
+    column_id: Tensor
+
+    def complete(self, context: Context) -> CompletedTerm:
+        layout = context.layout
+        row_count = _matches(self.row_id, laps.gather_columns(self.column_id, layout))
+        column_count = _matches(self.column_id, laps.gather_rows(self.row_id, layout))
+        row_sum, column_sum = row_count.to(layout.dtype), column_count.to(layout.dtype)
+        shares = (torch.where(count > 0, 1 / count.clamp(min=1), 0.0) for count in (row_sum, column_sum))
+        return CompletedTerm(self.scaled(*shares), row_sum, column_sum)
+
+    def column_operands(self) -> tuple[Tensor, ...]:
+        return (self.column_id,)
+
+    def dots(self, x: Tensor, columns: ColumnBlock, scale: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = x.to(scale.dtype), columns.y.to(scale.dtype)
+        row_group, column_group, groups = _places(self.row_id, columns.operands[0])
+        x_of_group = scatter_sum(groups, row_group, x)
+        y_of_group = scatter_sum(groups, column_group, y)
+        row_dot = scale * (x * take_rows(y_of_group, row_group)).sum(1)
+        column_dot = scale * (y * take_rows(x_of_group, column_group)).sum(1)
+        return row_dot, column_dot
+
+
+def _places(row_id: Tensor, column_id: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Ids as their place among the sorted column ids, so that shapes do not depend on values: row groups, column groups
+    and how many there may be. Ids that no column has share one last group without columns."""
+    ordered = column_id.sort().values
+    place = torch.searchsorted(ordered, row_id.contiguous())
+    known = (place < len(ordered)) & (ordered[place.clamp(max=len(ordered) - 1)] == row_id)
+    column_place = torch.searchsorted(ordered, column_id.contiguous())
+    return torch.where(known, place, len(ordered)), column_place, len(ordered) + 1
+
+
+def _matches(ids: Tensor, others: Tensor) -> Tensor:
+    """How many of the others equal each id."""
+    ordered = others.sort().values
+    ids = ids.contiguous()
+    return torch.searchsorted(ordered, ids, right=True) - torch.searchsorted(ordered, ids)
+
+
+@dataclass(frozen=True)
+class DenseTerm(HardTerm):
+    """E given as a matrix (N, columns of all ranks)."""
+
+    matrix: Tensor
+
+    def complete(self, context: Context) -> CompletedTerm:
+        return CompletedTerm(self, self.matrix.sum(1), laps.sum_columns(self.matrix.sum(0), context.layout))
+
+    def dots(self, x: Tensor, columns: ColumnBlock, scale: Tensor) -> tuple[Tensor, Tensor]:
+        x, y = x.to(scale.dtype), columns.y.to(scale.dtype)
+        matrix = self.matrix[:, columns.start : columns.start + len(y)]
+        row_dot = scale * (x * (matrix @ y)).sum(1)
+        column_dot = scale * (y * (matrix.T @ x)).sum(1)
+        return row_dot, column_dot
+
+
+# Teacher terms.
+
+
+@dataclass(frozen=True)
+class TeacherTerm(Term):
+    """Row entries exp(t_ij + column_bias_j + row_potential_i), where a row_potential of None stands for the one that
+    makes the row sum to 1; column entries likewise with row_bias and column_potential. Potentials (N,) and (M,)."""
+
+    operand: TeacherOperand
+    row_potential: Tensor | None = None
+    column_potential: Tensor | None = None
+
+    def complete(self, context: Context) -> TeacherTerm:
+        """With the potentials that depend on the whole batch."""
+        return self
+
+    def with_biases(self, row: Tensor, column: Tensor) -> TeacherTerm:
+        return replace(self, operand=replace(self.operand, row_bias=row, column_bias=column))
+
+    def structure(self) -> str:
+        operand = self.operand
+        given = [name for name in ("scale", "row_bias", "column_bias") if getattr(operand, name) is not None]
+        width = "" if operand.x is None else f" of width {operand.x.shape[1]}, {operand.x.dtype}"
+        return f"{type(self).__name__}({operand.source.name}{width}{''.join(f', {name}' for name in given)})"
+
+
+@dataclass(frozen=True)
+class ColumnNormalizedTerm(TeacherTerm):
+    """A teacher whose potentials are the other direction's log-sum-exps."""
+
+    def complete(self, context: Context) -> TeacherTerm:
+        row, column = (_normalizing(lse) for lse in _log_sum_exps(context, self.operand))
+        return replace(
+            self, row_potential=torch.zeros_like(row), column_potential=torch.zeros_like(column)
+        ).with_biases(row, column)
+
+
+@dataclass(frozen=True)
+class SinkhornTerm(TeacherTerm):
+    """A teacher whose potentials come from normalizing rows and columns in turn."""
+
+    iterations: int = 5
+
+    def complete(self, context: Context) -> TeacherTerm:
+        row, column = (torch.zeros_like(ones) for ones in context.ones())
+        for _ in range(self.iterations):
+            column = _normalizing(_log_sum_exps(context, replace(self.operand, row_bias=row, column_bias=column))[1])
+            row = _normalizing(_log_sum_exps(context, replace(self.operand, row_bias=row, column_bias=column))[0])
+        return replace(self, row_potential=row, column_potential=column).with_biases(row, column)
+
+    def structure(self) -> str:
+        return f"{super().structure()}, {self.iterations} iterations"
+
+
+def _log_sum_exps(context: Context, operand: TeacherOperand) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp over columns of `t + column_bias` (N,) and over rows of `t + row_bias` (M,), over the whole batch."""
+    row_segment, column_segment = context.segments or (None, None)
+    x, y, scale = context.x, context.y, context.scale
+    if operand.source == Source.EMBEDDINGS:  # the teacher's own similarity is the cheaper problem to ride on
+        assert operand.x is not None and operand.y is not None and operand.scale is not None
+        x, y, scale = operand.x, operand.y, operand.scale
+        if x.dtype != context.x.dtype:  # a backend takes the student's dtype, and a teacher of any
+            x, y = x.to(context.layout.dtype), y.to(context.layout.dtype)
+        operand = replace(operand, source=Source.LOGITS, scale=None, x=None, y=None)
+    problem = Problem(x, y, scale, row_segment=row_segment, column_segment=column_segment, teachers=(operand,))
+    statistics = autograd.loss_parts(problem, (), context.layout, context.backend).statistics
+    rows, columns = statistics.rows.teacher_lse[0], statistics.columns.teacher_lse[0]
+    return rows.to(context.layout.dtype), columns.to(context.layout.dtype)
+
+
+def _normalizing(log_sum_exp: Tensor) -> Tensor:
+    """The potential that makes a row (column) sum to 1; one that sees nothing is excluded."""
+    return torch.where(log_sum_exp == -torch.inf, -torch.inf, -log_sum_exp)
+
+
+# Their sum.
+
+
+@dataclass(frozen=True)
+class LoweredTarget:
+    """A sum of terms, with what applies to the whole.
+
+    positive       the term that gives every row its positive, which the kernels compute; None where there is none
+    linear         the other hard terms
+    teachers       the soft terms
+    row_weight     (N,) of each row's loss, or None: 1
+    column_weight  (M,) of each column's loss
+    segments       (row (N,), column (M,)) int64: a row sees the columns of its segment; None: all
+    """
+
+    positive: IndexTerm | None = None
+    linear: tuple[HardTerm, ...] = ()
+    teachers: tuple[TeacherTerm, ...] = ()
+    row_weight: Tensor | None = None
+    column_weight: Tensor | None = None
+    segments: tuple[Tensor, Tensor] | None = None
+
+    def scaled(self, rows: Tensor | float, columns: Tensor | float) -> LoweredTarget:
+        """Every entry of row i times rows[i], of column j times columns[j]: the entries, not the losses' weights."""
+        return replace(
+            self,
+            positive=None if self.positive is None else self.positive.scaled(rows, columns),
+            linear=tuple(term.scaled(rows, columns) for term in self.linear),
+            teachers=tuple(term.scaled(rows, columns) for term in self.teachers),
+        )
+
+    def plus(self, other: LoweredTarget) -> LoweredTarget:
+        """The sum of the two targets' entries."""
+        if any(part.row_weight is not None or part.segments is not None for part in (self, other)):
+            raise ValueError("Weighted and Blocks apply to a whole target: wrap the mixture, not one of its parts")
+        positive, linear = self.positive or other.positive, self.linear
+        if self.positive is not None and other.positive is not None:  # a kernel computes one positive a row
+            linear = (*linear, other.positive)
+        return replace(self, positive=positive, linear=linear + other.linear, teachers=self.teachers + other.teachers)
+
+    def weighted(self, rows: Tensor, columns: Tensor) -> LoweredTarget:
+        """The losses, not the entries, times these."""
+        if self.row_weight is not None and self.column_weight is not None:
+            rows, columns = rows * self.row_weight, columns * self.column_weight
+        return replace(self, row_weight=rows, column_weight=columns)
+
+    def structure(self) -> str:
+        """What every rank's target must have in common, for an exchange to fit."""
+        hard = self.linear if self.positive is None else (self.positive, *self.linear)
+        terms = [term.structure() for term in (*hard, *self.teachers)]
+        given = [name for name in ("row_weight", "segments") if getattr(self, name) is not None]
+        return " + ".join(terms) + "".join(f", {name}" for name in given)
+
+    def problem(self, x: Tensor, y: Tensor, scale: Tensor) -> Problem:
+        row_segment, column_segment = self.segments or (None, None)
+        return Problem(
+            x,
+            y,
+            scale,
+            positive_column=None if self.positive is None else self.positive.index,
+            row_segment=row_segment,
+            column_segment=column_segment,
+            teachers=tuple(term.operand for term in self.teachers),
+        )
+
+    def complete(self, context: Context) -> CompletedTarget:
+        """With what depends on other ranks; the only step that communicates."""
+        context = replace(context, segments=self.segments)
+        return CompletedTarget(
+            None if self.positive is None else self.positive.complete(context),
+            tuple(term.complete(context) for term in self.linear),
+            replace(self, teachers=tuple(term.complete(context) for term in self.teachers)),
+        )
+
+
+@dataclass(frozen=True)
+class CompletedTarget:
+    """A target of which everything is known but the statistics. `lowered` has completed teachers; its hard terms are
+    superseded by those here."""
+
+    positive: CompletedTerm | None
+    linear: tuple[CompletedTerm, ...]
+    lowered: LoweredTarget
+
+    def linear_terms(self) -> tuple[HardTerm, ...]:
+        """The terms whose dots are PyTorch's work."""
+        return tuple(completed.term for completed in self.linear)
+
+    def losses(self, parts: LossParts, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Row losses (N,) and column losses (M,)."""
+        rows, columns = parts.statistics.rows, parts.statistics.columns
+        hard = list(zip(self.linear, parts.row_dots, parts.column_dots, strict=True))
+        if self.positive is not None:
+            positive, term = parts.statistics.positive_logit, self.lowered.positive
+            assert term is not None
+            hard.insert(0, (self.positive, positive, term.sum_to_columns(positive, layout)))
+        row_mass, row_dot = _zeros(rows.lse, 2)
+        column_mass, column_dot = _zeros(columns.lse, 2)
+        for completed, of_rows, of_columns in hard:
+            term_rows, term_columns = completed.term.row_coefficient, completed.term.column_coefficient
+            row_mass = row_mass + term_rows * completed.row_sum
+            row_dot = row_dot + term_rows * of_rows
+            column_mass = column_mass + term_columns * completed.column_sum
+            column_dot = column_dot + term_columns * of_columns
+        for k, teacher in enumerate(self.lowered.teachers):
+            mass, dot = _teacher_sums(teacher.row_coefficient, teacher.row_potential, rows, k)
+            row_mass, row_dot = row_mass + mass, row_dot + dot
+            mass, dot = _teacher_sums(teacher.column_coefficient, teacher.column_potential, columns, k)
+            column_mass, column_dot = column_mass + mass, column_dot + dot
+        return (
+            _weighted_loss(self.lowered.row_weight, row_mass, rows.lse, row_dot),
+            _weighted_loss(self.lowered.column_weight, column_mass, columns.lse, column_dot),
+        )
+
+
+def _zeros(like: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, *like.shape, dtype=like.dtype, device=like.device)
+
+
+def _teacher_sums(
+    coefficient: Tensor, potential: Tensor | None, statistics: SoftmaxStatistics, k: int
+) -> tuple[Tensor, Tensor]:
+    """A teacher's mass and dot in one direction: `mass * (mean logit under its normalized distribution)`."""
+    mass = coefficient if potential is None else coefficient * (statistics.teacher_lse[k].detach() + potential).exp()
+    return mass, mass * statistics.teacher_mean[k]
+
+
+def _weighted_loss(weight: Tensor | None, mass: Tensor, log_sum_exp: Tensor, dot: Tensor) -> Tensor:
+    # A row that sees no column at all has a log-sum-exp of -inf, and contributes nothing.
+    loss = mass * torch.where(log_sum_exp == -torch.inf, 0.0, log_sum_exp) - dot
+    return loss if weight is None else weight * loss

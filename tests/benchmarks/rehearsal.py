@@ -1,0 +1,74 @@
+"""`python -m bench gpu` on a CPU, with tiny sizes: Triton's interpreter, and stand-ins for what only a GPU has. Times
+are the CPU's, memory is made up.
+
+TRITON_INTERPRET=1 python -m tests.benchmarks.rehearsal [the command's options]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench import gpu
+
+SMALL = gpu.Scale(
+    device="cpu",
+    dtypes=(torch.float32,),  # the interpreter takes no other
+    n=(64, 40),
+    d=(32,),
+    first=(64, 32),
+    checked=(65, 24),
+    repeats=2,
+    memory=(64, 32),
+    million=(40, 16),
+    first_call=(40, 16),
+    seconds=0.0,
+    patience=10.0,
+    gemm=32,
+)
+FREE = 150_000  # bytes: of the rehearsal's losses some fit in it and some do not
+
+
+class Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._at = 0.0
+
+    def record(self) -> None:
+        self._at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end._at - self._at)
+
+
+def stand_ins() -> dict[str, Any]:
+    """What takes the place of torch.cuda's own."""
+    return {
+        "Event": Event,
+        "synchronize": lambda: None,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda: (FREE, 2 * FREE),
+        "memory_allocated": lambda: 0,
+        "max_memory_allocated": lambda: 0,
+        "reset_peak_memory_stats": lambda: None,
+    }
+
+
+def install() -> None:
+    """In this process, for good."""
+    vars(torch.cuda).update(stand_ins())
+    vars(torch).update(compile=_uncompiled)
+
+
+def _uncompiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    return function
+
+
+if __name__ == "__main__":
+    raise SystemExit(gpu.run(gpu.parse(sys.argv[1:], SMALL), SMALL, install))

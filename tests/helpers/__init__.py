@@ -1,0 +1,22 @@
+"""What tests share, imported as `from helpers.jobs import start`.
+
+backends     the backends that tests run over, and their dtypes
+data         a tiny data set, and a configuration that trains on it in seconds
+faults/      what breaks in a job's ranks on purpose
+interpreter  a function of the tests in an interpreter of its own
+jobs         whole jobs of the trainer, started as users start them
+memory       a loss's peak of resident memory
+mutants      results that are wrong on purpose
+parity       training one model with different ways of computing one loss
+products     how much matrix multiplication PyTorch is asked for
+ranks        processes that are the ranks of a group
+saved_runs   checkpoints without a job
+sharding     a problem shared out over ranks, and put together again
+signals      children that answer signals as they would in a terminal
+step_worker  one rank of the tests that look inside a training step
+towers       two small towers and their data on every rank
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]

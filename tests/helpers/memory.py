@@ -1,0 +1,60 @@
+"""Peak resident memory of a loss, measured in an interpreter of its own.
+
+ru_maxrss would not do: a process inherits it over fork and exec, so a child of a grown test process sees no growth.
+VmHWM belongs to the address space, which is new at exec, and starts again where a 5 is written to clear_refs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import interpreter
+
+# glibc gives what is freed back to the system at once: what is resident is what is alive.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def growth(work: Callable[[], object]) -> int:
+    """The bytes by which this process's peak while working exceeds what was resident before."""
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    kept = work()
+    peak = _resident("VmHWM")
+    del kept
+    return peak - before
+
+
+def in_a_new_process(function: str, *arguments: Any, plant: str = "", allocator: dict[str, str] = AT_ONCE) -> Any:
+    """interpreter.result_of a function of this module."""
+    return interpreter.result_of("helpers.memory", function, *arguments, plant=plant, **allocator)
+
+
+def loss_growth(
+    backend: str, cases: list[tuple[str, str]], sizes: list[int], width: int, threads: int
+) -> dict[str, list[int]]:
+    """The growth, in bytes, of a loss's forward and backward pass beyond its inputs: "target dtype" to one for each N.
+    `cases` are pairs of a name of conftest.ALL_TARGETS and a dtype."""
+    import torch
+
+    from softclip_kernels import softclip_loss
+    from softclip_kernels.testing import ALL_TARGETS
+
+    torch.set_num_threads(threads)
+
+    def measure(name: str, dtype: str, n: int) -> int:
+        x, y = (torch.nn.functional.normalize(torch.randn(n, width)).to(getattr(torch, dtype)) for _ in range(2))
+        target, scale = ALL_TARGETS[name](n, n), torch.tensor(14.3, requires_grad=True)
+        x.requires_grad_(), y.requires_grad_()
+        return growth(lambda: softclip_loss(x, y, scale, target, backend=backend).backward())
+
+    for name, dtype in cases:
+        measure(name, dtype, sizes[0])  # libraries load, and workspaces that stay have been made
+    return {f"{name} {dtype}": [measure(name, dtype, n) for n in sizes] for name, dtype in cases}
+
+
+def _resident(field: str) -> int:
+    """Bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -1,0 +1,118 @@
+"""What the command line of the trainer takes and refuses, without processes of its own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.data import tiny
+
+from train import launch, lock
+from train.cli import main, parse
+from train.config import Config, load
+
+
+def run_main(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    status = main(arguments)
+    return status, capsys.readouterr().err
+
+
+def test_what_cannot_be_run_is_refused_with_the_way_out(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_main(["job.sede=1"], capsys)[0] == 2
+    assert "unknown option of 'job': sede" in run_main(["job.sede=1"], capsys)[1]
+    assert "no config.yaml there" in run_main(["--resume", str(tmp_path)], capsys)[1]
+    assert "leave out --config" in run_main(["--resume", str(tmp_path), "--folder", "other"], capsys)[1]
+    assert "give --folder" in run_main(["--resume", "auto"], capsys)[1]
+    assert "--stop-after 0" in run_main(["--stop-after", "0"], capsys)[1]
+    assert f"the run {tmp_path} exists" in run_main(["--folder", str(tmp_path)], capsys)[1]
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in run_main(["--folder", str(tmp_path / "gpu"), "job.device=cuda"], capsys)[1]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "give --folder" in run_main([], capsys)[1]
+
+
+def test_options_stand_in_any_order() -> None:
+    options = parse(["job.seed=1", "--folder", "there", "loss.target=hard", "--stop-after", "3", "optimizer.steps=9"])
+    assert options.overrides == ["job.seed=1", "loss.target=hard", "optimizer.steps=9"]
+    assert (options.folder, options.stop_after) == (Path("there"), 3)
+
+
+@pytest.fixture
+def stopped_run(tmp_path: Path, data: Path) -> Path:
+    """A run of twelve steps that has done eight, as far as the command line looks."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-000008").mkdir(parents=True)
+    (run / "config.yaml").write_text(Config.from_dict(tiny(data)).to_yaml())
+    return run
+
+
+@pytest.mark.parametrize(
+    ("overrides", "messages"),
+    (
+        (
+            ["optimizer.lr=0.5", "optimizer.steps=20"],
+            ("cannot go on with another optimizer.lr (the run's: 0.0015, asked for: 0.5); allowed: data.folder, ",),
+        ),
+        (
+            ["model.text_width=32", "job.seed=3"],
+            ("another model.text_width (the run's: 16, asked for: 32), job.seed ",),
+        ),
+        (["optimizer.steps=7"], ("optimizer.steps=7, but the run ", " has done 8 steps; allowed: that or more")),
+        (["job.sede=1"], ("unknown option of 'job': sede",)),
+    ),
+)
+def test_what_a_run_cannot_go_on_with_is_named_and_nothing_changed(
+    stopped_run: Path, data: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], messages: tuple[str, ...]
+) -> None:
+    before = (stopped_run / "config.yaml").read_bytes()
+    same = stopped_run.with_name("same.yaml")
+    same.write_bytes(before)
+    for how in (
+        ["--resume", str(stopped_run)],
+        ["--resume", "auto", "--folder", str(stopped_run), "--config", str(same)],
+    ):
+        status, said = run_main([*overrides, *how], capsys)
+        assert status == 2
+        assert all(message in said for message in messages), said
+        assert said.count("\n") == 1
+    assert (stopped_run / "config.yaml").read_bytes() == before
+    assert sorted(path.name for path in stopped_run.iterdir()) == ["checkpoints", "config.yaml"]
+
+
+def test_what_a_run_can_go_on_with_is_kept_and_the_run_held(
+    stopped_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[list[str]] = []
+    monkeypatch.setattr(launch, "launch", lambda count, run, arguments, held: jobs.append(arguments) or 0)
+    assert main(["job.evaluate_every=3", "--resume", str(stopped_run), "optimizer.steps=20"]) == 0
+    kept = load(stopped_run / "config.yaml")
+    assert (kept.optimizer.steps, kept.job.evaluate_every) == (20, 3)
+    again = stopped_run.with_name("again.yaml")
+    again.write_text(kept.to_yaml())
+    for run in (stopped_run, stopped_run.with_name("new")):
+        assert main(["--resume", "auto", "--folder", str(run), "--config", str(again)]) == 0
+        assert load(run / "config.yaml") == kept
+    assert jobs == [["--resume", str(run)] for run in (stopped_run, stopped_run, stopped_run.with_name("new"))]
+    with lock.hold(stopped_run):
+        status, said = run_main(["--resume", str(stopped_run)], capsys)
+    assert status == 2
+    assert re.search(rf"run {stopped_run} is in use by process {os.getpid()} on \S+ since 2\d+-", said), said
+    assert len(jobs) == 3
+
+
+def test_a_file_system_without_locks_is_said(
+    stopped_run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    lock.hold(stopped_run).close()
+    assert "has no locks (No locks available): nothing keeps a second job" in capsys.readouterr().err

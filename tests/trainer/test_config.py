@@ -1,0 +1,103 @@
+"""The trainer's options: what a configuration may hold, what is refused, and that its documentation is complete."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from train.config import Config, ConfigError, LossOptions, OptimizerOptions, load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_default_configuration_round_trips(tmp_path: Path) -> None:
+    config = load()
+    (tmp_path / "again.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    assert load(tmp_path / "again.yaml") == config
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_overrides_are_typed_as_the_option_is() -> None:
+    config = load(
+        None, ["optimizer.lr=2e-3", "optimizer.weight_decay=0", "model.image_widths=[8, 16]", "data.folder=a"]
+    )
+    assert config.optimizer.lr == 2e-3  # YAML reads 2e-3 as text
+    assert isinstance(config.optimizer.weight_decay, float)
+    assert config.model.image_widths == (8, 16)
+    assert load(None, ["data.folder=null"]).data.folder is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    (
+        (
+            "optimizer.learning_rate=1",
+            r"unknown option of 'optimizer': learning_rate; allowed: batch_size, betas, .*lr",
+        ),
+        ("optimiser.lr=1", r"unknown section: optimiser; allowed: data, job, loss, model, optimizer"),
+        ("optimizer.steps=many", r"optimizer\.steps='many' is str; allowed: int"),
+        ("optimizer.steps=1.5", r"optimizer\.steps=1\.5 is float; allowed: int"),
+        ("optimizer.steps=0", r"optimizer\.steps=0; allowed: 1 or more"),
+        ("optimizer.lr=nan", r"optimizer\.lr=nan; allowed: 0\.0 to 1\.0"),
+        ("optimizer.betas=[0.9]", r"optimizer\.betas=\[0\.9\]: two numbers"),
+        ("loss.target=siglip", r"loss\.target='siglip'; allowed: 'psd', 'hard'"),
+        ("loss.backend=foo", r"loss\.backend='foo'; allowed: 'auto', .*'chunked'"),
+        ("loss.alpha_end=1.1", r"loss\.alpha_end=1\.1; allowed: 0\.0 to 1\.0"),
+        ("job.zero_stage=0", r"job\.zero_stage=0; allowed: 1, 2, 3"),
+        ("job.seed=true", r"job\.seed=True is bool; allowed: int"),
+        ("model.text_heads=5", r"model\.text_width=192 must be a multiple of model\.text_heads=5"),
+        ("steps=3", r"'steps=3': write section\.name=value"),
+        ("job.seed=[", r"'job\.seed=\[': the value is not YAML"),
+    ),
+)
+def test_bad_options_are_named_with_what_is_allowed(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(None, [override])
+
+
+def test_a_run_of_the_former_name_of_a_backend_goes_on_under_its_new_one() -> None:
+    with pytest.warns(DeprecationWarning, match="now called 'cpu'"):
+        assert load(None, ["loss.backend=native"]).loss.backend == "cpu"
+
+
+@pytest.mark.parametrize("text", ("[1, 2]", "model: 3", "a: [", None))
+def test_a_file_that_is_no_configuration_is_refused_by_name(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.yaml|section 'model' is 3"):
+        load(file)
+
+
+def test_learning_rate_and_soft_share_equal_their_closed_forms() -> None:
+    options = OptimizerOptions(steps=110, warmup_steps=10, lr=1.0, final_lr_fraction=0.1)
+    assert [options.lr_at(step) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert options.lr_at(10) == 1.0
+    assert options.lr_at(60) == pytest.approx(0.55)
+    assert options.lr_at(110) == pytest.approx(0.1)
+    loss = LossOptions(hard_steps=10, rise_steps=20, alpha_start=0.1, alpha_end=0.5)
+    values = [loss.alpha()(step) for step in (0, 9, 10, 20, 30, 500)]
+    assert values == pytest.approx([0.0, 0.0, 0.1, 0.3, 0.5, 0.5])
+    assert replace(loss, schedule="linear").alpha()(15) == pytest.approx(0.2)
+    assert replace(loss, schedule="constant").alpha()(10) == 0.5
+    assert replace(loss, target="hard").alpha()(30) == 0.0
+
+
+def test_the_file_of_the_default_run_names_only_known_options() -> None:
+    mapping = yaml.safe_load((ROOT / "train" / "configs" / "emoji.yaml").read_text(encoding="utf-8"))
+    Config.from_dict(mapping)
+
+
+def test_documentation_lists_every_option_with_its_default() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    listed = {line.split(" | ")[0]: line.split(" | ")[1] for line in text.splitlines() if line.startswith("| `")}
+    options = {
+        f"| `{section}.{name}`": "null" if value is None else str(value)
+        for section, values in Config().to_dict().items()
+        for name, value in values.items()
+    }
+    assert listed == options

