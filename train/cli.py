@@ -146,10 +146,10 @@ def _run_rank(settings: Config, run: Path, options: argparse.Namespace) -> int:
         with join_world(settings.job) as world:
             # DeepSpeed takes seconds to import, which the launching process does without. It picks its device by this.
             os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-            from .run import train
+            from .run import Task, train
 
             try:
-                stopped = train(settings, run, world, watch, options.stop_after)
+                stopped = train(Task(settings, run, options.stop_after), world, watch)
                 watch.close()
             except Exception as error:
                 launch.leave(_failed(error, run, watch))  # an orderly end would wait for ranks that may be gone

@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,16 @@ class NonFiniteError(checkpoint.RunError):
     """More batches had a non-finite loss or gradient than the configuration allows, or the model itself is not."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a process is asked to do: train as `config` says, to the last step or to step `stop_after`, in folder
+    `run`."""
+
+    config: Config
+    run: Path
+    stop_after: int | None = None
+
+
 @dataclass
 class Trainer:
     """Everything a process holds while it trains.
@@ -59,19 +69,21 @@ class Trainer:
     fingerprint: fingerprint.Fingerprint
 
 
-def train(config: Config, run: Path, world: World, heartbeat: Heartbeat, stop_after: int | None = None) -> str | None:
+def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
     """Train to the last step, then evaluate; or train to step `stop_after`. Returns None, or, where a rank was asked to
     stop, what is left and how to go on; where that is in the evaluation at the end, rank 0 raises StoppedError."""
     began = time.perf_counter()
-    trainer = _set_up(config, run, world, heartbeat, stop_after)
-    steps = config.optimizer.steps
-    last = min(steps, stop_after or steps)
+    trainer = _set_up(task, world, heartbeat)
+    steps = task.config.optimizer.steps
+    last = min(steps, task.stop_after or steps)
     # From here on a request waits for the end of a step. One that ended a rank before this line shows in this exchange.
     stop.act_at_once(None)
     asked_to_stop(trainer.world)
     if trainer.log is not None:
         seconds = f"{time.perf_counter() - began:.1f} s"
-        trainer.log.say(f"run {run}: {_describe(trainer)}, steps {trainer.state.step} to {last}; ready in {seconds}")
+        trainer.log.say(
+            f"run {task.run}: {_describe(trainer)}, steps {trainer.state.step} to {last}; ready in {seconds}"
+        )
     try:
         stopped = _loop(trainer, last)
         if last == steps and stopped is None:
@@ -87,13 +99,14 @@ def train(config: Config, run: Path, world: World, heartbeat: Heartbeat, stop_af
     return stopped
 
 
-def _set_up(config: Config, run: Path, world: World, heartbeat: Heartbeat, stop_after: int | None) -> Trainer:
+def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
+    config, run = task.config, task.run
     _quiet()
     folder, pairs, held_out = on_each(world, lambda: _read_data(config, world))
     heartbeat.tick()
     config, choices = on_first(world, lambda: settle(config, world.size, world.device))
     now = on_first(world, lambda: fingerprint.take(folder, world.device))
-    resumed = on_first(world, lambda: _checkpoint_to_resume(config, run, world, stop_after, now))
+    resumed = on_first(world, lambda: _checkpoint_to_resume(replace(task, config=config), world, now))
     if resumed is None:
         text = on_first(world, lambda: train_tokenizer(all_captions(pairs), config.model.vocab_size).to_str())
         tokenizer, state = Tokenizer.from_str(text), checkpoint.State(0, 0, world.size, config.job.zero_stage)
@@ -134,20 +147,18 @@ def _check_share(options: OptimizerOptions, processes: int) -> None:
         )
 
 
-def _checkpoint_to_resume(
-    config: Config, run: Path, world: World, stop_after: int | None, now: fingerprint.Fingerprint
-) -> Path | None:
+def _checkpoint_to_resume(task: Task, world: World, now: fingerprint.Fingerprint) -> Path | None:
     """The newest good checkpoint, None where the run never wrote one; raises where it does not fit this job."""
-    if not checkpoint.has_any(run):
+    if not checkpoint.has_any(task.run):
         return None
-    folder = checkpoint.find(run, engine=True)
+    folder, stop_after = checkpoint.find(task.run, engine=True), task.stop_after
     state = checkpoint.read_state(folder)
-    problem = checkpoint.describe_mismatch(state, world.size, config.job.zero_stage)
+    problem = checkpoint.describe_mismatch(state, world.size, task.config.job.zero_stage)
     if problem is not None:
         raise checkpoint.CheckpointError(f"{folder}: {problem}")
     if stop_after is not None and stop_after < state.step:
         raise ConfigError(f"--stop-after {stop_after}, but {folder} has done {state.step} steps; allowed: that or more")
-    _compare(config, folder, now)
+    _compare(task.config, folder, now)
     return folder
 
 

@@ -139,8 +139,3 @@ def test_every_test_that_shows_a_promise_exists():
 
 def test_the_citation_names_this_version():
     assert re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [__version__]
-
-
-def test_no_file_of_the_library_has_more_than_400_lines():
-    lengths = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "softclip_kernels").rglob("*.py")}
-    assert max(lengths.values()) <= 400, max(lengths, key=lengths.__getitem__)
