@@ -291,47 +291,34 @@ def forward(problem: Problem) -> Statistics:
     positive_logit = like.new_zeros(n if problem.positive_column is not None else 0)
     row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=like.device) for _ in range(2))
     for k, launch_pass in enumerate(passes(problem)):
-        row_sums, column_sums = _centered_sums(launch_pass, positive_logit)
+        sums = _tuned_sums(launch_pass, positive_logit)
+        for i, j in launch.super_blocks(n, m, sums.edge, launch_pass.mirrored):
+            sums.call(**sums.at(i, j))
+            sums.add(i, j)
         if launch_pass.ranked:
-            row_ranks, column_ranks = row_sums[-1].to(torch.int64), column_sums[-1].to(torch.int64)
-        _finish(launch_pass, row_sums, rows, k)
-        _finish(launch_pass.exchanged(), column_sums, columns, k)
+            row_ranks, column_ranks = sums.rows[-1].to(torch.int64), sums.columns[-1].to(torch.int64)
+        _finish(launch_pass, sums.rows, rows, k)
+        _finish(launch_pass.exchanged(), sums.columns, columns, k)
     return Statistics(rows, columns, positive_logit, row_ranks, column_ranks)
 
 
-def _centered_sums(launch_pass: Pass, positive_logit: Tensor) -> tuple[Tensor, Tensor]:
-    """(statistics, N) and (statistics, M) fp32, as a slot of the kernel holds them. `positive_logit` (N,) is filled by
-    the first pass."""
-    n, m, mirrored = launch_pass.problem.rows, launch_pass.problem.columns, launch_pass.mirrored
+class _Sums:
+    """A pass's sums over every row and every column, one super-block after the other: `call` fills the super-block's
+    partial sums, and those of its mirror where the pass is mirrored; `add` takes them in a fixed order.
 
-    def trial(shape: Shape) -> tuple[tuning.Launch, int]:
-        block_launch = _BlockLaunch(launch_pass, positive_logit, shape)
-        i, j = next(launch.super_blocks(n, m, block_launch.edge, mirrored))
-        return functools.partial(block_launch, i, j), launch.entries(i, j)
-
-    block_launch = _BlockLaunch(launch_pass, positive_logit, launch.choose_shape("forward", launch_pass, trial))
-    row_sums = positive_logit.new_zeros(block_launch.statistics, n)
-    column_sums = positive_logit.new_zeros(block_launch.statistics, m)
-    for i, j in launch.super_blocks(n, m, block_launch.edge, mirrored):
-        tiles_m, tiles_n = block_launch(i, j)
-        _add_partial(row_sums, block_launch.row_sums, i, tiles_n)
-        _add_partial(column_sums, block_launch.column_sums, j, tiles_m)
-        if mirrored:
-            _add_partial(row_sums, block_launch.mirror_row_sums, j, tiles_m)
-            _add_partial(column_sums, block_launch.mirror_column_sums, i, tiles_n)
-    return row_sums, column_sums
-
-
-class _BlockLaunch:
-    """Fills the partial sums of a super-block, and those of its mirror where the pass is mirrored."""
+    rows, columns  (statistics, N) and (statistics, M) fp32, as a slot of the kernel holds them
+    edge           of a super-block
+    """
 
     def __init__(self, launch_pass: Pass, positive_logit: Tensor, shape: Shape) -> None:
         problem, self.mirrored, self.shape = launch_pass.problem, launch_pass.mirrored, shape
-        self.statistics = int(launch_pass.student) + 2 * int(launch_pass.taught) + int(launch_pass.ranked)
-        self.edge = launch.forward_edge(shape, self.statistics, self.mirrored, max(problem.rows, problem.columns))
+        statistics = int(launch_pass.student) + 2 * int(launch_pass.taught) + int(launch_pass.ranked)
+        self.edge = launch.forward_edge(shape, statistics, self.mirrored, max(problem.rows, problem.columns))
+        self.rows = positive_logit.new_zeros(statistics, problem.rows)
+        self.columns = positive_logit.new_zeros(statistics, problem.columns)
 
         def slots(block: int) -> Tensor:
-            return positive_logit.new_empty(self.edge // block, self.statistics, self.edge)
+            return positive_logit.new_empty(self.edge // block, statistics, self.edge)
 
         self.row_sums, self.column_sums = slots(shape.block_n), slots(shape.block_m)
         self.mirror_row_sums, self.mirror_column_sums = self.row_sums, self.column_sums
@@ -346,20 +333,42 @@ class _BlockLaunch:
             "mirror_row_sums": self.mirror_row_sums,
             "mirror_column_sums": self.mirror_column_sums,
             "edge": self.edge,
-            "STATISTICS": self.statistics,
+            "STATISTICS": statistics,
             "TIED": launch_pass.tied,
             "GROUP": GROUP,
         }
         self.call = launch.Call(softmax_forward_kernel, arguments, shape.options())
 
-    def __call__(self, i: slice, j: slice) -> tuple[int, int]:
-        """How many tiles there are from top to bottom and from left to right."""
+    def at(self, i: slice, j: slice) -> dict[str, int]:
+        """What `call` takes for the super-block (i, j)."""
         if self.mirrored and i == j:  # on the diagonal some slots are left alone
             for buffer in (self.row_sums, self.column_sums, self.mirror_row_sums, self.mirror_column_sums):
                 buffer.zero_()
-        tiles_m, tiles_n = launch.tiles(i, self.shape.block_m), launch.tiles(j, self.shape.block_n)
-        self.call(tiles_m * tiles_n, **launch.bounds(i, j))
-        return tiles_m, tiles_n
+        return {"programs": self._tiles_m(i) * self._tiles_n(j), **launch.bounds(i, j)}
+
+    def add(self, i: slice, j: slice) -> None:
+        _add_partial(self.rows, self.row_sums, i, self._tiles_n(j))
+        _add_partial(self.columns, self.column_sums, j, self._tiles_m(i))
+        if self.mirrored:
+            _add_partial(self.rows, self.mirror_row_sums, j, self._tiles_m(i))
+            _add_partial(self.columns, self.mirror_column_sums, i, self._tiles_n(j))
+
+    def _tiles_m(self, i: slice) -> int:
+        return launch.tiles(i, self.shape.block_m)
+
+    def _tiles_n(self, j: slice) -> int:
+        return launch.tiles(j, self.shape.block_n)
+
+
+def _tuned_sums(launch_pass: Pass, positive_logit: Tensor) -> _Sums:
+    """With the shape that is the fastest on the first super-block. The first pass fills `positive_logit` (N,)."""
+
+    def trial(shape: Shape) -> tuple[tuning.Launch, int]:
+        sums, problem = _Sums(launch_pass, positive_logit, shape), launch_pass.problem
+        i, j = next(launch.super_blocks(problem.rows, problem.columns, sums.edge, launch_pass.mirrored))
+        return functools.partial(sums.call, **sums.at(i, j)), launch.entries(i, j)
+
+    return _Sums(launch_pass, positive_logit, launch.choose_shape("forward", launch_pass, trial))
 
 
 def _add_partial(sums: Tensor, partial: Tensor, part: slice, slots: int) -> None:
