@@ -131,7 +131,7 @@ def _logits(problem: Problem, own: bool, layout: Layout) -> tuple[Tensor, Tensor
             sizes[part] += torch.where(inside, problem.scale * x.norm(dim=1) * y.norm(dim=1), 0.0)
         return []
 
-    columns = [laps.travelling(problem.y, layout)]
+    columns = [laps.as_sent(problem.y, layout)]
     if own:
         visit(layout.column_start, columns)
     else:

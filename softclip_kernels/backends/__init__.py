@@ -140,8 +140,9 @@ def _warn(name: str, other: str, reason: str) -> None:
         _warned.add(message)  # not before: where a filter makes it an error, it is one at every call
 
 
-from . import chunked, cpu, reference, triton  # noqa: E402  registration, in order of preference
+from . import chunked, cpu, reference, triton  # noqa: E402  each needs the protocol above
 
+# In the order of preference.
 register(triton.TritonBackend())
 register(cpu.CpuBackend())
 register(chunked.ChunkedBackend())

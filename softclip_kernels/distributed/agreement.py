@@ -170,7 +170,7 @@ def _control_device(exchange: Exchange) -> torch.device:
 
 def _check_device(device: torch.device, exchange: Exchange) -> None:
     """A rank with its integers on one GPU and its embeddings on another would meet another rank on the first."""
-    kinds = sorted(one.type for one in torch_private.device_types(exchange.group))
+    kinds = sorted(kind.type for kind in torch_private.device_types(exchange.group))
     if device.type not in kinds:
         raise ValueError(f"x is on {device}; allowed: a device that the group exchanges on, {' or '.join(kinds)}")
     control = _control_device(exchange)

@@ -25,7 +25,7 @@ Visit = Callable[[int, list[Tensor]], list[Tensor]]
 Merge = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 
 
-def travelling(embedding: Tensor, layout: Layout) -> Tensor:
+def as_sent(embedding: Tensor, layout: Layout) -> Tensor:
     """An embedding as other ranks will see it; its owner uses the same."""
     dtype = None if layout.exchange is None else layout.exchange.dtype
     return embedding if dtype is None else embedding.to(dtype)

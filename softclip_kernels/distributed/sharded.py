@@ -42,9 +42,9 @@ class ColumnOperands:
     def own(self) -> list[Tensor]:
         """This rank's, (m_local, ...) each, in the order that `block` takes them back."""
         holders: list[Problem | TeacherOperand] = [self.problem, *self.problem.teachers]
-        vectors = [value for holder in holders for value in _column_fields(holder).values()]
-        travelling = [laps.travelling(value, self.layout) if value.dim() == 2 else value for value in vectors]
-        return [*travelling, *(operand for term in self.terms for operand in term.column_operands())]
+        given = [value for holder in holders for value in _column_fields(holder).values()]
+        sent = [laps.as_sent(value, self.layout) if value.dim() == 2 else value for value in given]
+        return [*sent, *(operand for term in self.terms for operand in term.column_operands())]
 
     def block(self, start: int, operands: Sequence[Tensor]) -> tuple[Problem, list[ColumnBlock]]:
         """The problem of this rank's rows and a block of columns that begins at the global column `start`, and what

@@ -23,7 +23,7 @@ from .exchange import Exchange, as_exchange
 
 
 class TwoPass:
-    """One optimiser step's forward and backward pass.
+    """One optimizer step's forward and backward pass.
 
         passes = TwoPass(model, micro_batches)                  # encodes without a graph
         loss = softclip_loss(*passes.outputs, group=group)      # any loss of the outputs

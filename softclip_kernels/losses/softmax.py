@@ -40,7 +40,7 @@ class Losses(NamedTuple):
 
 class RetrievalRanks(NamedTuple):
     """How many logits exceed the positive's: rows (N,) among columns, columns (M,) among rows; int64, 0 is the best, -1
-    for a column that is no row's positive. Ties count in favour, a positive that is NaN or infinite ranks last. This
+    for a column that is no row's positive. Ties count in favor, a positive that is NaN or infinite ranks last. This
     rank's own rows and columns."""
 
     rows: Tensor

@@ -39,7 +39,7 @@ class Mix(Target):
 
 @dataclass(frozen=True)
 class Average(Target):
-    """The weighted mean of several targets, for example teachers. Weights, equal by default, are normalised."""
+    """The weighted mean of several targets, for example teachers. Weights, equal by default, are normalized."""
 
     targets: Sequence[Target]
     weights: Sequence[float] | None = None

@@ -61,7 +61,7 @@ class ProgressiveSelfDistillation:
         checks.teacher_scale("teacher_scale", self.teacher_scale, ("tied",))
 
     def at(self, step: int, n: int, teacher: Teacher | Sequence[Teacher] | None = None) -> Target:
-        """The target of optimiser step `step` for a global batch of n pairs. `teacher` (external embeddings of this
+        """The target of optimizer step `step` for a global batch of n pairs. `teacher` (external embeddings of this
         batch) takes the place of the constructor's."""
         alpha = self.schedule(step)
         checks.number_in("the schedule's alpha", alpha, 0.0, 1.0)

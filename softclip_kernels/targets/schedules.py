@@ -11,7 +11,7 @@ from .. import checks
 
 class Schedule(Protocol):
     def __call__(self, step: int) -> float:
-        """alpha in [0, 1] at optimiser step `step`, counted from 0."""
+        """alpha in [0, 1] at optimizer step `step`, counted from 0."""
 
 
 @dataclass(frozen=True)

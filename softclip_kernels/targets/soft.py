@@ -83,7 +83,7 @@ class Teacher(SoftTarget):
 
         t = scale * a @ b.T;    rows: t.softmax(1)    columns: t.softmax(0)
 
-    a (N, E) for the rows, b (M, E) for the columns, any width E, used as given (normalise them as the teacher was
+    a (N, E) for the rows, b (M, E) for the columns, any width E, used as given (normalize them as the teacher was
     trained); scale: the teacher's logit scale, already exponentiated.
     """
 
