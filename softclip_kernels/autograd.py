@@ -12,7 +12,6 @@ Every loss of the library is a linear function of these, so targets, weights and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,8 +36,8 @@ def loss_parts(problem: Problem, terms: Sequence[LinearTerm], layout: Layout, ba
         # are rounded: all of them go to one wide copy of the embeddings, which the terms compute with.
         x, y = x.to(problem.accumulation_dtype), y.to(problem.accumulation_dtype)
     dots = [term.dots(x, ColumnBlock(y, 0, term.column_operands()), scale) for term in terms]
-    constant = replace(problem, x=problem.x.detach(), y=problem.y.detach(), scale=scale.detach())
-    statistics = SoftmaxStatisticsFunction.apply(x, y, scale, backend, tuple(constant.sources()), *constant.tensors())
+    constants = [tensor if tensor is None else tensor.detach() for tensor in problem.tensors()]
+    statistics = SoftmaxStatisticsFunction.apply(x, y, scale, backend, tuple(problem.sources()), *constants)
     return LossParts(Statistics.of(*statistics), tuple(row for row, _ in dots), tuple(column for _, column in dots))
 
 

@@ -16,7 +16,7 @@ from .distributed import laps
 from .distributed.exchange import Layout
 from .indexing import row_slices, scatter_add
 from .problem import Problem, Source, TeacherOperand, accumulation_dtype
-from .stats import SoftmaxStatistics, Statistics, StatisticsGradient
+from .stats import Statistics, StatisticsGradient
 
 # The gradient.
 
@@ -26,11 +26,11 @@ def gradient(problem: Problem, statistics: Statistics, incoming: StatisticsGradi
     probability near 1 enters as `expm1(z - lse)`, and its 1 first joins the hard target's gradient, with which it
     cancels: near convergence p - 1 keeps its digits."""
     inside, column = problem.positives_inside()
-    z, rows, columns = statistics.positive_logit, statistics.rows, _at(statistics.columns, column)
-    row_gradient, *row_teacher_gradients = incoming.rows
-    column_gradient, *column_teacher_gradients = incoming.columns
+    z, rows, columns = statistics.positive_logit, statistics.rows, statistics.columns
+    row_gradient, *row_teacher_gradients = incoming.rows.unbind()
+    column_gradient, *column_teacher_gradients = incoming.columns.unbind()
     factors = [row_gradient, column_gradient[column]]
-    log_probabilities = [z - rows.lse, z - columns.lse]
+    log_probabilities = [z - rows.lse, z - columns.lse[column]]
     for k, teacher in enumerate(problem.teachers):
         t = _teacher_logit(problem, teacher, z)
         row_logit = t if teacher.column_bias is None else t + teacher.column_bias[column]
@@ -38,7 +38,7 @@ def gradient(problem: Problem, statistics: Statistics, incoming: StatisticsGradi
         factors += [row_teacher_gradients[k], column_teacher_gradients[k][column]]
         log_probabilities += [
             _log_ratio(row_logit, rows.teacher_lse[k]),
-            _log_ratio(column_logit, columns.teacher_lse[k]),
+            _log_ratio(column_logit, columns.teacher_lse[k][column]),
         ]
     factor, log_probability = torch.stack(factors), torch.stack(log_probabilities)
     if problem.row_segment is not None and problem.column_segment is not None:  # a pair that is excluded has no weight
@@ -60,10 +60,6 @@ def add_gradient(problem: Problem, coefficient: Tensor, gx: Tensor | None, gy: T
             gx[part] += coefficient[part, None] * problem.y[column]
         if gy is not None:
             scatter_add(gy, column, coefficient[part, None] * problem.x[part])
-
-
-def _at(columns: SoftmaxStatistics, column: Tensor) -> SoftmaxStatistics:
-    return SoftmaxStatistics(columns.packed[:, column])
 
 
 def _log_ratio(logit: Tensor, log_sum_exp: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class Statistics(NamedTuple):
     @staticmethod
     def of(rows: Tensor, columns: Tensor, positive_logit: Tensor, *ranks: Tensor) -> Statistics:
         """`ranks`: the rows' and the columns', or none, where a backward pass has no use for them."""
-        row_ranks, column_ranks = ranks or [rows.new_empty(0, dtype=torch.int64) for _ in range(2)]
+        row_ranks, column_ranks = ranks or [rows.new_empty(0, dtype=torch.int64)] * 2
         return Statistics(SoftmaxStatistics(rows), SoftmaxStatistics(columns), positive_logit, row_ranks, column_ranks)
 
 

@@ -43,14 +43,13 @@ def why_missing() -> str | None:
 def level() -> str:
     """The level in use. Raises ValueError when the environment asks for one that this machine does not have."""
     available = levels()
-    variable = ISA_VARIABLE
-    if ISA_VARIABLE not in os.environ and FORMER_ISA_VARIABLE in os.environ:
-        variable = FORMER_ISA_VARIABLE
+    variable, asked = ISA_VARIABLE, os.environ.get(ISA_VARIABLE)
+    if asked is None:
+        variable, asked = FORMER_ISA_VARIABLE, os.environ.get(FORMER_ISA_VARIABLE)
+        if asked is None:
+            return available[0]
         message = f"{variable} is now called {ISA_VARIABLE}; the former name goes with the next release"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
-    asked = os.environ.get(variable)
-    if asked is None:
-        return available[0]
     if asked not in available:
         raise ValueError(f"{variable}={asked!r} is not possible on this machine; allowed: {', '.join(available)}")
     return asked

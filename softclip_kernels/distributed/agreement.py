@@ -131,10 +131,9 @@ def gather_bytes(problem: Problem, layout: Layout) -> int:
 
 
 def decide_plan(problem: Problem, layout: Layout) -> Layout:
-    """The layout with a plan: what the exchange takes is known once the target is. Alike on every rank."""
+    """The layout of an exchange with a plan: what it takes is known once the target is. Alike on every rank."""
     exchange = layout.exchange
-    if exchange is None:
-        return layout
+    assert exchange is not None
     plan = exchange.plan
     if plan == "auto":
         size = gather_bytes(problem, layout)

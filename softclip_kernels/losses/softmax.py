@@ -280,8 +280,10 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
         return lowered
 
     lowered = agreement.agree_on_text(exchange, "agreement on targets", lower, request.describe)
-    layout = agreement.decide_plan(lowered.problem(x, y, scale), layout)
-    target = lowered.complete(replace(context, layout=layout))
+    if exchange is not None:
+        layout = agreement.decide_plan(lowered.problem(x, y, scale), layout)
+        context = replace(context, layout=layout)
+    target = lowered.complete(context)
     return target.lowered.problem(x, y, scale), target, layout
 
 

@@ -311,11 +311,13 @@ class LoweredTarget:
 
     def complete(self, context: Context) -> CompletedTarget:
         """With what depends on other ranks; the only step that communicates."""
-        context = replace(context, segments=self.segments)
+        if self.segments is not None:
+            context = replace(context, segments=self.segments)
+        teachers = tuple(term.complete(context) for term in self.teachers)
         return CompletedTarget(
             None if self.positive is None else self.positive.complete(context),
             tuple(term.complete(context) for term in self.linear),
-            replace(self, teachers=tuple(term.complete(context) for term in self.teachers)),
+            replace(self, teachers=teachers) if teachers else self,
         )
 
 
