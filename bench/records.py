@@ -27,6 +27,7 @@ from . import Row
 from .timing import Timing
 
 RESULTS = Path(__file__).parent / "results"
+CPUINFO = Path("/proc/cpuinfo")
 
 
 class Record:
@@ -127,13 +128,16 @@ def environment() -> dict[str, Any]:
 
 @functools.cache  # so that a device that is lost later still has its name in the record
 def machine(device: str) -> str:
-    """The GPU's name, or the CPU's model and the number of CPUs."""
+    """The GPU's name, or the CPU's and the number of CPUs. On x86 with family and model: virtual machines call every
+    generation "AMD EPYC"."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), None)
-    return f"{model or platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in said:
+        name += f" (family {said['cpu family']}, model {said.get('model', 'unknown')})"
+    return f"{name}, {os.cpu_count()} CPUs"
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -37,6 +37,22 @@ def test_machines_and_kinds_have_files_of_their_own(record, tmp_path):
     assert _read(record())["machine"] == "AMD EPYC, 2 CPUs"
 
 
+def test_generations_of_one_name_are_machines_of_their_own(tmp_path, monkeypatch):
+    names = []
+    for family, model in ((25, 17), (26, 2)):
+        cpuinfo = tmp_path / "cpuinfo"
+        core = f"processor\t: 0\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\n"
+        cpuinfo.write_text(f"{core}\n{core}")
+        monkeypatch.setattr(records, "CPUINFO", cpuinfo)
+        names.append(records.machine.__wrapped__("cpu"))  # not the one remembered
+    assert [name.rpartition(",")[0] for name in names] == [
+        "AMD EPYC (family 25, model 17)",
+        "AMD EPYC (family 26, model 2)",
+    ]
+    monkeypatch.setattr(records, "CPUINFO", tmp_path / "none")
+    assert records.machine.__wrapped__("cpu").endswith(" CPUs")
+
+
 def test_a_partial_run_replaces_what_it_measured_and_nothing_else(record):
     first = record(commit="a")
     first.add({"table": table, "n": n, "seconds": 1.0} for table in ("speed", "memory") for n in (8, 16))
