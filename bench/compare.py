@@ -31,12 +31,11 @@ import torch
 
 from softclip_kernels.testing import FIELDS, Result, Standard
 
-from . import Row, problems
+from . import ROOT, Row, problems
 from .problems import Case
 from .records import Record, table
 from .timing import Timing, quartiles
 
-ROOT = Path(__file__).parent.parent
 WORKER = Path(__file__).with_name("compare_worker.py")
 WORKING_TREE = "working tree"
 LABELS = ("base", "against", "loss", "dtype", "n", "d", "threads")

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-from . import Row, triton
+from . import ROOT, Row, triton
 from .problems import LOSSES, Case
 from .records import Record, table
-from .short_run import ROOT, Failed, Worker, run_tests
+from .short_run import Failed, Worker, run_tests
 from .timing import nvidia_smi
 
 SIZES = (4096, 16384, 32768, 65536, 131072)

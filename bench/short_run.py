@@ -20,9 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from . import Row
+from . import ROOT, Row
 
-ROOT = Path(__file__).parent.parent
 LOST_CONTEXT = ("CUDA error", "Triton Error", "device-side assert")  # later work of the process would fail as well
 STUCK = 90.0  # seconds after which a test counts as hanging
 NO_TESTS = 5  # pytest's exit code

@@ -10,6 +10,7 @@ the backends without an edit here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from .stats import Statistics, StatisticsGradient
 
 InputGradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # dx, dy and dscale, None where not needed
 
-_REQUIRED = ("x", "y", "scale")
+_REQUIRED = {each.name for each in fields(Problem) if each.default is MISSING}
 _PROBLEM = ", ".join(f"Tensor{'' if name in _REQUIRED else '?'} {name}" for name in PROBLEM_TENSORS)
 _PROBLEM += ", Tensor?[] teacher_tensors, int[] teacher_sources"
 _PROBLEM_ARGUMENTS = len(PROBLEM_TENSORS) + 2
@@ -55,16 +56,7 @@ def forward(*arguments: Any) -> tuple[Tensor, ...]:
 @forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     problem, _ = unpack(arguments)
-    n, m, statistics = problem.rows, problem.columns, 1 + 2 * len(problem.teachers)
-    dtype, ranked = problem.accumulation_dtype, problem.row_threshold is not None
-    like = problem.x
-    return (
-        like.new_empty((statistics, n), dtype=dtype),
-        like.new_empty((statistics, m), dtype=dtype),
-        like.new_empty(n if problem.positive_column is not None else 0, dtype=dtype),
-        like.new_empty(n if ranked else 0, dtype=torch.int64),
-        like.new_empty(m if ranked else 0, dtype=torch.int64),
-    )
+    return Statistics.empty(problem).tensors()
 
 
 @torch.library.custom_op("softclip::backward", mutates_args=(), schema=_BACKWARD)

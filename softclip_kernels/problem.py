@@ -111,6 +111,14 @@ class Problem:
             return self
         return replace(self, positive_column=self.positive_column - column)
 
+    def zero_gradients(self, needed: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """For a backend's sums: zeros of the shapes of x and y in the accumulation dtype, None where not needed."""
+        gx, gy = (
+            operand.new_zeros(operand.shape, dtype=self.accumulation_dtype) if needs else None
+            for operand, needs in zip((self.x, self.y), needed, strict=True)
+        )
+        return gx, gy
+
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All tensors: the problem's own, then each teacher's. `of` takes them back."""
         own = [getattr(self, name) for name in PROBLEM_TENSORS]

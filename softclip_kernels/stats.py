@@ -13,6 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .problem import Problem
+
 
 @dataclass(frozen=True)
 class SoftmaxStatistics:
@@ -86,6 +88,18 @@ class Statistics(NamedTuple):
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """As operators return them: (1 + 2K, N), (1 + 2K, M), (N,), (N,), (M,). `of` takes them back."""
         return self.rows.packed, self.columns.packed, self.positive_logit, self.row_ranks, self.column_ranks
+
+    @staticmethod
+    def empty(problem: Problem) -> Statistics:
+        """What has seen nothing of this problem yet: the neutral element of every part."""
+        like = problem.x.new_empty(0, dtype=problem.accumulation_dtype)
+        teachers, ranked = len(problem.teachers), problem.row_threshold is not None
+        return Statistics(
+            SoftmaxStatistics.empty(teachers, problem.rows, like),
+            SoftmaxStatistics.empty(teachers, problem.columns, like),
+            like.new_zeros(0 if problem.positive_column is None else problem.rows),
+            *(like.new_zeros(n if ranked else 0, dtype=torch.int64) for n in (problem.rows, problem.columns)),
+        )
 
     @staticmethod
     def of(rows: Tensor, columns: Tensor, positive_logit: Tensor, *ranks: Tensor) -> Statistics:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from ..problem import Problem, Source
-from ..stats import SoftmaxStatistics, Statistics, StatisticsGradient
+from ..stats import Statistics, StatisticsGradient
 from .reference import Logits, dense_gradient, dense_statistics, student_logits
 
 BLOCK = {"cpu": 1024, "cuda": 4096}  # edge of a block: in fp32, 4 MiB and 64 MiB a matrix
@@ -30,23 +29,17 @@ class ChunkedBackend:
         return {"block": f"{BLOCK['cpu']} on CPUs, {BLOCK['cuda']} elsewhere"}
 
     def forward(self, problem: Problem) -> Statistics:
-        like = problem.x.new_empty(0, dtype=problem.accumulation_dtype)
-        ranked = problem.row_threshold is not None
-        rows = SoftmaxStatistics.empty(len(problem.teachers), problem.rows, like)
-        columns = SoftmaxStatistics.empty(len(problem.teachers), problem.columns, like)
-        positive = like.new_zeros(problem.rows if problem.positive_column is not None else 0)
-        row_ranks = torch.zeros(problem.rows if ranked else 0, dtype=torch.int64, device=like.device)
-        column_ranks = torch.zeros(problem.columns if ranked else 0, dtype=torch.int64, device=like.device)
+        whole = Statistics.empty(problem)
         for i, j, block, logits in _blocks(problem):
             part = dense_statistics(block, logits)
-            rows.packed[:, i] = rows.part(i).merge(part.rows).packed
-            columns.packed[:, j] = columns.part(j).merge(part.columns).packed
+            whole.rows.packed[:, i] = whole.rows.part(i).merge(part.rows).packed
+            whole.columns.packed[:, j] = whole.columns.part(j).merge(part.columns).packed
             if problem.positive_column is not None:
-                positive[i] += part.positive_logit
-            if ranked:
-                row_ranks[i] += part.row_ranks
-                column_ranks[j] += part.column_ranks
-        return Statistics(rows, columns, positive, row_ranks, column_ranks)
+                whole.positive_logit[i] += part.positive_logit
+            if problem.row_threshold is not None:
+                whole.row_ranks[i] += part.row_ranks
+                whole.column_ranks[j] += part.column_ranks
+        return whole
 
     def backward(
         self,
@@ -56,10 +49,7 @@ class ChunkedBackend:
         needs_input_grad: tuple[bool, bool] = (True, True),
     ) -> tuple[Tensor | None, Tensor | None]:
         dtype = problem.accumulation_dtype
-        gx, gy = (
-            operand.new_zeros(operand.shape, dtype=dtype) if needed else None
-            for operand, needed in zip((problem.x, problem.y), needs_input_grad, strict=True)
-        )
+        gx, gy = problem.zero_gradients(needs_input_grad)
         for i, j, block, logits in _blocks(problem):
             known = statistics._replace(rows=statistics.rows.part(i), columns=statistics.columns.part(j))
             incoming = gradient._replace(rows=gradient.rows[:, i], columns=gradient.columns[:, j])

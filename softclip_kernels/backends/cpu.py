@@ -111,10 +111,7 @@ class CpuBackend:
         gradient: StatisticsGradient,
         needs_input_grad: tuple[bool, bool] = (True, True),
     ) -> tuple[Tensor | None, Tensor | None]:
-        gx, gy = (
-            torch.zeros(operand.shape) if needed else None
-            for operand, needed in zip((problem.x, problem.y), needs_input_grad, strict=True)
-        )
+        gx, gy = problem.zero_gradients(needs_input_grad)
         call = _Call(problem)
         n, m, k = problem.rows, problem.columns, len(problem.teachers)
         assert statistics.rows.packed.shape == (1 + 2 * k, n) and gradient.rows.shape == (1 + k, n)

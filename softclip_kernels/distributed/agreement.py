@@ -76,8 +76,7 @@ def agree_on_text(exchange: Exchange | None, phase: str, act: Callable[[], T], d
 
     result, digests = agree(exchange, phase, act, digest)
     if len({number for (number,) in digests}) > 1:
-        texts = _exchange_texts(text, phase, exchange)
-        described = "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(texts))
+        described = _by_rank(text, phase, exchange)
         raise ValueError(f"{where(phase, exchange)}: every rank must bring the same, but there are {described}")
     return result
 
@@ -98,8 +97,7 @@ def make_layout(x: Tensor, y: Tensor, exchange: Exchange | None, check: Callable
     _, table = agree(exchange, "agreement on shapes", check, describe)
     if len({tuple(row[3:]) for row in table}) > 1:
         own = f"D={x.shape[1]}, {x.dtype}, plan={exchange.plan!r}, exchange dtype {exchange.dtype}"
-        texts = _exchange_texts(own, "agreement on shapes", exchange)
-        described = "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts))
+        described = _by_rank(own, "agreement on shapes", exchange)
         raise ValueError(f"every rank must bring embeddings of one width and dtype, but there are {described}")
     rank = dist.get_rank(exchange.group)
     rows, columns, learn, *_ = zip(*table, strict=True)
@@ -178,6 +176,11 @@ def _check_device(device: torch.device, exchange: Exchange) -> None:
             f"x is on {device}, but the group exchanges on {control}; call torch.{device.type}.set_device before the "
             f"process group is made, with the device of this rank"
         )
+
+
+def _by_rank(text: str, phase: str, exchange: Exchange) -> str:
+    """Every rank's text, in one for an error message."""
+    return "; ".join(f"rank {rank}: {each}" for rank, each in enumerate(_exchange_texts(text, phase, exchange)))
 
 
 def _exchange_texts(text: str, phase: str, exchange: Exchange) -> list[str]:

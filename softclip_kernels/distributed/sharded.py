@@ -96,12 +96,9 @@ class _ShardedStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, columns: ColumnOperands, backend: str
     ) -> tuple[Tensor, ...]:
-        problem, teachers = columns.problem, len(columns.problem.teachers)
-        like = x.new_empty(0, dtype=problem.accumulation_dtype)
-        rows = SoftmaxStatistics.empty(teachers, len(x), like)
-        positive = like.new_zeros(len(x) if problem.positive_column is not None else 0)
-        ranked = problem.row_threshold is not None
-        row_ranks = torch.zeros(len(x) if ranked else 0, dtype=torch.int64, device=x.device)
+        problem = columns.problem
+        rows, _, positive, row_ranks, _ = Statistics.empty(problem)
+        like, ranked = positive.new_empty(0), problem.row_threshold is not None
         row_dots = [like.new_zeros(len(x)) for _ in columns.terms]
 
         def visit(start: int, operands: list[Tensor]) -> list[Tensor]:
@@ -185,16 +182,7 @@ def _gradients(ctx: Any, own: Statistics, gradients: _Results) -> tuple[Tensor |
 
 def _statistics(block: Problem, backend: str) -> Statistics:
     """Statistics of a block that may lack rows or columns."""
-    if not block.is_empty:
-        return backends.select(backend, block).forward(block)
-    like = block.x.new_empty(0, dtype=block.accumulation_dtype)
-    ranked = block.row_threshold is not None
-    return Statistics(
-        SoftmaxStatistics.empty(len(block.teachers), block.rows, like),
-        SoftmaxStatistics.empty(len(block.teachers), block.columns, like),
-        like.new_zeros(0 if block.positive_column is None else block.rows),
-        *(torch.zeros(n if ranked else 0, dtype=torch.int64, device=like.device) for n in (block.rows, block.columns)),
-    )
+    return Statistics.empty(block) if block.is_empty else backends.select(backend, block).forward(block)
 
 
 def _dots_gradient(

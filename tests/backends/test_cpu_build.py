@@ -13,8 +13,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # What is not the repository's: built, cached or downloaded.
 IGNORED = shutil.ignore_patterns(
     ".git", ".venv*", ".*_cache", ".hypothesis", ".benchmarks", "__pycache__", "*.so", "*.pyd", "*.egg-info", "build",

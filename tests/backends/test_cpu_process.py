@@ -9,11 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import signals
+from helpers import ROOT, signals
 
 from softclip_kernels import backends, softclip_loss
 from softclip_kernels.backends import cpu, registered
@@ -23,7 +22,6 @@ from softclip_kernels.testing import unit_rows
 
 pytestmark = pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = registered()["cpu"]
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib.machinery
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from bench import compare
 from bench.compare import Tree
 from bench.problems import Case
 from softclip_kernels.backends import cpu
 
-ROOT = Path(__file__).resolve().parents[2]
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 CASES = [Case("hard", torch.float32, 65, 32), Case("psd", torch.bfloat16, 40, 32)]
 # Appended to a stand-in's __init__.py: its loss is the library's times a factor.

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import rehearsal
 import torch
+from helpers import ROOT
 
 from bench import gpu, problems, short_run, triton
 from bench.short_run import Failed, Worker
 from softclip_kernels import softclip_loss
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 # Every way a test can end, for two processes: the first takes each other one.

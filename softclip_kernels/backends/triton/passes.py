@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...problem import Problem, Source, TeacherOperand
+from ...problem import PROBLEM_TENSORS, Problem, Source, TeacherOperand
 from .tiles import EMBEDDINGS, LOGITS, NONE, TOP_COLUMN_BIAS, TOP_ROW_BIAS, TRANSPOSED
 
 LOG2E = 1 / math.log(2)
@@ -201,13 +201,9 @@ def _centered(bias: Tensor | None, zero: Tensor) -> tuple[Tensor | None, Tensor 
 
 def _with_contiguous_vectors(problem: Problem) -> Problem:
     """The kernels take matrices of any strides, vectors with stride 1."""
-    names = ("positive_column", "row_segment", "column_segment", "row_threshold", "column_threshold")
-    vectors: dict[str, Any] = {name: _contiguous(getattr(problem, name)) for name in names}
+    given = {name: getattr(problem, name) for name in PROBLEM_TENSORS}
+    vectors = {name: value.contiguous() for name, value in given.items() if value is not None and value.dim() == 1}
     return replace(problem, **vectors)
-
-
-def _contiguous(vector: Tensor | None) -> Tensor | None:
-    return None if vector is None else vector.contiguous()
 
 
 def _largest_norm(embeddings: Tensor) -> Tensor:

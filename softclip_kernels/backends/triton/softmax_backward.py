@@ -303,10 +303,7 @@ def backward(
     unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
     if unit is not None:
         gradient = gradient._replace(rows=gradient.rows / unit, columns=gradient.columns / unit)
-    gx, gy = (
-        torch.zeros(matrix.shape, dtype=torch.float32, device=matrix.device) if needed else None
-        for matrix, needed in zip((problem.x, problem.y), needs_input_grad, strict=True)
-    )
+    gx, gy = problem.zero_gradients(needs_input_grad)
     blocks = _Blocks(problem, statistics, gradient)
     for i, j in launch.super_blocks(problem.rows, problem.columns, blocks.edge, blocks.mirrored):
         blocks.compute(i, j)
