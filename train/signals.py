@@ -70,7 +70,8 @@ class Stop:
             self._at_once = act
 
     def wait(self, seconds: float) -> bool:
-        """Whether a request is there within so many seconds."""
+        """Whether a request is there within so many seconds, and what is called at once has returned: where that ends
+        the process, nobody who waits goes on to say the same."""
         return self._asked.wait(seconds)
 
     def check(self) -> None:
@@ -103,9 +104,9 @@ class Stop:
             if self.request:
                 return
             self.request = request
-            self._asked.set()
             if self._at_once is not None:
                 self._at_once(name_of(request))
+            self._asked.set()
 
 
 class Unbreakable:

@@ -20,7 +20,7 @@ from helpers.jobs import TIMEOUT, configuration, finish, read_terminal, start, s
 
 from train import checkpoint, config, heartbeat, lock, metrics
 from train.cli import main
-from train.signals import INTERRUPTED, STOPPED
+from train.signals import INTERRUPTED, STOPPED, Stop
 
 LONG_RUN = 5000  # steps that no test waits for
 PROMISE = 10.0  # seconds after which no rank lives on without its launcher
@@ -132,6 +132,15 @@ def test_before_the_first_step_a_signal_to_one_rank_ends_the_job_with_a_line(dat
     assert status == STOPPED, said
     assert said == f"stopped by SIGTERM before the first step of this job; go on with --resume {run}\n"
     assert not (run / checkpoint.FOLDER).exists()
+
+
+def test_who_waits_for_a_request_goes_on_only_after_what_is_done_at_once() -> None:
+    """Which ends the process, so that the line of a job that is asked to stop is never there twice."""
+    asked, seen = Stop(), []
+    asked.act_at_once(lambda name: seen.append((name, asked.wait(0.0))))
+    asked._ask(signal.SIGTERM)
+    assert seen == [("SIGTERM", False)]
+    assert asked.wait(0.0)
 
 
 def test_a_second_interrupt_ends_the_job_at_once(data: Path, tmp_path: Path) -> None:
