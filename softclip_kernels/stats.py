@@ -103,8 +103,9 @@ class Statistics(NamedTuple):
 
     @staticmethod
     def of(rows: Tensor, columns: Tensor, positive_logit: Tensor, *ranks: Tensor) -> Statistics:
-        """`ranks`: the rows' and the columns', or none, where a backward pass has no use for them."""
-        row_ranks, column_ranks = ranks or [rows.new_empty(0, dtype=torch.int64)] * 2
+        """`ranks`: the rows' and the columns', or none, where none are counted or a backward pass has no use for
+        them."""
+        row_ranks, column_ranks = ranks or (rows.new_empty(0, dtype=torch.int64) for _ in range(2))
         return Statistics(SoftmaxStatistics(rows), SoftmaxStatistics(columns), positive_logit, row_ranks, column_ranks)
 
 

@@ -9,11 +9,7 @@ int64_t boundary(int64_t length, int groups, int group) { return length * group 
 
 // A round-robin tournament needs an even number of groups, two for every thread.
 Schedule::Schedule(int64_t rows, int64_t columns, int threads, bool mirrored)
-    : rows_(rows),
-      columns_(columns),
-      threads_(threads),
-      mirrored_(mirrored),
-      groups_(mirrored && threads > 1 ? 2 * threads : threads) {}
+    : rows_(rows), columns_(columns), mirrored_(mirrored), groups_(mirrored && threads > 1 ? 2 * threads : threads) {}
 
 // Mirrored: one round of each group with itself, then groups - 1 rounds of the tournament. Otherwise a Latin square.
 int Schedule::rounds() const { return groups_; }

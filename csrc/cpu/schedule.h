@@ -26,7 +26,6 @@ class Schedule {
  private:
   Job between(int row_group, int column_group) const;
   const int64_t rows_, columns_;
-  const int threads_;
   const bool mirrored_;
   const int groups_;
 };

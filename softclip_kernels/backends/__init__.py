@@ -74,14 +74,14 @@ def registered() -> dict[str, Backend]:
     return dict(_registry)
 
 
-def current_name(name: str, stacklevel: int = 2) -> str:
-    """The name itself; of a former name, the one that took its place, with a DeprecationWarning for the caller
-    `stacklevel` frames up."""
+def current_name(name: str) -> str:
+    """The name itself; of a former name, the one that took its place, with a DeprecationWarning for whoever called the
+    public function that asks."""
     if name not in RENAMED:
         return name
     current = RENAMED[name]
     message = f"backend={name!r} is now called {current!r}; the former name goes with the next release"
-    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
     return current
 
 

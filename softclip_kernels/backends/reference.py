@@ -65,11 +65,11 @@ def dense_statistics(problem: Problem, logits: Logits) -> Statistics:
     if problem.positive_column is not None:
         inside, column = problem.positives_inside()
         positive = torch.where(inside, z.gather(1, column[:, None])[:, 0], 0.0)
-    row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=z.device) for _ in range(2))
+    ranks: list[Tensor] = []
     if problem.row_threshold is not None and problem.column_threshold is not None:
-        row_ranks = (student > problem.row_threshold[:, None]).sum(1)
-        column_ranks = (student > problem.column_threshold[None, :]).sum(0)
-    return Statistics.of(torch.stack(rows), torch.stack(columns), positive, row_ranks, column_ranks)
+        ranks.append((student > problem.row_threshold[:, None]).sum(1))
+        ranks.append((student > problem.column_threshold[None, :]).sum(0))
+    return Statistics.of(torch.stack(rows), torch.stack(columns), positive, *ranks)
 
 
 def dense_gradient(problem: Problem, logits: Logits, statistics: Statistics, gradient: StatisticsGradient) -> Tensor:

@@ -38,6 +38,10 @@ class Result:
         """Of softclip_loss with this target and these options."""
         return Result.of(lambda x, y, scale: softclip_loss(x, y, scale, target, **options), x, y, scale)
 
+    def differing(self, other: Result) -> list[str]:
+        """The fields whose bits differ."""
+        return [name for name in FIELDS if not torch.equal(getattr(self, name), getattr(other, name))]
+
 
 def _dense(target: Target | None) -> Callable[..., Tensor]:
     return lambda x, y, scale: dense_loss(x, y, scale, target)

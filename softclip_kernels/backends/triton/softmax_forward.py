@@ -289,17 +289,17 @@ def forward(problem: Problem) -> Statistics:
     like = problem.x.new_empty(0, dtype=torch.float32)
     rows, columns = (SoftmaxStatistics(like.new_empty(1 + 2 * teachers, length)) for length in (n, m))
     positive_logit = like.new_zeros(n if problem.positive_column is not None else 0)
-    row_ranks, column_ranks = (torch.empty(0, dtype=torch.int64, device=like.device) for _ in range(2))
+    ranks: list[Tensor] = []
     for k, launch_pass in enumerate(passes(problem)):
         sums = _tuned_sums(launch_pass, positive_logit)
         for i, j in launch.super_blocks(n, m, sums.edge, launch_pass.mirrored):
             sums.call(**sums.at(i, j))
             sums.add(i, j)
         if launch_pass.ranked:
-            row_ranks, column_ranks = sums.rows[-1].to(torch.int64), sums.columns[-1].to(torch.int64)
+            ranks = [sums.rows[-1].to(torch.int64), sums.columns[-1].to(torch.int64)]
         _finish(launch_pass, sums.rows, rows, k)
         _finish(launch_pass.exchanged(), sums.columns, columns, k)
-    return Statistics(rows, columns, positive_logit, row_ranks, column_ranks)
+    return Statistics.of(rows.packed, columns.packed, positive_logit, *ranks)
 
 
 class _Sums:
