@@ -24,17 +24,18 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from softclip_kernels.testing import FIELDS, Result, Standard
+from softclip_kernels.testing import Result, Standard
 
 from . import ROOT, Row, problems
 from .problems import Case
 from .records import Record, table
-from .timing import Timing, quartiles
+from .timing import interleaved, quartiles
 
 WORKER = Path(__file__).with_name("compare_worker.py")
 WORKING_TREE = "working tree"
@@ -144,7 +145,7 @@ def check(sides: Sequence[Side], case: Case) -> bool:
                 what = " ".join(map(str, small.labels().values()))
                 raise SystemExit(f"{side.tree.name} is wrong: {what}: {error}; nothing was timed") from None
     first, second = results
-    return all(torch.equal(getattr(first, field), getattr(second, field)) for field in FIELDS)
+    return not first.differing(second)
 
 
 def measure(sides: Sequence[Side], case: Case, rounds: int) -> Row:
@@ -153,17 +154,14 @@ def measure(sides: Sequence[Side], case: Case, rounds: int) -> Row:
     for side in sides:
         side.take(case)
     calls = max(1, math.ceil(SHORTEST / max(1e-6, min(side.seconds(3) for side in sides))))
-    seconds: dict[Side, list[float]] = {base: [], against: []}
-    for _ in range(rounds):
-        for side in (base, against, against, base):
-            seconds[side].append(side.seconds(calls))
-    speedups = [
-        sum(seconds[base][turn : turn + 2]) / sum(seconds[against][turn : turn + 2]) for turn in range(0, 2 * rounds, 2)
-    ]
+    turns = {"against": partial(against.seconds, calls), "base": partial(base.seconds, calls)}  # the last one begins
+    timings = interleaved(turns, 2 * rounds, warm_up=0, measure=lambda run: run())
+    first, second = (timings[name].seconds for name in ("base", "against"))
+    speedups = [sum(first[turn : turn + 2]) / sum(second[turn : turn + 2]) for turn in range(0, 2 * rounds, 2)]
     speedup, low, high = quartiles(speedups)
     return {
-        "base seconds": Timing.of(seconds[base]),
-        "against seconds": Timing.of(seconds[against]),
+        "base seconds": timings["base"],
+        "against seconds": timings["against"],
         "speedup": speedup,
         "low": low,
         "high": high,

@@ -26,7 +26,7 @@ from softclip_kernels.testing import Result
 from . import Row, problems
 from . import memory as resident
 from .problems import FORWARD_PRODUCTS, LOSSES, PRODUCTS, Case
-from .records import Record, environment, table
+from .records import Record, table
 from .timing import forward_backward, forward_only, interleaved
 
 LABELS = ("table", "loss", "dtype", "pass", "n", "d", "scale", "threads")
@@ -139,7 +139,8 @@ def peak(n: int, widths: tuple[int, ...], rounds: int) -> list[Row]:
         }
         timings = interleaved(contenders, rounds)
         reached = statistics.median(peaks)
-        for name, products in (("hard, forward", 2), ("hard", 8), ("psd", 8)):
+        products_of = {"hard, forward": FORWARD_PRODUCTS["hard"], "hard": PRODUCTS["hard"], "psd": PRODUCTS["psd"]}
+        for name, products in products_of.items():
             rate = products * n * n * d / timings[name].median
             goal = None if name == "hard, forward" else PEAK_GOALS[dtype]
             row: Row = {**hard.labels(), "loss": name, "seconds": timings[name]}
@@ -204,7 +205,7 @@ def main(arguments: list[str]) -> None:
         "growth": lambda: growth((n, 2 * n, *((4 * n, 8 * n) if options.long else ())), d, 3),
     }
     record = Record("cpu", "cpu", LABELS)
-    print(f"{record.machine}, level {cpu.level()}\n{environment()}")
+    print(f"{record.machine}, level {cpu.level()}\n{record.environment}")
     for part in options.only:
         found = runs[part]()
         print(f"\n{part}\n{table(found)}", flush=True)

@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
     rows = []
     for loss, dtype in CASES:
         for ranks in options.ranks:
-            for plan in PLANS if ranks > 1 else ("-",):
+            for plan in PLANS if ranks > 1 else PLANS[:1]:
                 if ranks > 1 or dtype is None:
                     rows.append(measured(loss, dtype, plan, ranks, options.pairs, options.width, options.backend))
                     record.add(rows[-1:])
@@ -65,8 +65,7 @@ def main(arguments: list[str]) -> None:
 
 def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> list[Any]:
     """What function(rank, ranks, *arguments) returns on each rank of a process group, in processes of their own."""
-    # What is freed goes back to the system at once, so that resident memory is what is in use.
-    os.environ.update(OMP_NUM_THREADS="1", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    os.environ.update(memory.AT_ONCE, OMP_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (folder, function, ranks, arguments), nprocs=ranks, start_method="spawn")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
@@ -89,7 +88,7 @@ def measured(loss: str, dtype: torch.dtype | None, plan: str, ranks: int, pairs:
         "exchange": problems.dtype_name(dtype or torch.float32),
         "backend": backend,
         "ranks": ranks,
-        "plan": plan,
+        "plan": plan if ranks > 1 else "-",
         "pairs": pairs,
         "width": width,
         "inputs MiB": pairs // ranks * width * 4 * 2 / MIB,
@@ -102,7 +101,6 @@ def measured(loss: str, dtype: torch.dtype | None, plan: str, ranks: int, pairs:
 def _memory_and_bytes(
     rank: int, ranks: int, loss: str, dtype: torch.dtype | None, plan: str, pairs: int, width: int, backend: str
 ) -> Row:
-    plan = "gather" if plan == "-" else plan  # one rank sends nothing
     _check(loss, Exchange(dist.group.WORLD, plan), rank, ranks, width, backend)
     exchange = Exchange(dist.group.WORLD, plan, dtype)
     x, y, scale, target = _share(loss, rank, ranks, pairs, width)
@@ -113,13 +111,8 @@ def _memory_and_bytes(
     return {"peak": peak, "sent": sent.total, "seconds": time.perf_counter() - start}
 
 
-def _loss(target: Target, exchange: Exchange | None, backend: str) -> problems.Loss:
-    def loss(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        value = softclip_loss(x, y, scale, target, group=exchange, backend=backend)
-        assert isinstance(value, Tensor)
-        return value
-
-    return loss
+def _loss(target: Target, exchange: Exchange, backend: str) -> problems.Loss:
+    return lambda x, y, scale: softclip_loss(x, y, scale, target, group=exchange, backend=backend)
 
 
 def _share(loss: str, rank: int, ranks: int, pairs: int, width: int) -> tuple[Tensor, Tensor, Tensor, Target]:
@@ -154,25 +147,21 @@ class _Counter:
         point_to_point, world = dist.batch_isend_irecv, dist.get_world_size()
 
         def batch(operations: list[Any]) -> list[Any]:
-            self.total += sum(_bytes(one.tensor) for one in operations if one.op is dist.isend)
+            self.total += sum(one.tensor.nbytes for one in operations if one.op is dist.isend)
             return point_to_point(operations)
 
         gather, to_all = torch_private.all_gather_into, dist.all_to_all_single
 
         def gathering(output: Tensor, own: Tensor, **options: Any) -> Any:
-            self.total += (world - 1) * _bytes(own)
+            self.total += (world - 1) * own.nbytes
             return gather(output, own, **options)
 
         def exchanging(output: Tensor, own: Tensor, *arguments: Any, **options: Any) -> Any:
-            self.total += _bytes(own) * (world - 1) // world
+            self.total += own.nbytes * (world - 1) // world
             return to_all(output, own, *arguments, **options)
 
         vars(dist).update(batch_isend_irecv=batch, all_to_all_single=exchanging)
         vars(torch_private).update(all_gather_into=gathering)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def rounding_errors(width: int) -> list[Row]:

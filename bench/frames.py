@@ -5,9 +5,7 @@ python -m bench frames          prints them for the CPU's kernels and, interpret
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +16,9 @@ import torch
 
 import softclip_kernels
 
+from .short_run import Failed, Worker
+
+PATIENCE = 300.0
 PACKAGE = Path(softclip_kernels.__file__).parent
 
 
@@ -68,16 +69,13 @@ def _triton_kernel(frame: FrameType, event: str) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    if list(arguments) == ["--json"]:  # in this process: what its environment allows
-        print(json.dumps(frames("triton" if os.environ.get("TRITON_INTERPRET") == "1" else "cpu")))
-        return
-    if arguments:
-        raise SystemExit(f"usage: python -m bench frames; got {' '.join(arguments)}")
-    for name, environment in (("cpu", {"TRITON_INTERPRET": "0"}), ("triton", {"TRITON_INTERPRET": "1"})):
-        command = [sys.executable, "-m", "bench", "frames", "--json"]
-        run = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
-        if run.returncode:
-            print(f"{name}: cannot run here: {run.stderr.strip().splitlines()[-1]}")
-            continue
-        found = json.loads(run.stdout.splitlines()[-1])
-        print(f"{name}: {len(found)} frames", *found, sep="\n  ")
+    argparse.ArgumentParser(prog="python -m bench frames", description=__doc__.split("\n\n")[0]).parse_args(arguments)
+    for name, interpret in (("cpu", "0"), ("triton", "1")):
+        worker = Worker(environment={"TRITON_INTERPRET": interpret})
+        try:
+            found = worker.call(frames, {"backend": name}, PATIENCE)
+            print(f"{name}: {len(found)} frames", *found, sep="\n  ")
+        except Failed as failure:
+            print(f"{name}: cannot run here: {failure}")
+        finally:
+            worker.end()

@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# For the environment of a process: glibc gives what is freed back to the system at once, and what is resident is what
+# is alive.
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
 
 def growth(work: Callable[[], object]) -> int:
     """The bytes by which this process's peak while working exceeds what was resident before."""

@@ -46,8 +46,8 @@ class Record:
         self._kind, self._labels = kind, tuple(labels)
         slug = re.sub(r"[^a-z0-9]+", "-", self.machine.lower()).strip("-")
         self.path = (RESULTS if folder is None else folder) / kind / f"{slug}.json"
-        self._environment = environment()
-        self._run = f"{self._environment['time']} {self._environment['commit']}"
+        self.environment = environment()
+        self._run = f"{self.environment['time']} {self.environment['commit']}"
         self._read()
 
     def add(self, rows: Iterable[Mapping[str, Any]], replace: bool = True) -> None:
@@ -60,7 +60,7 @@ class Record:
             if replace or identity not in merged:
                 merged[identity] = _plain(row) | {"run": self._run}
         used = {row["run"] for row in merged.values()}
-        known = runs | {self._run: self._environment}
+        known = runs | {self._run: self.environment}
         lines = [f' "kind": {json.dumps(self._kind)}', f' "machine": {json.dumps(self.machine)}']
         lines.append(
             ' "runs": {\n' + ",\n".join(f"  {_pair(run, known[run])}" for run in known if run in used) + "\n }"

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,11 +58,11 @@ def device_seconds(run: Callable[[], object]) -> float:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], object]],
+    contenders: Mapping[str, Callable[[], Any]],
     rounds: int = 7,
     warm_up: int = 1,
     seconds: float = 0.0,
-    measure: Callable[[Callable[[], object]], float] = host_seconds,
+    measure: Callable[[Callable[[], Any]], float] = host_seconds,
 ) -> dict[str, Timing]:
     """Every contender once a round, so that the machine's drift meets all alike; the order alternates. Takes at least
     so many rounds and, after `warm_up` rounds that do not count, at least so many seconds."""

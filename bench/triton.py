@@ -55,7 +55,7 @@ def correctness(case: Case, repeats: int) -> Row:
     first = Result.of(fused, x, y, scale)
     for index in range(repeats):
         again = Result.of(fused, x, y, scale)
-        differing = [field for field in FIELDS if not torch.equal(getattr(first, field), getattr(again, field))]
+        differing = first.differing(again)
         if differing:
             raise AssertionError(f"{', '.join(differing)} differ in repeat {index + 1}")
     return {"passed": True, "repeats": repeats}
