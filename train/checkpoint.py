@@ -119,33 +119,21 @@ def write_portable(
     write_new(folder / FINGERPRINT, fingerprint.to_json().encode())
 
 
-def commit(
-    run: Path,
-    scratch: Path,
-    step: int,
-    keep: int,
-    keep_every: int = 0,
-    at: Callable[[str], None] = lambda point: None,
-) -> Path:
+def commit(run: Path, scratch: Path, step: int, keep: int, keep_every: int) -> Path:
     """Make a written scratch folder the latest checkpoint and remove older ones but `keep` of them and those that
-    `keep_every` keeps (see spared). `at` is told each point reached (tests crash there)."""
+    `keep_every` keeps (see spared)."""
     entries = {}
     for path in sorted(path for path in scratch.rglob("*") if path.is_file()):
         entries[path.relative_to(scratch).as_posix()] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
         heartbeat.tick()  # many files are no hang
         sync_file(path)
-    at("files flushed")
     write_atomically(scratch / MANIFEST, json.dumps(entries, indent=1).encode())
-    at("manifest written")
     final = run / FOLDER / name_of(step)
     if final.exists():  # a damaged one that a resumed run passes again
         shutil.rmtree(final)
-    at("old removed")
     scratch.rename(final)
     sync_folder(final.parent)
-    at("renamed")
     write_atomically(run / FOLDER / LATEST, f"{final.name}\n".encode())
-    at("latest written")
     # Newer ones were passed over when the run was resumed, and are replaced as it passes them: they are no good ones.
     older = [name for name in _names(run) if _step(name) <= step]
     for old in older[keep:]:
@@ -186,7 +174,7 @@ def why_broken(folder: Path, engine: bool = False) -> str | None:
     if problem is not None:
         return f"is not whole ({problem})"
     try:
-        model, _, _ = read_model(folder)
+        model, _ = read_model(folder)
         bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
         if bad:
             return f"is not finite (NaN or infinity in {name_some(bad)})"
@@ -285,12 +273,12 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_file(str(folder / TOKENIZER))
 
 
-def read_model(folder: Path) -> tuple[Clip, Tokenizer, Config]:
-    """The trained model in fp32, its tokenizer and configuration, from safetensors and JSON."""
+def read_model(folder: Path) -> tuple[Clip, Tokenizer]:
+    """The trained model in fp32 and its tokenizer, from safetensors and JSON."""
     config, tokenizer = read_config(folder), read_tokenizer(folder)
     model = Clip(config.model, tokenizer.get_vocab_size())
     model.load_state_dict(load_safetensors((folder / WEIGHTS).read_bytes()))
-    return model.eval(), tokenizer, config
+    return model.eval(), tokenizer
 
 
 def describe_mismatch(state: State, processes: int, zero_stage: int) -> str | None:

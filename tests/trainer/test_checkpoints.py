@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_falls_back(tmp_path: Path, data: Path, tokenizer: 
 
 def test_a_checkpoint_reloads_and_says_what_it_fits(tmp_path: Path, data: Path, tokenizer: Tokenizer) -> None:
     folder = write_checkpoint(tmp_path, data, tokenizer, 4)
-    model, read, _ = checkpoint.read_model(folder)
+    model, read = checkpoint.read_model(folder)
     fresh = weights(4, data, tokenizer.get_vocab_size())
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in model.state_dict().items())
     assert read.to_str() == tokenizer.to_str()

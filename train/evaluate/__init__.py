@@ -44,7 +44,7 @@ def evaluate_checkpoint(
 ) -> dict[str, SplitResult]:
     """The results of one checkpoint folder by split. `before_each` is called before each split, and may raise to
     leave."""
-    model, tokenizer, _ = checkpoint.read_model(folder)
+    model, tokenizer = checkpoint.read_model(folder)
     centers = prototypes(model, tokenizer, held_out.groups)
     results = {}
     for split, pairs in held_out.splits.items():

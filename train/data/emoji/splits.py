@@ -32,7 +32,7 @@ class Split:
     dropped: dict[str, int]
 
 
-def unseen_concepts(concepts: list[Concept], seed: int, share: float = UNSEEN_CONCEPT_SHARE) -> set[int]:
+def unseen_concepts(concepts: list[Concept], seed: int, share: float) -> set[int]:
     """Indices of about `share` of the concepts, in whole families."""
     families: dict[str, list[int]] = {}
     for concept in concepts:
