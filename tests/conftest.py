@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.backends import CPU_LEVELS, FLOAT64_BACKENDS
+from helpers.ranks import Pool
 
 from softclip_kernels.backends import chunked, cpu
 
@@ -21,6 +23,14 @@ def backend(request, monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def pool(request: pytest.FixtureRequest) -> Iterator[Pool]:
+    """Ranks that start once and serve all tests of a module, as many as its RANKS says."""
+    pool = Pool(request.module.RANKS)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny data set for the trainer."""
     from helpers.data import make_data  # the library's own tests run without what the trainer needs
@@ -29,12 +39,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(data: Path) -> Any:
-    """The trainer's, of the training captions in `data`."""
-    from train.data import all_captions, load_pairs
+def pairs(data: Path) -> Any:
+    """The training pairs in `data`."""
+    from train.data import load_pairs
+
+    return load_pairs(data, "train")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(pairs: Any) -> Any:
+    """The trainer's, of the training captions."""
+    from train.data import all_captions
     from train.tokenizer import train_tokenizer
 
-    return train_tokenizer(all_captions(load_pairs(data, "train")), 300)
+    return train_tokenizer(all_captions(pairs), 300)
 
 
 @pytest.fixture(autouse=True)

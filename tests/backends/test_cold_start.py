@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from helpers.backends import TRITON
 
 from softclip_kernels.backends import cpu
 from softclip_kernels.testing import dense_loss, unit_rows
 
 PROCESSES = 3
-TRITON = importlib.util.find_spec("triton") is not None
 CUT_OFF = '{"format": 2, "tiles": {"key": [128, 128, 64'
 
 # The loss through `auto`; then the choice of tiles through the shared file, with a GPU's times made up, and a kernel

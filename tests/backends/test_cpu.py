@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.backends import needs_cpu_kernels
 
-from softclip_kernels import Hard, Mix, SelfTeacher, softclip_loss
+from softclip_kernels import Hard, Mix, SelfTeacher
 from softclip_kernels.backends import cpu, registered
 from softclip_kernels.problem import Problem, Source, TeacherOperand
 from softclip_kernels.stats import Statistics, StatisticsGradient
@@ -19,11 +20,12 @@ from softclip_kernels.testing import (
     Result,
     assert_as_accurate_as_dense,
     contested_rows,
+    operands,
     unit_rows,
 )
 
 LEVELS = cpu.levels()
-pytestmark = pytest.mark.skipif(not LEVELS, reason=str(cpu.why_missing()))
+pytestmark = needs_cpu_kernels
 
 CPU, REFERENCE = (registered()[name] for name in ("cpu", "reference"))
 
@@ -185,7 +187,7 @@ def test_logits_beyond_all_precision_stay_finite(level):
 
 
 def fused(x, y, scale, target):
-    return Result.of(lambda *leaves: softclip_loss(*leaves, target, backend="cpu"), x, y, scale)
+    return Result.of_loss(x, y, scale, target, backend="cpu")
 
 
 @pytest.mark.parametrize("name", ALL_TARGETS)
@@ -195,9 +197,8 @@ def test_every_target_is_as_accurate_as_dense(level, name, threads):
     for n, m, d in sizes:
         target = ALL_TARGETS[name](n, m)
         for dtype in cpu.DTYPES:
-            x = unit_rows(n, d, seed=n + d, dtype=dtype)
-            y = contested_rows(x, 14.3) if n == m else unit_rows(m, d, seed=m + d + 1, dtype=dtype)
-            assert_as_accurate_as_dense(fused(x, y, torch.tensor(14.3), target), x, y, torch.tensor(14.3), target)
+            x, y, scale = operands(n, m, d, dtype=dtype)
+            assert_as_accurate_as_dense(fused(x, y, scale, target), x, y, scale, target)
 
 
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
@@ -404,7 +405,7 @@ def test_threads_change_rounding_only(level, name, threads):
         threads(count)
         results.append(fused(x, y, scale, target))
         again = fused(x, y, scale, target)
-        assert all(torch.equal(getattr(results[-1], f), getattr(again, f)) for f in FIELDS)
+        assert not results[-1].differing(again)
     for result in results[1:]:
         for field in FIELDS:
             torch.testing.assert_close(getattr(result, field), getattr(results[0], field), rtol=1e-5, atol=1e-7)

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from helpers import ROOT, signals
+from helpers.backends import needs_cpu_kernels
 
 from softclip_kernels import backends, softclip_loss
 from softclip_kernels.backends import cpu, registered
@@ -20,7 +21,7 @@ from softclip_kernels.problem import Problem
 from softclip_kernels.stats import StatisticsGradient
 from softclip_kernels.testing import unit_rows
 
-pytestmark = pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+pytestmark = needs_cpu_kernels
 
 CPU = registered()["cpu"]
 

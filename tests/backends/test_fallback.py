@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT
+from helpers.backends import needs_cpu_kernels
 
 from softclip_kernels import SlowerBackendWarning, SoftClipLoss, backends, info, softclip_loss
 from softclip_kernels.backends import cpu, triton
@@ -142,7 +143,7 @@ def test_python_shows_it_by_default():
     assert "install the package where a C++ compiler is" in done.stderr
 
 
-@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+@needs_cpu_kernels
 def test_the_former_name_of_the_cpu_backend_still_works_and_says_the_new_one():
     x = unit_rows(8, 4, dtype=torch.float32)
     with pytest.warns(DeprecationWarning, match="backend='native' is now called 'cpu'") as caught:
@@ -154,7 +155,7 @@ def test_the_former_name_of_the_cpu_backend_still_works_and_says_the_new_one():
     assert module.backend == "cpu" and [one.filename for one in caught] == [__file__]
 
 
-@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+@needs_cpu_kernels
 def test_the_former_name_of_the_variable_that_forces_a_level_still_works(monkeypatch):
     monkeypatch.setenv(cpu.FORMER_ISA_VARIABLE, "portable")
     with pytest.warns(DeprecationWarning, match="SOFTCLIP_NATIVE_ISA is now called SOFTCLIP_CPU_ISA"):

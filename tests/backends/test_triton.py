@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
+from helpers.backends import needs_triton
 
 from softclip_kernels import backends, softclip_loss
 from softclip_kernels.problem import Problem
 from softclip_kernels.testing import unit_rows
 
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
 # Groups for several processors.

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-from helpers import ROOT
+from helpers import interpreter
+from helpers.backends import needs_triton
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = needs_triton
 
 # What a tensor core's instruction is called.
 INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}
@@ -34,20 +29,7 @@ def test_compiled_code_keeps_its_budgets(architecture, part):
     """No spills, shared memory within the chip's, tensor-core instructions that on sm_90 do not wait for one another,
     and the design's number of matrix products and exponentials a tile. A process of its own, whatever TRITON_INTERPRET
     is here."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    code = (
-        "import json; from bench.aot.machine_code import table;"
-        f"print(json.dumps(table([{architecture!r}], every={PARTS}, first={part})))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    rows = json.loads(done.stdout)
+    rows = interpreter.result_of("bench.aot.machine_code", "table", [architecture], PARTS, part, TRITON_INTERPRET="0")
     assert {row["kernel"] for row in rows} >= {"forward", "backward"}
     problems = [f"{row['variant']}: {problem}" for row in rows for problem in over_budget(row)]
     assert not problems, "\n".join(problems)

@@ -3,19 +3,19 @@ and its file, and which fp32 products torch's settings ask for."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import multiprocessing
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
+from helpers.backends import needs_triton
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = needs_triton
 
 GPU = torch.device("cuda")
 LARGE = 2**30  # entries
@@ -230,7 +230,7 @@ def test_later_super_blocks_are_launched_as_the_first_is():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHES],
-        cwd=Path(__file__).parent.parent.parent,
+        cwd=ROOT,
         env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

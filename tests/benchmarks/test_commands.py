@@ -9,12 +9,10 @@ import sys
 
 import pytest
 from helpers import ROOT
+from helpers.backends import needs_cpu_kernels
 
 from bench import cpu, problems, records, two_pass
 from bench.__main__ import COMMANDS
-from softclip_kernels.backends import cpu as kernels
-
-needs_cpu_kernels = pytest.mark.skipif(not kernels.levels(), reason="the CPU extension is not built")
 
 
 def test_without_a_command_it_lists_them():

@@ -9,11 +9,11 @@ import subprocess
 import pytest
 import torch
 from helpers import ROOT
+from helpers.backends import needs_cpu_kernels
 
 from bench import compare
 from bench.compare import Tree
 from bench.problems import Case
-from softclip_kernels.backends import cpu
 
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 CASES = [Case("hard", torch.float32, 65, 32), Case("psd", torch.bfloat16, 40, 32)]
@@ -23,7 +23,6 @@ _right = softclip_loss
 def softclip_loss(*arguments, **options):
     return {factor} * _right(*arguments, **options)
 """
-needs_cpu_kernels = pytest.mark.skipif(not cpu.levels(), reason="the CPU extension is not built")
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 
 

@@ -16,12 +16,11 @@ import pytest
 import rehearsal
 import torch
 from helpers import ROOT
+from helpers.backends import needs_triton
 
 from bench import gpu, problems, short_run, triton
 from bench.short_run import Failed, Worker
 from softclip_kernels import softclip_loss
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 # Every way a test can end, for two processes: the first takes each other one.
 SUITE = """

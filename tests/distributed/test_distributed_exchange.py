@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.products import Shapes, bytes_sent
 from helpers.ranks import Pool, shares
 from helpers.sharding import PLANS, WIDTH, local_target, over_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from softclip_kernels import (
     Exchange,
@@ -33,12 +33,7 @@ from softclip_kernels.distributed import agreement, sharded
 from softclip_kernels.targets import ForBatch
 from softclip_kernels.testing import SQUARE_TARGETS, operands, truth, unit_rows
 
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool(4)
-    yield pool
-    pool.close()
+RANKS = 4  # of the fixture `pool`
 
 
 # --- bytes and memory ------------------------------------------------------------------------------------------------
@@ -49,16 +44,9 @@ def sent_bytes(group, counts, width, name, dtype, exchange_dtype):
     own = shares(counts)[dist.get_rank(group)]
     n = sum(counts)
     x, y = (unit_rows(n, width, seed=seed, dtype=dtype)[own].requires_grad_() for seed in (0, 1))
-    sent = []
-    exchange_all = dist.batch_isend_irecv
-
-    def counted(operations):
-        sent.extend(one.tensor.numel() * one.tensor.element_size() for one in operations if one.op is dist.isend)
-        return exchange_all(operations)
-
     target = SQUARE_TARGETS[name](n, n)
     exchange = Exchange(group, "ring", exchange_dtype)
-    with mock.patch.object(dist, "batch_isend_irecv", counted):
+    with bytes_sent() as sent:
         loss = softclip_loss(x, y, torch.tensor(10.0), local_target(target, own, own), group=exchange)
         forward = sum(sent)
         loss.backward()
@@ -98,21 +86,6 @@ def test_a_smaller_exchange_dtype_halves_the_embeddings(pool):
     half = pool.run(sent_bytes, (32,) * 4, 16, "hard", torch.float32, torch.bfloat16)
     for (forward, backward), (half_forward, half_backward) in zip(full, half, strict=True):
         assert forward - half_forward == backward - half_backward == 3 * 32 * 16 * 2
-
-
-class Shapes(TorchDispatchMode):
-    """The shapes of everything that any operator returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        result = function(*arguments, **(options or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.seen.add(tuple(tensor.shape))
-        return result
 
 
 def shapes(group, counts, name, plan):

@@ -58,24 +58,31 @@ def job(rank, world, folder, plan, how, where, victim=VICTIM, store=None):
     print("finished")
 
 
+def survivors_end(processes, folder, said, victim=VICTIM):
+    """Every other rank has ended with an error that names itself, the step, and what is `said`; returns how many
+    seconds after the victim failed. The victim lives until then."""
+    survivors = [rank for rank in range(WORLD) if rank != victim]
+    for rank in survivors:
+        processes[rank].join(60)
+    ended = time.monotonic()
+    processes[victim].kill()
+    for rank in survivors:
+        output = (folder / f"{rank}.txt").read_text()
+        assert processes[rank].exitcode == 1, f"rank {rank} ended with {processes[rank].exitcode}:\n{output}"
+        assert f"rank {rank} of {WORLD}, step {STEP}, " in output, output
+        assert said in output, output
+    return ended - float((folder / "failed").read_text())
+
+
 @pytest.mark.parametrize("where", ("before the loss", "in its lap", "in its backward lap"))
 @pytest.mark.parametrize("how", ("killed", "stopped"))
 @pytest.mark.parametrize("plan", ("gather", "ring"))
 def test_a_missing_rank_ends_the_job(plan, how, where):
     processes, folder = start_ranks(job, WORLD, plan, how, where)
-    survivors = [rank for rank in range(WORLD) if rank != VICTIM]
-    for rank in survivors:
-        processes[rank].join(60)
-    ended = time.monotonic()
-    processes[VICTIM].kill()
-    for rank in survivors:
-        output = (folder / f"{rank}.txt").read_text()
-        assert processes[rank].exitcode == 1, f"rank {rank} ended with {processes[rank].exitcode}:\n{output}"
-        assert f"rank {rank} of {WORLD}, step {STEP}, " in output, output
-        assert f"missing: rank {VICTIM}:" in output, output
+    took = survivors_end(processes, folder, f"missing: rank {VICTIM}:")
     # A closed connection is seen at once, a silent one after the time-out; then the roll call, and a busy machine.
     allowed = (TIMEOUT if how == "stopped" else 0.0) + 4.0 + 8.0
-    assert ended - float((folder / "failed").read_text()) < allowed
+    assert took < allowed
 
 
 @pytest.mark.parametrize("where", ("in its lap", "in its backward lap"))
@@ -83,18 +90,9 @@ def test_a_missing_rank_ends_the_job(plan, how, where):
 def test_a_rank_that_raises_in_the_middle_of_an_exchange_tells_the_others(plan, where):
     """At once, although it lives on, as one does that catches the error: what failed, and where."""
     processes, folder = start_ranks(job, WORLD, plan, "raised", where)
-    survivors = [rank for rank in range(WORLD) if rank != VICTIM]
-    for rank in survivors:
-        processes[rank].join(60)
-    ended = time.monotonic()
-    processes[VICTIM].kill()
+    took = survivors_end(processes, folder, f": rank {VICTIM} failed with MemoryError: no room for a tile: ")
     assert "caught no room for a tile" in (folder / f"{VICTIM}.txt").read_text()
-    for rank in survivors:
-        output = (folder / f"{rank}.txt").read_text()
-        assert processes[rank].exitcode == 1, f"rank {rank} ended with {processes[rank].exitcode}:\n{output}"
-        assert f"rank {rank} of {WORLD}, step {STEP}, " in output, output
-        assert f": rank {VICTIM} failed with MemoryError: no room for a tile: " in output, output
-    assert ended - float((folder / "failed").read_text()) < 4.0 + 8.0
+    assert took < 4.0 + 8.0
 
 
 @pytest.mark.parametrize("how", ("killed", "stopped"))
@@ -103,12 +101,5 @@ def test_the_rank_that_holds_the_store_may_be_the_missing_one(how):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     processes, folder = start_ranks(job, WORLD, "ring", how, "before the loss", 0, f"tcp://127.0.0.1:{port}")
-    for rank in range(1, WORLD):
-        processes[rank].join(60)
-    ended = time.monotonic()
-    processes[0].kill()
-    for rank in range(1, WORLD):
-        output = (folder / f"{rank}.txt").read_text()
-        assert processes[rank].exitcode == 1, f"rank {rank} ended with {processes[rank].exitcode}:\n{output}"
-        assert f"rank {rank} of {WORLD}, step {STEP}, agreement on shapes: {failures.NO_STORE}: " in output, output
-    assert ended - float((folder / "failed").read_text()) < TIMEOUT + 4.0 + 8.0
+    said = f", step {STEP}, agreement on shapes: {failures.NO_STORE}: "
+    assert survivors_end(processes, folder, said, victim=0) < TIMEOUT + 4.0 + 8.0

@@ -8,22 +8,17 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.ranks import Pool, run_interpreters, shares
+from helpers.backends import needs_cpu_kernels
+from helpers.ranks import run_interpreters, shares
 from helpers.sharding import PLANS, WIDTH, check, local_target
 
 from softclip_kernels import Dense, Exchange, Hard, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.backends import cpu
 from softclip_kernels.distributed import agreement, failures, laps
 from softclip_kernels.distributed.exchange import Layout
 from softclip_kernels.problem import Problem
 from softclip_kernels.testing import SQUARE_TARGETS, operands, unit_rows
 
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool(2)
-    yield pool
-    pool.close()
+RANKS = 2  # of the fixture `pool`
 
 
 def leaves(group, dtype=torch.float64):
@@ -118,7 +113,7 @@ def test_autocast_changes_nothing(pool, plan, name):
     pool.run(under_autocast, plan, name)
 
 
-@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+@needs_cpu_kernels
 @pytest.mark.parametrize("plan", PLANS)
 def test_cpu_kernels(pool, plan):
     names = ("hard", "psd", "psd_block", "psd_external", "labels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ def target(ranks):
     return SQUARE_TARGETS["psd"](sum(COUNTS[:ranks]), sum(COUNTS[:ranks])) if ranks > 1 else None
 
 
+@functools.cache
 def expected(parts, dropout, dtype, ranks):
     """The parameters after each step of one process that encodes every rank's micro-batches in turn, with that rank's
     random numbers, and holds all their graphs."""
@@ -84,11 +86,7 @@ def train_torch(group, parts, dropout, dtype, ddp, plan="auto"):
     return seen
 
 
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool(2)
-    yield pool
-    pool.close()
+RANKS = 2  # of the fixture `pool`
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.3))

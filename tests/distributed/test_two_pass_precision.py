@@ -7,18 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.ranks import Pool
 from helpers.towers import data, import_deepspeed, make, split
 from torch import nn
 
 from softclip_kernels import TwoPass, softclip_loss
 
-
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool(1)
-    yield pool
-    pool.close()
+RANKS = 1  # of the fixture `pool`
 
 
 @pytest.mark.parametrize("inside", (True, False))

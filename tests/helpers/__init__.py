@@ -8,7 +8,7 @@ jobs         whole jobs of the trainer, started as users start them
 memory       a loss's peak of resident memory
 mutants      results that are wrong on purpose
 parity       training one model with different ways of computing one loss
-products     how much matrix multiplication PyTorch is asked for
+products     what PyTorch is asked for: matrix products, shapes, bytes between ranks
 ranks        processes that are the ranks of a group
 saved_runs   checkpoints without a job
 sharding     a problem shared out over ranks, and put together again
@@ -17,6 +17,8 @@ step_worker  one rank of the tests that look inside a training step
 towers       two small towers and their data on every rank
 """
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "tests")))  # of an interpreter that imports what tests do

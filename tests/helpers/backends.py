@@ -1,17 +1,23 @@
-"""The backends that tests run over, and the dtypes of each."""
+"""The backends that tests run over, the dtypes of each, and what this machine must have for them."""
 
 from __future__ import annotations
+
+import importlib.util
 
 import pytest
 import torch
 
 from softclip_kernels.backends import cpu
 
+# What this machine may lack.
+TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
+needs_cpu_kernels = pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+
 # Those of plain PyTorch, which compute in float64 too. Triton, in its interpreter, has tests of its own.
 FLOAT64_BACKENDS = ("reference", "chunked")
-CPU_LEVELS = [f"cpu {level}" for level in cpu.levels()] or [
-    pytest.param("cpu", marks=pytest.mark.skip(reason="the CPU extension is not built"))
-]
+BACKENDS = (*FLOAT64_BACKENDS, *(["cpu"] if cpu.levels() else []))
+CPU_LEVELS = [f"cpu {level}" for level in cpu.levels()] or [pytest.param("cpu", marks=needs_cpu_kernels)]
 
 
 def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:

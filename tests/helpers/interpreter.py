@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from . import ROOT
+from . import PYTHONPATH, ROOT
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE"}  # threads of PyTorch's that spin while they wait starve a busy machine
 
@@ -20,7 +20,7 @@ def result_of(module: str, function: str, *arguments: Any, plant: str = "", **en
     done = subprocess.run(
         [sys.executable, "-c", "\n".join((plant, f"import json, sys, {module}", call)), json.dumps(arguments)],
         cwd=ROOT,
-        env={**os.environ, **PASSIVE, **environment, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
+        env={**os.environ, **PASSIVE, **environment, "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=500,

@@ -18,7 +18,7 @@ import yaml
 
 from train import heartbeat, metrics
 
-from . import ROOT, signals
+from . import PYTHONPATH, ROOT, signals
 from .data import tiny
 
 TIMEOUT = 120
@@ -27,10 +27,10 @@ TIMEOUT = 120
 def environment(fault: str = "") -> dict[str, str]:
     """That of a job. `fault`: the name of a function in faults/sitecustomize.py, for its ranks."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    path = [str(ROOT), str(ROOT / "tests")]
+    path = PYTHONPATH
     if fault:
-        path.insert(0, str(ROOT / "tests" / "helpers" / "faults"))
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path), "TRAIN_FAULT": fault}
+        path = os.pathsep.join((str(ROOT / "tests" / "helpers" / "faults"), path))
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TRAIN_FAULT": fault}
 
 
 def start(*arguments: str, fault: str = "", launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -113,6 +113,10 @@ def wait_for(run: Path, rank: int, condition: Callable[[heartbeat.Place], bool])
                 return place
         time.sleep(0.005)
     raise AssertionError(f"rank {rank} never came there; last seen: {heartbeat.read(run)}")
+
+
+def steps_logged(run: Path) -> list[int]:
+    return [row["step"] for row in metrics.read_rows(run / metrics.METRICS) if "loss" in row]
 
 
 def training_rows(run: Path) -> list[dict[str, Any]]:

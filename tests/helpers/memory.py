@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.memory import growth
+from bench.memory import AT_ONCE, growth
 
 from . import interpreter
-
-# glibc gives what is freed back to the system at once: what is resident is what is alive.
-AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def in_a_new_process(function: str, *arguments: Any, plant: str = "", allocator: dict[str, str] = AT_ONCE) -> Any:

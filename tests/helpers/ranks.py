@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import ROOT
+from . import PYTHONPATH
 
 PATIENCE = 60.0  # seconds that a case may take; ranks share a core or two
 
@@ -125,7 +125,7 @@ def run_interpreters(code: str, size: int, **environment: str) -> list[str]:
     """What each of `size` Python interpreters printed that ran `code` as the ranks of a process group, from beginning
     to end: not forks, and with the exit status of the interpreter itself, which must be 0."""
     rendezvous = f"file://{tempfile.mkdtemp()}/rendezvous"
-    paths = {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+    paths = {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(size):
         start = f"dist.init_process_group('gloo', init_method='{rendezvous}', rank={rank}, world_size={size})"

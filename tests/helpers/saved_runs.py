@@ -65,6 +65,14 @@ class Payload:
         return os.mkdir, (str(self.marker),)
 
 
+def altered(whole_run: Path, run: Path, before: str, after: str) -> Path:
+    """The run's checkpoints under a configuration in which `after` stands for `before`."""
+    run.mkdir()
+    (run / "config.yaml").write_text((whole_run / "config.yaml").read_text().replace(before, after))
+    (run / checkpoint.FOLDER).symlink_to(whole_run / checkpoint.FOLDER)
+    return run
+
+
 def rewrite_manifest(folder: Path) -> None:
     """As someone would who changed a checkpoint on purpose: the sums are right again."""
     entries = {

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
-from softclip_kernels import Average, Blocks, Exchange, Hard, Mix, Teacher, Weighted, softclip_loss
+from softclip_kernels import Average, Blocks, Exchange, Hard, Mix, Teacher, Weighted
 from softclip_kernels.backends import chunked
 from softclip_kernels.targets import ForBatch
 from softclip_kernels.testing import (
@@ -29,8 +29,8 @@ def local_target(target, rows, columns):
     """This rank's share of a target that is given for the whole batch: what has to be local becomes so, what may be
     global stays as it is, so that both ways of giving a vector are seen."""
     if isinstance(target, (Mix, Average, Weighted, Blocks, ForBatch)):
-        parts = {"hard": "hard", "soft": "soft", "target": "target"}
-        changes = {name: local_target(getattr(target, name), rows, columns) for name in parts if hasattr(target, name)}
+        parts = [name for name in ("hard", "soft", "target") if hasattr(target, name)]
+        changes = {name: local_target(getattr(target, name), rows, columns) for name in parts}
         if isinstance(target, Average):
             changes["targets"] = [local_target(part, rows, columns) for part in target.targets]
         return dataclasses.replace(target, **changes)
@@ -45,8 +45,7 @@ def local_target(target, rows, columns):
 
 
 def over_ranks(x, y, scale, target, group, plan, exchange_dtype=None, backend="auto"):
-    exchange = Exchange(group, plan, exchange_dtype)
-    return Result.of(lambda *leaves: softclip_loss(*leaves, target, group=exchange, backend=backend), x, y, scale)
+    return Result.of_loss(x, y, scale, target, group=Exchange(group, plan, exchange_dtype), backend=backend)
 
 
 def compute(group, names, counts, plan, dtype, backend="auto"):

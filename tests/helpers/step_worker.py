@@ -24,7 +24,7 @@ from deepspeed.utils import (
 from helpers.data import tiny
 from train.config import Config
 from train.data import Sampler, all_captions, load_pairs
-from train.engine import gather_weights, make_engine, nonfinite
+from train.engine import gather_weights, load_engine, make_engine, nonfinite
 from train.engine_files import tensors, why_unusable
 from train.launch import leave
 from train.model import Clip
@@ -115,7 +115,7 @@ def main(data: Path, folder: Path, stage: int) -> None:
         parameters, state = snapshot(engine), optimizer_state(engine)
         engine.destroy()
         engine = new_engine()
-        engine.load_checkpoint(str(saved), tag="engine")
+        load_engine(engine, saved)
         seen["restored"] = same(parameters, snapshot(engine)) and same(state, optimizer_state(engine))
         if world.rank == 1:
             next(iter(engine.optimizer.optimizer.state.values()))["exp_avg"][0] = torch.nan

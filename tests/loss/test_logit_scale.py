@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from helpers.backends import BACKENDS
 
 from softclip_kernels import (
     Hard,
@@ -20,13 +21,11 @@ from softclip_kernels import (
     softclip_loss,
     softclip_loss_with_ranks,
 )
-from softclip_kernels.backends import cpu
 from softclip_kernels.testing import unit_rows
 
 X, Y = (unit_rows(65, 8, seed=seed, dtype=torch.float32) for seed in (0, 1))
 SCALE = torch.tensor(10.0)
 NOT_FINITE, NOT_POSITIVE = (math.nan, math.inf, -math.inf), (0.0, -1.0)
-BACKENDS = ("reference", "chunked", *(["cpu"] if cpu.levels() else []))
 
 
 def of_two_passes(scale):

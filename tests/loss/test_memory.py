@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from helpers import memory
+from helpers.backends import needs_cpu_kernels
 
 from softclip_kernels.backends import cpu
 
@@ -69,7 +70,7 @@ def test_chunked_as_the_allocator_keeps_it():
 
 
 # Widths at which a thread's share of the rows fills its group of packed blocks from the first size on.
-@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+@needs_cpu_kernels
 @pytest.mark.parametrize(("dtype", "width", "targets"), (("float32", 2048, TARGETS), ("bfloat16", 4096, ("psd",))))
 def test_cpu(dtype, width, targets):
     sizes = [1024, 2048, 3072]
@@ -105,7 +106,7 @@ def test_a_regression_of_chunked_is_seen():
         assert_follows(growth, [chunked_formula(n, 512, "hard") for n in sizes])
 
 
-@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+@needs_cpu_kernels
 @pytest.mark.parametrize("plant", (COPIED_OPERANDS, ALL_PAIRS), ids=("copied operands", "all pairs"))
 def test_a_regression_of_the_cpu_backend_is_seen(plant):
     sizes = [1024, 2048]

@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.products import Products
-from helpers.ranks import Pool, shares
+from helpers.backends import needs_cpu_kernels
+from helpers.products import Products, bytes_sent
+from helpers.ranks import shares
 
 from softclip_kernels import Exchange, Hard, Mix, SelfTeacher, Teacher, ops, softclip_loss
 from softclip_kernels.backends import cpu
@@ -76,7 +77,7 @@ def test_a_frozen_operand_costs_no_product(case, backend, transparent_backward):
     assert backward_products(learns, Mix(Hard(), own, 0.5), backend) == PRODUCTS[case] + 1  # the teacher's logits
 
 
-@pytest.mark.skipif(not cpu.levels(), reason=str(cpu.why_missing()))
+@needs_cpu_kernels
 @pytest.mark.parametrize("case", LEARNING)
 def test_the_cpu_kernels_are_asked_for_no_more_than_is_needed(case):
     """What C++ gets no address for, it does not compute (test_cpu.py)."""
@@ -88,11 +89,7 @@ def test_the_cpu_kernels_are_asked_for_no_more_than_is_needed(case):
     assert (asked["gy"] != 0) == learns[1]
 
 
-@pytest.fixture(scope="module")
-def pool():
-    pool = Pool(2)
-    yield pool
-    pool.close()
+RANKS = 2  # of the fixture `pool`
 
 
 def share_of_gradients(group, plan, name, learns_of_rank):
@@ -103,15 +100,9 @@ def share_of_gradients(group, plan, name, learns_of_rank):
     leaves = [
         leaf.requires_grad_(each) for leaf, each in zip((x[own], y[own], scale), learns_of_rank[rank], strict=True)
     ]
-    sent, exchange_all = [], dist.batch_isend_irecv
-
-    def counted(operations):
-        sent.extend(one.tensor.numel() * one.tensor.element_size() for one in operations if one.op is dist.isend)
-        return exchange_all(operations)
-
     target = ALL_TARGETS[name](N, N)
     loss = softclip_loss(*leaves, target, group=Exchange(group, plan), backend="reference")
-    with mock.patch.object(dist, "batch_isend_irecv", counted), Products() as counter:
+    with bytes_sent() as sent, Products() as counter:
         loss.backward()
     products = counter.operations / (2 * (N // 2) * N * D)
     return [None if leaf.grad is None else leaf.grad.numpy() for leaf in leaves], products, sum(sent)

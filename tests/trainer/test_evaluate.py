@@ -23,11 +23,6 @@ from train.evaluate.zero_shot import prototypes
 from train.tokenizer import encode
 
 
-@pytest.fixture(scope="module")
-def pairs(data: Path) -> Pairs:
-    return load_pairs(data, "train")
-
-
 class Fixed(torch.nn.Module):
     """Embeddings that are given: the pictures' as they come, and a table of texts', found by their tokens."""
 

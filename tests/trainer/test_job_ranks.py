@@ -15,6 +15,7 @@ import torch
 from helpers import parity
 from helpers.data import tiny
 from helpers.jobs import configuration, finish, start, training_rows, wait_for
+from helpers.saved_runs import altered
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -162,12 +163,7 @@ def test_shares_that_would_be_uneven_or_empty_are_refused_before_the_first_step(
 @pytest.mark.long
 @pytest.mark.parametrize(("before", "now"), ((2, 4), (4, 2)))
 def test_another_number_of_processes_is_refused_clearly(job: Job, tmp_path: Path, before: int, now: int) -> None:
-    written = job(processes=before)
-    run = tmp_path / "run"
-    run.mkdir()
-    settings = (written / "config.yaml").read_text()
-    (run / "config.yaml").write_text(settings.replace(f"processes: {before}", f"processes: {now}"))
-    (run / checkpoint.FOLDER).symlink_to(written / checkpoint.FOLDER)
+    run = altered(job(processes=before), tmp_path / "run", f"processes: {before}", f"processes: {now}")
     status, said = finish(start("--resume", str(run)))
     assert status == 2
     assert said.count(f"job.processes={before} and this job has {now}") == 1, said

@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers.data import CONCEPTS, make_data, tiny
 from helpers.jobs import configuration, finish, start, training_rows, wait_for
-from helpers.saved_runs import rewrite_manifest
+from helpers.saved_runs import altered, rewrite_manifest
 from safetensors.torch import load_file
 
 from train import checkpoint, heartbeat, metrics
@@ -83,8 +83,8 @@ def test_a_killed_run_says_who_and_resumes_bitwise_from_the_last_good_checkpoint
 ) -> None:
     run = tmp_path / "run"
     job = start("--config", str(configuration(tmp_path, data)), "--folder", str(run))
-    wait_for(run, 1, lambda place: place.step >= 9)
-    os.kill(next(place.pid for place in heartbeat.read(run) if place.rank == 1), signal.SIGKILL)
+    place = wait_for(run, 1, lambda place: place.step >= 9)
+    os.kill(place.pid, signal.SIGKILL)
     status, said = finish(job)
     assert status != 0
     assert "rank 1 was the first to fail (killed by SIGKILL" in said
@@ -105,14 +105,6 @@ def test_a_killed_run_says_who_and_resumes_bitwise_from_the_last_good_checkpoint
     assert training_rows(run) == training_rows(whole_run)
     figures = [json.loads((one / report.FIGURES).read_text()) for one in (run, whole_run)]
     assert figures[0] == figures[1]
-
-
-def altered(whole_run: Path, run: Path, before: str, after: str) -> Path:
-    """The run's checkpoints under a configuration in which `after` stands for `before`."""
-    run.mkdir()
-    (run / "config.yaml").write_text((whole_run / "config.yaml").read_text().replace(before, after))
-    (run / checkpoint.FOLDER).symlink_to(whole_run / checkpoint.FOLDER)
-    return run
 
 
 @pytest.mark.parametrize(

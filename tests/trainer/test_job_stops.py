@@ -16,9 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.jobs import TIMEOUT, configuration, finish, read_terminal, start, start_in_terminal, wait_for
+from helpers.jobs import TIMEOUT, configuration, finish, read_terminal, start, start_in_terminal, steps_logged, wait_for
 
-from train import checkpoint, config, heartbeat, lock, metrics
+from train import checkpoint, config, heartbeat, lock
 from train.cli import main
 from train.signals import INTERRUPTED, STOPPED, Stop
 
@@ -36,10 +36,6 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:
         return False
-
-
-def steps_logged(run: Path) -> list[int]:
-    return [row["step"] for row in metrics.read_rows(run / metrics.METRICS) if "loss" in row]
 
 
 def put_a_file_in_place_of(folder: Path) -> None:

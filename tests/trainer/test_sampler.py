@@ -13,16 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from train.config import Config, ConfigError
-from train.data import Batch, Pairs, Sampler, batch_indices, load_pairs
+from train.data import Batch, Pairs, Sampler, batch_indices
 from train.model import Clip
 from train.tokenizer import PAD_ID, encode
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def pairs(data: Path) -> Pairs:
-    return load_pairs(data, "train")
 
 
 def joined(shares: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:

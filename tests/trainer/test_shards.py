@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT
+from helpers.saved_runs import Payload
 from PIL import Image, ImageFile
 from tokenizers import Tokenizer
 
@@ -193,7 +195,7 @@ def test_no_message_advises_to_delete_data() -> None:
     """Of all that the trainer says: its strings, docstrings aside."""
     advice = re.compile(r"\b(delete|rm -r|wipe|erase)\b|remove the (data|folder|shard|cache)", re.IGNORECASE)
     found = []
-    for path in sorted((Path(__file__).parents[2] / "train").rglob("*.py")):
+    for path in sorted((ROOT / "train").rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         spoken = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
         for node in ast.walk(tree):
@@ -231,18 +233,8 @@ def test_compressed_archive_is_refused(tmp_path: Path) -> None:
         load_pairs(folder_with(tmp_path, tar_of(GOOD, "w:gz")), "train")
 
 
-class Evil:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.trace),)
-
-
 def test_foreign_members_are_ignored_and_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evil = pickle.dumps(Evil(tmp_path / "unpickled"))
+    evil = pickle.dumps(Payload(tmp_path / "unpickled"))
     link, hard = tarfile.TarInfo("link.png"), tarfile.TarInfo("hard.txt")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     hard.type, hard.linkname = tarfile.LNKTYPE, "good0.txt"
