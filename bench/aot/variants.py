@@ -70,12 +70,11 @@ class Variant:
             self.kernel,
             self.mode + ("-tied" if self.tied else "") + ("" if self.student else "-teacher-only"),
         ]
-        s = self.shape
         parts += [self.dtype if self.dtype != "fp32" else self.precision, *sorted(self.features)]
         parts += [
             *(f"{what}-{dtype}" for what, dtype in (("teacher", self.teacher_dtype), ("g", self.g_dtype)) if dtype),
             "even" if self.even else "odd" if self.aligned else "unaligned",
-            f"{s.block_m}x{s.block_n}x{s.block_d}w{s.warps}s{s.stages}",
+            self.shape.name,
         ]
         return " ".join(parts)
 

@@ -104,9 +104,9 @@ def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
         b"[]",
         b'{"format": 99, "tiles": {}}',
         b'{"format": 1, "tiles": {"a": [128, 256, 64, 8, 3]}}',  # a candidate, under a key of another meaning
-        b'{"format": 2, "tiles": [1]}',
-        b'{"format": 2, "tiles": {"a": [1, 2, 3, 4, 5]}}',
-        b'{"format": 2, "tiles": {"a": {"block_m": 128}}}',
+        b'{"format": 3, "tiles": [1]}',
+        b'{"format": 3, "tiles": {"a": [1, 2, 3, 4, 5]}}',
+        b'{"format": 3, "tiles": {"a": {"block_m": 128}}}',
     ),
 )
 def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, content):
@@ -116,7 +116,7 @@ def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, co
     with caplog.at_level(logging.INFO, "softclip_kernels"):
         assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert any("ignored" in message for message in caplog.messages)
-    assert json.loads(tuning.path().read_text())["tiles"] == {"a": [256, 128, 64, 8, 3]}
+    assert json.loads(tuning.path().read_text())["tiles"] == {"a": [256, 128, 64, 8, 3, ""]}
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tuning, monkeypatch, tmp_path):
@@ -141,7 +141,7 @@ def test_two_processes_that_write_at_once_leave_a_whole_file(tuning, tmp_path):
         writer.start()
     while any(writer.is_alive() for writer in writers):
         if tuning.path().exists():
-            assert json.loads(tuning.path().read_text())["format"] == 2
+            assert json.loads(tuning.path().read_text())["format"] == 3
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(tuning._read()) >= 50
     assert [file.name for file in tuning.path().parent.iterdir()] == ["tiles.json"]

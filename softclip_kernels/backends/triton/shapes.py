@@ -13,13 +13,21 @@ GROUP = 8  # tile rows that advance together, for L2
 
 @dataclass(frozen=True)
 class Shape:
-    """Tile (block_m, block_n), the product's step along the width, warps and pipeline stages."""
+    """Tile (block_m, block_n), the product's step along the width, warps and pipeline stages; `way`: of several ways to
+    compute the same, "" where there is one."""
 
     block_m: int
     block_n: int
     block_d: int
     warps: int
     stages: int
+    way: str = ""
+
+    @property
+    def name(self) -> str:
+        """Such as 128x256x64w8s3, the way after a dash."""
+        tile = f"{self.block_m}x{self.block_n}x{self.block_d}w{self.warps}s{self.stages}"
+        return f"{tile}-{self.way}" if self.way else tile
 
     def constants(self) -> dict[str, int]:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_D": self.block_d}

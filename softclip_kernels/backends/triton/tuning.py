@@ -24,7 +24,7 @@ from .shapes import Shape
 
 logger = logging.getLogger("softclip_kernels")
 
-FORMAT = 2  # raised with every change of what a key or a shape means: older files are replaced
+FORMAT = 3  # raised with every change of what a key or a shape means: older files are replaced
 WORTHWHILE = 4096**2  # entries of a problem; below, no choice is worth the wait for a measurement
 LAUNCHES, ROUNDS = 4, 3
 
@@ -81,21 +81,17 @@ def _fastest(shapes: Sequence[Shape], trial: Trial) -> tuple[Shape, str]:
             launch, entries = trial(shape)
             times[shape] = measure(launch) / entries
         except TritonError as error:
-            logger.info("triton backend: tile %s is left out (%s)", _name(shape), str(error).split("\n")[0])
+            logger.info("triton backend: tile %s is left out (%s)", shape.name, str(error).split("\n")[0])
     if not times:
         return shapes[0], "because no candidate could be timed"
     best = min(times, key=times.__getitem__)
-    measured = ", ".join(f"{_name(shape)} {1e12 * seconds:.3g}" for shape, seconds in times.items())
+    measured = ", ".join(f"{shape.name} {1e12 * seconds:.3g}" for shape, seconds in times.items())
     return best, f"measured in ps an entry: {measured}"
 
 
 def _remember(key: str, shape: Shape, reason: str) -> None:
     _chosen[key] = shape
-    logger.info("triton backend: tile %s for %s, %s", _name(shape), key, reason)
-
-
-def _name(shape: Shape) -> str:
-    return f"{shape.block_m}x{shape.block_n}x{shape.block_d} w{shape.warps} s{shape.stages}"
+    logger.info("triton backend: tile %s for %s, %s", shape.name, key, reason)
 
 
 def _from_file(key: str, shapes: Sequence[Shape]) -> Shape | None:
