@@ -57,23 +57,23 @@ class SoftmaxStatisticsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         result = ops.forward(*ops.pack(tensors, sources), backend)
         ctx.backend, ctx.sources, ctx.problem_tensors = backend, sources, len(tensors)
-        ctx.save_for_backward(x, y, scale, *tensors, *result[:3])
-        ctx.mark_non_differentiable(*result[3:])
-        return tuple(result)
+        *differentiable, row_ranks, column_ranks, bounds = result
+        ctx.save_for_backward(x, y, scale, *tensors, *differentiable, bounds)
+        ctx.mark_non_differentiable(row_ranks, column_ranks)
+        return tuple(result[:5])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, y, scale, *saved = ctx.saved_tensors
         tensors, statistics = saved[: ctx.problem_tensors], saved[ctx.problem_tensors :]
-        needs_input_grad = list(ctx.needs_input_grad[:3])
+        needed = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
             results = ops.backward(
                 *ops.pack(tensors, ctx.sources),
                 ctx.backend,
                 *statistics,
                 *StatisticsGradient.of(*gradients[:3]),
-                needs_input_grad,
-                x.dtype == tensors[0].dtype,
+                [*needed, x.dtype == tensors[0].dtype],
             )
-        needed = [result if needs else None for result, needs in zip(results, needs_input_grad, strict=True)]
-        return *ops.without_graph(needed, (x, y, scale)), None, None, *(None for _ in tensors)
+        given = [result if needs else None for result, needs in zip(results, needed, strict=True)]
+        return *ops.without_graph(given, (x, y, scale)), None, None, *(None for _ in tensors)

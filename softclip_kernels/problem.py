@@ -60,6 +60,8 @@ class Problem:
     scale             0-d, accumulation dtype
     positive_column   (N,) int64: the column of each row's positive. A value outside [0, M) means that the positive is
                       not in this block
+    positive_row      (M,) int64: the row whose positive each column is, or None: not known, and rows may share one. A
+                      value outside [0, N) means that no row of this block has this column as its positive
     row_segment       (N,) int64 } a pair of unequal segments is excluded: from both softmaxes and from both
     column_segment    (M,) int64 } distributions of every teacher (both given or neither)
     row_threshold     (N,) } ranks count the logits above these: z_ij > row_threshold_i for row i and
@@ -75,6 +77,7 @@ class Problem:
     teachers: tuple[TeacherOperand, ...] = ()
     row_threshold: Tensor | None = field(default=None, metadata=ROWS)
     column_threshold: Tensor | None = field(default=None, metadata=COLUMNS)
+    positive_row: Tensor | None = field(default=None, metadata=COLUMNS)
 
     @property
     def rows(self) -> int:
@@ -103,13 +106,14 @@ class Problem:
         """The sub-problem of these rows and columns. A TRANSPOSED teacher keeps its source: whoever computes the block
         must supply the logits of the swapped block."""
         teachers = tuple(teacher.block(rows, columns) for teacher in self.teachers)
-        return replace(self, **_sliced(self, rows, columns), teachers=teachers).counted_from(columns.start)
+        block = replace(self, **_sliced(self, rows, columns), teachers=teachers)
+        return block.counted_from(columns.start, rows.start)
 
-    def counted_from(self, column: int) -> Problem:
-        """The same where this block's first column is the given one of those that `positive_column` counts."""
-        if self.positive_column is None or column == 0:
-            return self
-        return replace(self, positive_column=self.positive_column - column)
+    def counted_from(self, column: int, row: int = 0) -> Problem:
+        """The same where this block's first column and row are the given ones of those that the positives count."""
+        moved = {"positive_column": column, "positive_row": row}
+        counted = {name: getattr(self, name) - start for name, start in moved.items() if start and _given(self, name)}
+        return replace(self, **counted) if counted else self
 
     def zero_gradients(self, needed: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
         """For a backend's sums: zeros of the shapes of x and y in the accumulation dtype, None where not needed."""
@@ -155,8 +159,12 @@ def _sliced(operand: Problem | TeacherOperand, rows: slice, columns: slice) -> d
         name: getattr(operand, name)[part]
         for axis, part in taken
         for name in fields_along(type(operand), axis)
-        if getattr(operand, name) is not None
+        if _given(operand, name)
     }
+
+
+def _given(operand: Problem | TeacherOperand, name: str) -> bool:
+    return getattr(operand, name) is not None
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -77,6 +77,8 @@ class Statistics(NamedTuple):
     positive_logit  (N,) the positive's logit as this block computed it, 0 where it is not in the block; (0,) without
     row_ranks       (N,) int64, how many logits exceed row_threshold; (0,) without thresholds
     column_ranks    (M,) int64
+    bounds          (1 + K,) no logit of the student's, of each teacher's (without biases) is larger in size; (0,) where
+                    the backend's own backward pass has no use for it
     """
 
     rows: SoftmaxStatistics
@@ -84,10 +86,11 @@ class Statistics(NamedTuple):
     positive_logit: Tensor
     row_ranks: Tensor
     column_ranks: Tensor
+    bounds: Tensor
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """As operators return them: (1 + 2K, N), (1 + 2K, M), (N,), (N,), (M,). `of` takes them back."""
-        return self.rows.packed, self.columns.packed, self.positive_logit, self.row_ranks, self.column_ranks
+    def tensors(self) -> tuple[Tensor, ...]:
+        """As operators return them: (1 + 2K, N), (1 + 2K, M), (N,), (N,), (M,), (1 + K,). `of` takes them back."""
+        return self.rows.packed, self.columns.packed, *self[2:]
 
     @staticmethod
     def empty(problem: Problem) -> Statistics:
@@ -98,15 +101,31 @@ class Statistics(NamedTuple):
             SoftmaxStatistics.empty(teachers, problem.rows, like),
             SoftmaxStatistics.empty(teachers, problem.columns, like),
             like.new_zeros(0 if problem.positive_column is None else problem.rows),
-            *(like.new_zeros(n if ranked else 0, dtype=torch.int64) for n in (problem.rows, problem.columns)),
+            like.new_zeros(problem.rows if ranked else 0, dtype=torch.int64),
+            like.new_zeros(problem.columns if ranked else 0, dtype=torch.int64),
+            like.new_empty(0),
         )
 
     @staticmethod
-    def of(rows: Tensor, columns: Tensor, positive_logit: Tensor, *ranks: Tensor) -> Statistics:
-        """`ranks`: the rows' and the columns', or none, where none are counted or a backward pass has no use for
-        them."""
-        row_ranks, column_ranks = ranks or (rows.new_empty(0, dtype=torch.int64) for _ in range(2))
-        return Statistics(SoftmaxStatistics(rows), SoftmaxStatistics(columns), positive_logit, row_ranks, column_ranks)
+    def of(
+        rows: Tensor,
+        columns: Tensor,
+        positive_logit: Tensor,
+        row_ranks: Tensor | None = None,
+        column_ranks: Tensor | None = None,
+        bounds: Tensor | None = None,
+    ) -> Statistics:
+        """Without ranks where none are counted or a backward pass has no use for them, without bounds where none are
+        known."""
+        none = rows.new_empty(0, dtype=torch.int64)
+        return Statistics(
+            SoftmaxStatistics(rows),
+            SoftmaxStatistics(columns),
+            positive_logit,
+            none if row_ranks is None else row_ranks,
+            none.clone() if column_ranks is None else column_ranks,
+            rows.new_empty(0) if bounds is None else bounds,
+        )
 
 
 class StatisticsGradient(NamedTuple):
@@ -125,6 +144,36 @@ class StatisticsGradient(NamedTuple):
     def of(rows: Tensor, columns: Tensor, positive_logit: Tensor) -> StatisticsGradient:
         """From the gradients of Statistics.tensors(): (1 + 2K, N), (1 + 2K, M), (N,)."""
         return StatisticsGradient(rows[0::2].contiguous(), columns[0::2].contiguous(), positive_logit)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a backward pass is asked for.
+
+    x, y, scale  whether their gradients are needed
+    rounded      dx and dy in the dtypes of x and y; else in the accumulation dtype, so that blocks may be added before
+                 anything is rounded
+    """
+
+    x: bool = True
+    y: bool = True
+    scale: bool = True
+    rounded: bool = False
+
+    @property
+    def products(self) -> tuple[bool, bool]:
+        """Which of the products G @ y and G.T @ x are made: z is linear in x, in y and in scale, so the scale's
+        gradient follows from either."""
+        return self.x or (self.scale and not self.y), self.y
+
+
+class InputGradients(NamedTuple):
+    """What a backward pass returns: dx (N, D), dy (M, D) and dscale (0-d), None where not wanted. dscale has the
+    accumulation dtype."""
+
+    x: Tensor | None
+    y: Tensor | None
+    scale: Tensor | None
 
 
 class ColumnBlock(NamedTuple):

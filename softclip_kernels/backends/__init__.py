@@ -10,10 +10,8 @@ import logging
 import warnings
 from typing import Protocol
 
-from torch import Tensor
-
 from ..problem import Problem
-from ..stats import Statistics, StatisticsGradient
+from ..stats import InputGradients, Statistics, StatisticsGradient, Wanted
 
 logger = logging.getLogger("softclip_kernels")
 
@@ -26,16 +24,19 @@ class SlowerBackendWarning(RuntimeWarning):
 class Backend(Protocol):
     """The two block operations.
 
-    `forward` returns Statistics. `backward` returns the products `G @ y` (N, D) and `G.T @ x` (M, D) in the
-    accumulation dtype, contiguous and newly allocated, for
+    `forward` returns Statistics. `backward` returns the gradients that are wanted, contiguous and newly allocated,
+
+        dx = scale * G @ y,   dy = scale * G.T @ x,   dscale = (x * (G @ y)).sum()
+
+    for
 
         G_ij = gradient.rows[0, i] * softmax_j(z)_ij + gradient.columns[0, j] * softmax_i(z)_ij
                + sum_k gradient.rows[1 + k, i]    * softmax_j(t_k + column_bias_k)_ij
                + sum_k gradient.columns[1 + k, j] * softmax_i(t_k + row_bias_k)_ij
 
-    with G_ij = 0 at every row's positive (the caller adds that entry in full precision) and at excluded pairs. The
-    softmaxes come from `statistics`, which may stem from a larger problem than this block. The scale's own factor is
-    the caller's. `needs_input_grad`: of x and of y; a product that is not needed is not made, and None.
+    plus gradient.positive_logit at every row's positive. G is 0 at excluded pairs. The softmaxes come from
+    `statistics`, which may stem from a larger problem than this block. A product that no wanted gradient takes is not
+    made. Kernels of low precision leave the positives' entries of G out, and finish.py adds them in full precision.
     """
 
     name: str
@@ -54,8 +55,8 @@ class Backend(Protocol):
         problem: Problem,
         statistics: Statistics,
         gradient: StatisticsGradient,
-        needs_input_grad: tuple[bool, bool] = (True, True),
-    ) -> tuple[Tensor | None, Tensor | None]: ...
+        wanted: Wanted,
+    ) -> InputGradients: ...
 
 
 RENAMED = {"native": "cpu"}  # former names that still work

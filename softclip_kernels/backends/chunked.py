@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from ..problem import Problem, Source
-from ..stats import Statistics, StatisticsGradient
+from ..stats import InputGradients, Statistics, StatisticsGradient, Wanted
+from . import finish
 from .reference import Logits, dense_gradient, dense_statistics, student_logits
 
 BLOCK = {"cpu": 1024, "cuda": 4096}  # edge of a block: in fp32, 4 MiB and 64 MiB a matrix
@@ -46,10 +45,10 @@ class ChunkedBackend:
         problem: Problem,
         statistics: Statistics,
         gradient: StatisticsGradient,
-        needs_input_grad: tuple[bool, bool] = (True, True),
-    ) -> tuple[Tensor | None, Tensor | None]:
+        wanted: Wanted,
+    ) -> InputGradients:
         dtype = problem.accumulation_dtype
-        gx, gy = problem.zero_gradients(needs_input_grad)
+        gx, gy = problem.zero_gradients(wanted.products)
         for i, j, block, logits in _blocks(problem):
             known = statistics._replace(rows=statistics.rows.part(i), columns=statistics.columns.part(j))
             incoming = gradient._replace(rows=gradient.rows[:, i], columns=gradient.columns[:, j])
@@ -58,7 +57,7 @@ class ChunkedBackend:
                 gx[i].addmm_(g, block.y.to(dtype))
             if gy is not None:
                 gy[j].addmm_(g.T, block.x.to(dtype))
-        return gx, gy
+        return finish.gradients(problem, statistics, gradient, wanted, (gx, gy))
 
 
 def _blocks(problem: Problem) -> Iterator[tuple[slice, slice, Problem, Logits]]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, Source, TeacherOperand
-from ..stats import Statistics, StatisticsGradient
+from ..stats import InputGradients, Statistics, StatisticsGradient, Wanted
+from . import finish
 
 _cpu: Any = None
 _MISSING: str | None = None
@@ -109,9 +110,9 @@ class CpuBackend:
         problem: Problem,
         statistics: Statistics,
         gradient: StatisticsGradient,
-        needs_input_grad: tuple[bool, bool] = (True, True),
-    ) -> tuple[Tensor | None, Tensor | None]:
-        gx, gy = problem.zero_gradients(needs_input_grad)
+        wanted: Wanted,
+    ) -> InputGradients:
+        gx, gy = problem.zero_gradients(wanted.products)
         call = _Call(problem)
         n, m, k = problem.rows, problem.columns, len(problem.teachers)
         assert statistics.rows.packed.shape == (1 + 2 * k, n) and gradient.rows.shape == (1 + k, n)
@@ -127,7 +128,7 @@ class CpuBackend:
             gx=0 if gx is None else gx.data_ptr(),
             gy=0 if gy is None else gy.data_ptr(),
         )
-        return gx, gy
+        return finish.gradients(problem, statistics, gradient, wanted, (gx, gy))
 
 
 def _threads(problem: Problem) -> int:

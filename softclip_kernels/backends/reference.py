@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, Source, TeacherOperand
-from ..stats import Statistics, StatisticsGradient
+from ..stats import InputGradients, Statistics, StatisticsGradient, Wanted
+from . import finish
 
 
 class ReferenceBackend:
@@ -32,14 +33,14 @@ class ReferenceBackend:
         problem: Problem,
         statistics: Statistics,
         gradient: StatisticsGradient,
-        needs_input_grad: tuple[bool, bool] = (True, True),
-    ) -> tuple[Tensor | None, Tensor | None]:
+        wanted: Wanted,
+    ) -> InputGradients:
         z = student_logits(problem)
         g = dense_gradient(problem, (z, z.T), statistics, gradient)
-        return (
-            g @ problem.y.to(g.dtype) if needs_input_grad[0] else None,
-            g.T @ problem.x.to(g.dtype) if needs_input_grad[1] else None,
-        )
+        needs_gx, needs_gy = wanted.products
+        gx = g @ problem.y.to(g.dtype) if needs_gx else None
+        gy = g.T @ problem.x.to(g.dtype) if needs_gy else None
+        return finish.gradients(problem, statistics, gradient, wanted, (gx, gy))
 
 
 def student_logits(problem: Problem) -> Tensor:
@@ -73,7 +74,7 @@ def dense_statistics(problem: Problem, logits: Logits) -> Statistics:
 
 
 def dense_gradient(problem: Problem, logits: Logits, statistics: Statistics, gradient: StatisticsGradient) -> Tensor:
-    """G (N, M) of the Backend protocol, from a block's logits."""
+    """G (N, M) of the Backend protocol without the positives' entries, from a block's logits."""
     excluded = _excluded(problem)
     student = _exclude(logits[0], excluded)
     of_row, *of_row_teachers = gradient.rows[:, :, None]

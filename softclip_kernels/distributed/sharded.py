@@ -20,11 +20,13 @@ from .. import backends, ops
 from ..problem import COLUMNS, Problem, TeacherOperand, fields_along
 from ..stats import (
     ColumnBlock,
+    InputGradients,
     LinearTerm,
     LossParts,
     SoftmaxStatistics,
     Statistics,
     StatisticsGradient,
+    Wanted,
 )
 from . import laps
 from .exchange import Layout
@@ -97,7 +99,7 @@ class _ShardedStatistics(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, columns: ColumnOperands, backend: str
     ) -> tuple[Tensor, ...]:
         problem = columns.problem
-        rows, _, positive, row_ranks, _ = Statistics.empty(problem)
+        rows, _, positive, row_ranks, *_ = Statistics.empty(problem)
         like, ranked = positive.new_empty(0), problem.row_threshold is not None
         row_dots = [like.new_zeros(len(x)) for _ in columns.terms]
 
@@ -144,7 +146,7 @@ def _gradients(ctx: Any, own: Statistics, gradients: _Results) -> tuple[Tensor |
     gradient = StatisticsGradient.of(*gradients.statistics[:3])
     like = gradient.rows.new_empty(0)
     needs_x, _, needs_scale = ctx.needs_input_grad[:3]
-    needed = (needs_x, ctx.layout.columns_learn, needs_scale)
+    wanted = Wanted(needs_x, ctx.layout.columns_learn, needs_scale)
     dx, dscale = like.new_zeros(problem.x.shape if needs_x else 0), like.new_zeros(())
     problem_operands = columns.own()
     own_columns = [own.columns.packed.T, gradient.columns.T]
@@ -158,10 +160,10 @@ def _gradients(ctx: Any, own: Statistics, gradients: _Results) -> tuple[Tensor |
             return [like.new_zeros(block.y.shape)] if ctx.layout.columns_learn else []
         statistics = own._replace(columns=SoftmaxStatistics(block_statistics.T.contiguous()))
         incoming = gradient._replace(columns=block_gradient.T.contiguous())
-        contributions = [ops.block_backward(block, statistics, incoming, needed, ctx.backend)]
+        contributions = [ops.block_backward(block, statistics, incoming, wanted, ctx.backend)]
         for k, term in enumerate(ctx.terms):
             incoming_dots = (gradients.row_dots[k], dots_gradients[0][:, k])
-            contributions.append(_dots_gradient(term, block, term_columns[k], incoming_dots, needed))
+            contributions.append(_dots_gradient(term, block, term_columns[k], incoming_dots, wanted))
         dy = None
         for block_dx, block_dy, block_dscale in contributions:
             if block_dx is not None:
@@ -190,19 +192,16 @@ def _dots_gradient(
     block: Problem,
     columns: ColumnBlock,
     gradients: tuple[Tensor, Tensor],
-    needs_input_grad: Sequence[bool],
-) -> ops.InputGradients:
+    wanted: Wanted,
+) -> InputGradients:
     """A linear term's dx, dy and dscale on one block from the gradients of its row dots (n_local,) and column dots
     (M,), by differentiating the term's own formula there. Leaves of the accumulation dtype, so that nothing is rounded
     before the blocks are added."""
     dtype = block.accumulation_dtype
-    leaves = [
-        operand.detach().to(dtype).requires_grad_(needed)
-        for operand, needed in zip((block.x, block.y, block.scale), needs_input_grad, strict=True)
-    ]
+    operands = ((block.x, wanted.x), (block.y, wanted.y), (block.scale, wanted.scale))
+    leaves = [operand.detach().to(dtype).requires_grad_(needed) for operand, needed in operands]
     x, y, scale = leaves
     with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
         dots = term.dots(x, columns._replace(y=y), scale)
         found = iter(torch.autograd.grad(dots, [leaf for leaf in leaves if leaf.requires_grad], gradients))
-    dx, dy, dscale = (next(found) if leaf.requires_grad else None for leaf in leaves)
-    return dx, dy, dscale
+    return InputGradients(*(next(found) if leaf.requires_grad else None for leaf in leaves))

@@ -47,7 +47,8 @@ class Hard(Target):
         if self.labels is None:
             checks.square("the diagonal target Hard()", layout.n, layout.m)
             index = torch.arange(layout.n_local, device=layout.device) + layout.row_start
-            return LoweredTarget(positive=IndexTerm(*context.ones(), index, layout.aligned))
+            inverse = index if layout.exchange is None else None  # else it would have to travel with the columns
+            return LoweredTarget(positive=IndexTerm(*context.ones(), index, layout.aligned, inverse))
         checks.same_device("labels", self.labels, layout.device)
         checks.indices("labels", self.labels, layout.n_local, layout.m)
         return LoweredTarget(positive=IndexTerm(*context.ones(), self.labels.to(torch.int64)))

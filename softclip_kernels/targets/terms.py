@@ -80,10 +80,12 @@ class CompletedTerm:
 @dataclass(frozen=True)
 class IndexTerm(HardTerm):
     """E_ij = 1 at j = index[i]: the positive of each row. index (N,) int64, global column numbers. `own`: on every rank
-    the index names that rank's columns only."""
+    the index names that rank's columns only. inverse (M,) int64: the row that names each column, where it is known
+    that no two rows name the same."""
 
     index: Tensor
     own: bool = False
+    inverse: Tensor | None = None
 
     def complete(self, context: Context) -> CompletedTerm:
         if context.segments is not None and context.layout.exchange is None:
@@ -304,6 +306,7 @@ class LoweredTarget:
             y,
             scale,
             positive_column=None if self.positive is None else self.positive.index,
+            positive_row=None if self.positive is None else self.positive.inverse,
             row_segment=row_segment,
             column_segment=column_segment,
             teachers=tuple(term.operand for term in self.teachers),

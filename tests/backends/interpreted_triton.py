@@ -19,7 +19,7 @@ from softclip_kernels import Hard, backends, softclip_loss, softclip_loss_with_r
 from softclip_kernels.backends.triton import coefficients, launch, online, softmax_backward
 from softclip_kernels.backends.triton.shapes import Shape
 from softclip_kernels.problem import Problem, Source, TeacherOperand
-from softclip_kernels.stats import StatisticsGradient
+from softclip_kernels.stats import StatisticsGradient, Wanted
 from softclip_kernels.testing import (
     ALL_TARGETS,
     FIELDS,
@@ -258,11 +258,11 @@ def test_an_operand_without_a_gradient_costs_no_product(kind, monkeypatch):
 
     monkeypatch.setattr(launch, "add_product", counted_product)
     monkeypatch.setattr(launch.Call, "__call__", counted_call)
-    gx, gy = triton.backward(problem, statistics, gradient)
+    dx, dy, _ = triton.backward(problem, statistics, gradient, Wanted(scale=False))
     blocks = 6 if kind == "mirrored" else 9
     assert counts() == [9, 9, blocks, 2]
     for needed in ((True, False), (False, True), (False, False)):
-        alone = triton.backward(problem, statistics, gradient, needed)
-        for result, both, wanted in zip(alone, (gx, gy), needed, strict=True):
+        *alone, _ = triton.backward(problem, statistics, gradient, Wanted(*needed, scale=False))
+        for result, both, wanted in zip(alone, (dx, dy), needed, strict=True):
             assert torch.equal(result, both) if wanted else result is None
         assert counts() == [9 * needed[0], 9 * needed[1], *((blocks, 2) if any(needed) else (0, 0))]

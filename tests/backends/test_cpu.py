@@ -5,14 +5,16 @@ test_cpu_process.py.)"""
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from helpers.backends import needs_cpu_kernels
 
-from softclip_kernels import Hard, Mix, SelfTeacher
+from softclip_kernels import Hard, Mix, SelfTeacher, positives
 from softclip_kernels.backends import cpu, registered
 from softclip_kernels.problem import Problem, Source, TeacherOperand
-from softclip_kernels.stats import Statistics, StatisticsGradient
+from softclip_kernels.stats import Statistics, StatisticsGradient, Wanted
 from softclip_kernels.testing import (
     ALL_TARGETS,
     FIELDS,
@@ -28,6 +30,7 @@ LEVELS = cpu.levels()
 pytestmark = needs_cpu_kernels
 
 CPU, REFERENCE = (registered()[name] for name in ("cpu", "reference"))
+MATRICES = Wanted(scale=False)  # what the kernels compute; the scale's is a sum of PyTorch's
 
 
 @pytest.fixture(params=LEVELS)
@@ -108,11 +111,10 @@ def assert_same_forward(problem, tolerance):
 def assert_same_backward(problem, expected, tolerance):
     n, m, k = problem.rows, problem.columns, len(problem.teachers)
     gradient = StatisticsGradient(unit_rows(1 + k, n, seed=5), unit_rows(1 + k, m, seed=6), torch.zeros(n))
-    exact = REFERENCE.backward(in_float64(problem), expected, gradient)
-    rows, columns, *others = expected.tensors()
-    statistics = Statistics.of(rows.float(), columns.float(), *others)
-    got = CPU.backward(problem, statistics, StatisticsGradient(*(each.float() for each in gradient)))
-    for one, truth in zip(got, exact, strict=True):
+    exact = REFERENCE.backward(in_float64(problem), expected, gradient, MATRICES)
+    statistics = Statistics.of(*(each.float() for each in expected.tensors()[:3]))
+    got = CPU.backward(problem, statistics, StatisticsGradient(*(each.float() for each in gradient)), MATRICES)
+    for one, truth in zip(got[:2], exact[:2], strict=True):
         assert one.dtype == torch.float32 and one.is_contiguous()
         torch.testing.assert_close(one.double(), truth, rtol=0.0, atol=tolerance * truth.abs().max().item() + 1e-30)
 
@@ -238,16 +240,18 @@ def with_own_teacher(x, y):
 def ones_for(problem):
     """A gradient of the statistics."""
     k = 1 + len(problem.teachers)
-    return StatisticsGradient(torch.ones(k, problem.rows), torch.ones(k, problem.columns), torch.zeros(0))
+    positives = 0 if problem.positive_column is None else problem.rows
+    return StatisticsGradient(torch.ones(k, problem.rows), torch.ones(k, problem.columns), torch.zeros(positives))
 
 
 def assert_same_bits(problem, other):
-    """Forward and backward of the two, bit for bit."""
+    """Forward and backward of the two, bit for bit, without what PyTorch sums, in an order that strides decide."""
     results = []
     for one in (problem, other):
         statistics = CPU.forward(one)
-        gradients = CPU.backward(one, statistics, ones_for(one))
-        results.append((*statistics.tensors(), *gradients))
+        with mock.patch.object(positives, "add_gradient"):
+            gradients = CPU.backward(one, statistics, ones_for(one), MATRICES)
+        results.append((*statistics.tensors(), *gradients[:2]))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
@@ -347,8 +351,9 @@ def test_empty_operands_give_empty_results(level):
         problem = Problem(torch.zeros(n, 4), torch.zeros(m, 4), torch.ones(()))
         statistics = CPU.forward(problem)
         assert (statistics.rows.packed == -torch.inf).all() and statistics.columns.packed.shape == (1, m)
-        gradients = CPU.backward(problem, statistics, ones_for(problem))
-        assert [tuple(one.shape) for one in gradients] == [(n, 4), (m, 4)] and not any(one.any() for one in gradients)
+        gradients = CPU.backward(problem, statistics, ones_for(problem), Wanted())
+        assert [tuple(one.shape) for one in gradients] == [(n, 4), (m, 4), ()]
+        assert not any(one.any() for one in gradients)
 
 
 @pytest.mark.parametrize("teachers", ((), (TeacherOperand(Source.TRANSPOSED),)))
@@ -358,12 +363,11 @@ def test_one_gradient_alone_has_the_same_bits(level, dtype, teachers, threads):
     x, y = (unit_rows(460, 40, seed=seed).to(dtype) for seed in (0, 1))
     problem = Problem(x, y, torch.tensor(9.0), torch.arange(460), teachers=teachers)
     statistics, ones = CPU.forward(problem), ones_for(problem)
-    gx, gy = CPU.backward(problem, statistics, ones)
-    x_alone, none = CPU.backward(problem, statistics, ones, (True, False))
-    assert torch.equal(x_alone, gx) and none is None
-    none, y_alone = CPU.backward(problem, statistics, ones, (False, True))
-    assert torch.equal(y_alone, gy) and none is None
-    assert CPU.backward(problem, statistics, ones, (False, False)) == (None, None)
+    both = CPU.backward(problem, statistics, ones, Wanted())
+    for wanted in (Wanted(y=False), Wanted(x=False, scale=False), Wanted(x=False, y=False, scale=False)):
+        alone = CPU.backward(problem, statistics, ones, wanted)
+        for name, one, of_both in zip(("x", "y", "scale"), alone, both, strict=True):
+            assert torch.equal(one, of_both) if getattr(wanted, name) else one is None
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -390,8 +394,8 @@ def test_a_row_that_sees_nothing_contributes_nothing(level):
     statistics = CPU.forward(problem)
     assert statistics.rows.packed[:, 7].tolist() == [-torch.inf, -torch.inf, 0.0]
     assert statistics.columns.packed.isfinite().all()
-    gx, _ = CPU.backward(problem, statistics, ones_for(problem))
-    assert not gx[7].any() and gx[8].any()
+    dx, *_ = CPU.backward(problem, statistics, ones_for(problem), Wanted())
+    assert not dx[7].any() and dx[8].any()
 
 
 @pytest.mark.parametrize("name", ("psd", "teacher"))

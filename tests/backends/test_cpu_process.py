@@ -18,7 +18,7 @@ from helpers.backends import needs_cpu_kernels
 from softclip_kernels import backends, softclip_loss
 from softclip_kernels.backends import cpu, registered
 from softclip_kernels.problem import Problem
-from softclip_kernels.stats import StatisticsGradient
+from softclip_kernels.stats import StatisticsGradient, Wanted
 from softclip_kernels.testing import unit_rows
 
 pytestmark = needs_cpu_kernels
@@ -58,11 +58,12 @@ INTERRUPTED = """
 import os, signal, threading, time, torch
 from softclip_kernels.backends import registered
 from softclip_kernels.problem import Problem
-from softclip_kernels.stats import Statistics, StatisticsGradient
+from softclip_kernels.stats import Statistics, StatisticsGradient, Wanted
 torch.set_num_threads(2)
 backend = registered()["cpu"]
 x = torch.randn(60000, 512)
-problem, zeros = Problem(x, x, torch.ones(())), torch.zeros(1, 60000)
+problem, zero = Problem(x, x, torch.ones(())), torch.zeros(1, 60000)
+zeros = zero, zero, zero[0]
 threading.Timer(1.0, lambda: (print(time.time(), flush=True), os.kill(os.getpid(), signal.SIGINT))).start()
 try:
     {call}
@@ -84,7 +85,7 @@ def started_in_the_background():
     "call",
     (
         "backend.forward(problem)",
-        "backend.backward(problem, Statistics.of(zeros, zeros, zeros[0]), StatisticsGradient(zeros, zeros, zeros[0]))",
+        "backend.backward(problem, Statistics.of(*zeros), StatisticsGradient(*zeros), Wanted())",
     ),
 )
 def test_an_interrupt_ends_a_call_within_a_second(call, started_in_the_background):
@@ -171,10 +172,9 @@ class _Losses(torch.utils.data.Dataset):
         x = unit_rows(300, 16, seed=index, dtype=torch.float32)
         problem = Problem(x, x, torch.tensor(9.0), torch.arange(300))
         statistics = CPU.forward(problem)
-        gx, _ = CPU.backward(
-            problem, statistics, StatisticsGradient(torch.ones(1, 300), torch.ones(1, 300), torch.zeros(0))
-        )
-        return torch.stack([statistics.rows.packed.sum(), gx.abs().sum()])
+        ones = StatisticsGradient(torch.ones(1, 300), torch.ones(1, 300), torch.zeros(300))
+        dx, *_ = CPU.backward(problem, statistics, ones, Wanted())
+        return torch.stack([statistics.rows.packed.sum(), dx.abs().sum()])
 
 
 def test_data_loader_workers_compute_beside_a_busy_thread(threads):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from softclip_kernels import Target, backends, positives
+from softclip_kernels.stats import InputGradients
 from softclip_kernels.testing import DenseTarget, Result, Standard, dense_row_losses, dense_target
 
 SCALES = (1.0, 14.3, 100.0, 300.0)
@@ -68,30 +68,34 @@ class _TeachersWeigh:
             direction.teacher_mean.mul_(self._weight)
         return statistics
 
-    def backward(self, problem, statistics, gradient, needs_input_grad):
+    def backward(self, problem, statistics, gradient, wanted):
         weight = gradient.rows.new_full((len(gradient.rows), 1), self._weight)
         weight[0] = 1.0
         weighted = gradient._replace(rows=weight * gradient.rows, columns=weight * gradient.columns)
-        return self._backend.backward(problem, statistics, weighted, needs_input_grad)
+        return self._backend.backward(problem, statistics, weighted, wanted)
 
 
-@contextmanager
-def _teachers_weigh(weight: float, backend: str):
-    wrapped = _TeachersWeigh(backends.registered()[backend], weight)
-    with mock.patch.object(backends, "select", return_value=wrapped):
-        yield lambda: wrapped.used
+class _LacksPositives:
+    """A backend that leaves the positives' entries out of its gradients of x and y."""
 
+    def __init__(self, backend: backends.Backend) -> None:
+        self._backend, self.used = backend, False
 
-@contextmanager
-def _no_positive(backend: str):
-    """What is added to the backend's gradient is left out."""
-    with mock.patch.object(positives, "add_gradient") as left_out:
-        yield lambda: left_out.called
+    def forward(self, problem):
+        return self._backend.forward(problem)
+
+    def backward(self, problem, statistics, gradient, wanted):
+        dx, dy, dscale = self._backend.backward(problem, statistics, gradient, wanted)
+        if problem.positive_column is not None:
+            self.used = True
+            lacking = -problem.scale * positives.gradient(problem, statistics, gradient)
+            positives.add_gradient(problem, lacking.to(dx.dtype), dx, dy)
+        return InputGradients(dx, dy, dscale)
 
 
 BACKEND_MUTANTS = {
-    "no positive's term": _no_positive,
-    "teachers weigh 1.01": lambda backend: _teachers_weigh(1.01, backend),
+    "no positive's term": _LacksPositives,
+    "teachers weigh 1.01": lambda backend: _TeachersWeigh(backend, 1.01),
 }
 NAMES = (*RESULT_MUTANTS, "a tile", *BACKEND_MUTANTS)
 
@@ -106,9 +110,10 @@ def refusals(x: Tensor, y: Tensor, scale: Tensor, target: Target, backend: str) 
     mutated: dict[str, Result | None] = {name: mutate(result) for name, mutate in RESULT_MUTANTS.items()}
     mutated["a tile"] = without_tile(result, x, y, scale, matrices)
     for name, broken in BACKEND_MUTANTS.items():
-        with broken(backend) as applies:
+        wrapped = broken(backends.registered()[backend])
+        with mock.patch.object(backends, "select", return_value=wrapped):
             wrong = Result.of_loss(x, y, scale, target, backend=backend)
-            mutated[name] = wrong if applies() else None
+        mutated[name] = wrong if wrapped.used else None
     return {name: _verdict(standard, one) for name, one in mutated.items()}
 
 

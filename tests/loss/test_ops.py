@@ -34,10 +34,10 @@ def test_opcheck(name, backend):
     problem = lowered_problem(name, backend)
     arguments = [*ops.pack(problem.tensors(), problem.sources()), backend]
     torch.library.opcheck(ops.forward, arguments)
-    statistics = ops.forward(*arguments)[:3]
+    *statistics, _, _, bounds = ops.forward(*arguments)
     gradient = StatisticsGradient.of(*statistics[:2], torch.ones_like(statistics[2]))
-    for needs_input_grad in ([True, True, True], [False, True, True], [True, False, False], [False, False, True]):
-        torch.library.opcheck(ops.backward, (*arguments, *statistics, *gradient, needs_input_grad, True))
+    for needed in ([True, True, True], [False, True, True], [True, False, False], [False, False, True]):
+        torch.library.opcheck(ops.backward, (*arguments, *statistics, bounds, *gradient, [*needed, True]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

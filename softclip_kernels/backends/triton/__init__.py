@@ -24,10 +24,9 @@ from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from ...problem import Problem
-from ...stats import Statistics, StatisticsGradient
+from ...stats import InputGradients, Statistics, StatisticsGradient, Wanted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_RANKED = 2**24  # ranks are counted in fp32
@@ -73,12 +72,12 @@ class TritonBackend:
         problem: Problem,
         statistics: Statistics,
         gradient: StatisticsGradient,
-        needs_input_grad: tuple[bool, bool] = (True, True),
-    ) -> tuple[Tensor | None, Tensor | None]:
+        wanted: Wanted,
+    ) -> InputGradients:
         from .softmax_backward import backward
 
         with _on(problem.x.device):
-            return backward(problem, statistics, gradient, needs_input_grad)
+            return backward(problem, statistics, gradient, wanted)
 
 
 @cache

@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Problem
-from ...stats import Statistics, StatisticsGradient
+from ...stats import InputGradients, Statistics, StatisticsGradient, Wanted
+from ..finish import gradients
 from . import coefficients, launch, tuning
 from .coefficients import HEADROOM, all_in_range, one_direction
 from .passes import Pass, passes
@@ -294,16 +295,15 @@ def backward(
     problem: Problem,
     statistics: Statistics,
     gradient: StatisticsGradient,
-    needs_input_grad: tuple[bool, bool] = (True, True),
-) -> tuple[Tensor | None, Tensor | None]:
-    """The block operation of the Backend protocol. The place of an operand that needs no gradient is None, and costs
-    neither a buffer nor a product."""
-    if not any(needs_input_grad):
-        return None, None
-    unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
+    wanted: Wanted,
+) -> InputGradients:
+    """The block operation of the Backend protocol."""
+    if not any(wanted.products):
+        return InputGradients(None, None, None)
+    incoming, unit = gradient, launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
     if unit is not None:
         gradient = gradient._replace(rows=gradient.rows / unit, columns=gradient.columns / unit)
-    gx, gy = problem.zero_gradients(needs_input_grad)
+    gx, gy = problem.zero_gradients(wanted.products)
     blocks = _Blocks(problem, statistics, gradient)
     for i, j in launch.super_blocks(problem.rows, problem.columns, blocks.edge, blocks.mirrored):
         blocks.compute(i, j)
@@ -312,7 +312,7 @@ def backward(
             _add_products(blocks.mirror_g, problem, j, i, gx, gy)
     if unit is not None:
         gx, gy = (None if total is None else total.mul_(unit) for total in (gx, gy))
-    return gx, gy
+    return gradients(problem, statistics, incoming, wanted, (gx, gy))
 
 
 def _add_products(g: Tensor, problem: Problem, i: slice, j: slice, gx: Tensor | None, gy: Tensor | None) -> None:
