@@ -14,7 +14,6 @@ from triton.compiler import ASTSource
 from softclip_kernels.backends.triton import coefficients, online, softmax_backward, softmax_forward
 from softclip_kernels.backends.triton.passes import MODES
 from softclip_kernels.backends.triton.shapes import GROUP, Shape, candidates
-from softclip_kernels.backends.triton.tiles import TOP_COLUMN_BIAS
 
 # Kind of kernel to its module, which holds ARGUMENTS, and its name there.
 KERNELS: dict[str, tuple[ModuleType, str]] = {
@@ -43,6 +42,8 @@ FEATURES = {
     "row_weight": "biases",
     "column_weight": "biases",
     "previous": "previous",
+    "unit": "unit",
+    "teacher_scale": "teacher's scale",
 }
 
 
@@ -123,7 +124,9 @@ def _odd_cases() -> list[Variant]:
     """One more of each kernel with a teacher: wider than the student, and of width 100, whose strides are not divisible
     by 16. The sums of earlier teachers are fp32 (g). coefficients has no tiles."""
     any_shape = Shape(64, 64, 64, 8, 2)
-    cases = [Variant("coefficients", mode, any_shape, features=frozenset()) for mode in ("none", "embeddings")]
+    everything = _WITHOUT_RANKS | {"unit", "teacher's scale", "previous"}
+    cases = [Variant("coefficients", mode, any_shape) for mode in ("none", "embeddings", "transposed")]
+    cases += [replace(case, features=everything, even=False, aligned=False) for case in cases]
     for kernel in ("forward", "backward", "online"):
         features = frozenset() if kernel == "online" else frozenset({"positive"})
         case = Variant(kernel, "embeddings", any_shape, features=features)
@@ -182,7 +185,8 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
 def _constants(variant: Variant) -> dict[str, Any]:
     teacher_dtype = variant.teacher_dtype or variant.dtype
     return {
-        "TOP_BIAS": TOP_COLUMN_BIAS.value,
+        "SOURCE": MODES[variant.mode],  # the same numbers
+        "LAST": "previous" not in variant.features,
         "BLOCK": coefficients.BLOCK,
         "STATISTICS": int(variant.student) + 2 * (variant.mode != "none") + ("ranks" in variant.features),
         "STUDENT": variant.student,

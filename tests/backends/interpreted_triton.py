@@ -15,11 +15,12 @@ import torch
 from helpers import mutants
 from loss import test_loss
 
-from softclip_kernels import Hard, backends, softclip_loss, softclip_loss_with_ranks
+from softclip_kernels import Hard, backends, positives, softclip_loss, softclip_loss_with_ranks
 from softclip_kernels.backends.triton import coefficients, launch, online, softmax_backward
+from softclip_kernels.backends.triton.passes import passes
 from softclip_kernels.backends.triton.shapes import Shape
 from softclip_kernels.problem import Problem, Source, TeacherOperand
-from softclip_kernels.stats import StatisticsGradient, Wanted
+from softclip_kernels.stats import Statistics, StatisticsGradient, Wanted
 from softclip_kernels.testing import (
     ALL_TARGETS,
     FIELDS,
@@ -158,10 +159,11 @@ def test_the_branch_out_of_range_is_what_saves_extreme_gradients(monkeypatch):
     )
     prepare = coefficients.prepare
 
-    def all_in_range(launch_pass, k, direction, statistics, grad):
-        arguments = prepare(launch_pass, k, direction, statistics, grad)
-        arguments[f"{direction}_in_range"].fill_(1)
-        return arguments
+    def all_in_range(*arguments):
+        vectors, positive = prepare(*arguments)
+        for direction in ("row", "column"):
+            vectors[0][f"{direction}_in_range"].fill_(1)
+        return vectors, positive
 
     monkeypatch.setattr(coefficients, "prepare", all_in_range)
     assert not torch.allclose(Result.of_loss(x, y, scale, None, backend="triton").dx, expected.dx, rtol=0.1, atol=0.1)
@@ -217,6 +219,43 @@ def test_launch_results_have_the_backend_protocol_types():
     assert [getattr(loss, field).dtype for field in FIELDS] == [torch.float32] * 4
 
 
+def _doubled(tensors):
+    return [each.double() if each is not None and each.is_floating_point() else each for each in tensors]
+
+
+# At scale 60 the positives' probabilities reach 1.
+@pytest.mark.parametrize("scale", (1.0, 60.0))
+@pytest.mark.parametrize("sources", ((), *((source,) for source in Source), tuple(Source)), ids=str)
+def test_the_positives_gradients_are_those_of_pytorch(sources, scale):
+    """Of the kernel, about as accurate as PyTorch's in fp32, from the same statistics: positives on the diagonal, and
+    any others, some in another block; biases, excluded pairs, several teachers."""
+    n, d = 150, 70
+    generator = torch.Generator().manual_seed(0)
+    x = unit_rows(n, d, dtype=torch.float32)
+    y = matching_rows(x, noise=0.3)
+    row_bias, column_bias = (torch.randn(n, generator=generator) for _ in range(2))
+    column_bias[5] = -torch.inf
+    teachers = tuple(
+        TeacherOperand(source, torch.tensor(0.7), *embeddings, row_bias, column_bias)
+        for source in sources
+        for embeddings in [(x[:, :40], y[:, :40]) if source == Source.EMBEDDINGS else (None, None)]
+    )
+    segments = [torch.randint(0, 2, (n,), generator=generator) for _ in range(2)]
+    for positive_column in (torch.arange(n), torch.randint(-1, n + 1, (n,), generator=generator)):
+        problem = Problem(x, y, torch.tensor(scale), positive_column, *segments, teachers)
+        statistics = backends.registered()["triton"].forward(problem)
+        rows, columns = (torch.randn(1 + len(teachers), n, generator=generator) for _ in range(2))
+        gradient = StatisticsGradient(rows, columns, torch.randn(n, generator=generator))
+        _, got = coefficients.prepare(passes(problem), statistics, gradient, None)
+        expected = positives.gradient(problem, statistics, gradient)
+        exact = positives.gradient(
+            Problem.of(_doubled(problem.tensors()), problem.sources()),
+            Statistics.of(*_doubled(statistics.tensors())),
+            StatisticsGradient(*_doubled(gradient)),
+        )
+        assert (got - exact).abs().max() <= 2 * (expected - exact).abs().max() + 1e-6
+
+
 def _teachers(kind, n):
     own = TeacherOperand(Source.EMBEDDINGS, torch.tensor(9.0), *(unit_rows(n, 5, seed=seed).float() for seed in (3, 4)))
     return {"hard": (), "mirrored": (TeacherOperand(Source.TRANSPOSED),), "own teacher": (own,)}[kind]
@@ -260,9 +299,9 @@ def test_an_operand_without_a_gradient_costs_no_product(kind, monkeypatch):
     monkeypatch.setattr(launch.Call, "__call__", counted_call)
     dx, dy, _ = triton.backward(problem, statistics, gradient, Wanted(scale=False))
     blocks = 6 if kind == "mirrored" else 9
-    assert counts() == [9, 9, blocks, 2]
+    assert counts() == [9, 9, blocks, 1]
     for needed in ((True, False), (False, True), (False, False)):
         *alone, _ = triton.backward(problem, statistics, gradient, Wanted(*needed, scale=False))
         for result, both, wanted in zip(alone, (dx, dy), needed, strict=True):
             assert torch.equal(result, both) if wanted else result is None
-        assert counts() == [9 * needed[0], 9 * needed[1], *((blocks, 2) if any(needed) else (0, 0))]
+        assert counts() == [9 * needed[0], 9 * needed[1], *((blocks, 1) if any(needed) else (0, 0))]

@@ -3,6 +3,7 @@
 softmax_forward   the forward block operation: one pass over tiles, one exponential an entry for rows and columns
 softmax_backward  the backward one: a block of G with its epilogue fused, for two matrix products
 coefficients      what the backward pass multiplies exponentials with
+positive_entries  the gradient at every row's positive, in full precision
 online            the online softmax, for rows (columns) whose centered sums left the range of fp32
 tiles             what the kernels share: tile order, the streamed matrix product, masks, the places of arguments
 passes            from a problem to the kernels' arguments, one pass for each teacher

@@ -4,7 +4,8 @@
     a_i = grad_row_i 2^(reference - row_lse_i),   b_j = grad_column_j 2^(reference - column_lse_j)
 
 relative to the reference that all tiles share (softmax_backward.py), and for every FLAG_GROUP of them a flag, whether
-all their powers are within fp32's range. A tile beside one that is not takes signed exponents instead.
+all their powers are within fp32's range. A tile beside one that is not takes signed exponents instead. In the same
+launch, the gradient at every row's positive (positive_entries.py).
 """
 
 from typing import Any
@@ -14,10 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...stats import SoftmaxStatistics
+from ...stats import Statistics, StatisticsGradient
 from . import launch
 from .passes import Pass
-from .tiles import BOUND, LOG2E, NONE, TEACHER_BOUND, TOP_COLUMN_BIAS, TOP_ROW_BIAS, center
+from .positive_entries import NO_TEACHER, positive_gradient
+from .tiles import BOUND, LOG2E, TEACHER_BOUND, TOP_COLUMN_BIAS, TOP_ROW_BIAS, center
 
 # How far the reference lies below the largest logit that the norms allow. With a_i between 2^-100 and 2^80 times the
 # gradient nothing overflows, and what underflows is a probability below 2^-46.
@@ -26,43 +28,63 @@ LOWEST = tl.constexpr(-100.0)
 HIGHEST = tl.constexpr(80.0)
 LARGEST = tl.constexpr(3.0e38)  # stands for infinity, whose last bit must stay 0
 FLAG_GROUP = tl.constexpr(16)  # rows (columns) that share a flag; divides every tile
-BLOCK = 1024  # entries a program
+BLOCK = 128  # rows or columns a program
 
-ARGUMENTS = {
-    "log_sum_exp": "*fp32",
-    "grad": "*fp32",
-    "teacher_log_sum_exp": "*fp32",
-    "teacher_grad": "*fp32",
-    "scalars": "*fp32",
+# What the backward kernel takes for each direction.
+VECTORS = {
     "student_coefficient": "*fp32",
     "teacher_coefficient": "*fp32",
     "student_exponent": "*fp32",
     "teacher_exponent": "*fp32",
     "in_range": "*i8",
-    "length": "i32",
+}
+ARGUMENTS = {
+    "row_statistics": "*fp32",
+    "column_statistics": "*fp32",
+    "row_grad": "*fp32",
+    "column_grad": "*fp32",
+    "scalars": "*fp32",
+    "unit": "*fp32?",
+    **{f"{direction}_{name}": of for direction in ("row", "column") for name, of in VECTORS.items()},
+    "positive_column": "*i64?",
+    "positive_logit": "*fp32",
+    "positive_grad": "*fp32",
+    "row_segment": "*i64?",
+    "column_segment": "*i64?",
+    "row_bias": "*fp32?",
+    "column_bias": "*fp32?",
+    "teacher_scale": "*fp32?",
+    "left": "*teacher",
+    "right": "*teacher",
+    "left_stride": "i32 stride",
+    "left_step": "i32 step",
+    "right_stride": "i32 stride",
+    "right_step": "i32 step",
+    "width": "i32 width",
+    "positive": "*fp32",
+    "positive_near": "*fp32",
+    "rows": "i32",
+    "columns": "i32",
+    "teacher": "i32",
 }
 
 
 @triton.jit
-def coefficient(shift, log_sum_exp, grad, index, inside):
+def coefficient(shift, log_sum_exp, grad):
     """`grad * 2^(shift - log_sum_exp)`, and where the power is in range or exactly 0 (nothing to sum); NaN is not."""
-    lse = tl.load(log_sum_exp + index, mask=inside, other=-float("inf"))
-    empty = lse == -float("inf")
-    exponent = shift - lse * LOG2E
-    value = tl.load(grad + index, mask=inside, other=0.0) * tl.exp2(exponent)
-    return tl.where(empty, 0.0, value), empty | ((exponent > LOWEST) & (exponent < HIGHEST))
+    empty = log_sum_exp == -float("inf")
+    exponent = shift - log_sum_exp * LOG2E
+    return tl.where(empty, 0.0, grad * tl.exp2(exponent)), empty | ((exponent > LOWEST) & (exponent < HIGHEST))
 
 
 @triton.jit
-def signed_exponent(log_sum_exp, grad, index, inside):
+def signed_exponent(log_sum_exp, grad):
     """`grad 2^(logit - log_sum_exp)` is `2^(logit - exponent)` with the sign of grad, which is the exponent's last bit:
     one vector instead of two, because the branch that reads it has hardly a register to spare."""
-    lse = tl.load(log_sum_exp + index, mask=inside, other=-float("inf"))
-    g = tl.load(grad + index, mask=inside, other=0.0)
-    exponent = tl.where(lse == -float("inf"), float("inf"), lse * LOG2E) - tl.log2(tl.abs(g))
+    exponent = tl.where(log_sum_exp == -float("inf"), float("inf"), log_sum_exp * LOG2E) - tl.log2(tl.abs(grad))
     exponent = tl.where(exponent > LARGEST, LARGEST, exponent)
     bits = exponent.to(tl.int32, bitcast=True) & -2
-    return (bits | (g < 0).to(tl.int32)).to(tl.float32, bitcast=True)
+    return (bits | (grad < 0).to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -83,73 +105,241 @@ def all_in_range(in_range, start, end, BLOCK: tl.constexpr):
     return tl.min(tl.load(in_range + flag, mask=flag * FLAG_GROUP < end, other=1).to(tl.int32)) > 0
 
 
-@triton.jit(do_not_specialize=["length"])
-def coefficients_kernel(
-    log_sum_exp,
-    grad,
-    teacher_log_sum_exp,
-    teacher_grad,
+@triton.jit
+def write_softmax(log_sum_exp, grad, shift, out_coefficient, out_exponent, index, inside, unit):
+    """One softmax's coefficients and signed exponents of some positions, and whether the coefficients are of use."""
+    lse = tl.load(log_sum_exp + index, mask=inside, other=-float("inf"))
+    g = tl.load(grad + index, mask=inside, other=0.0)
+    if unit is not None:
+        g = g / tl.load(unit)
+    value, usable = coefficient(shift, lse, g)
+    tl.store(out_coefficient + index, value, mask=inside)
+    tl.store(out_exponent + index, signed_exponent(lse, g), mask=inside)
+    return usable
+
+
+@triton.jit
+def write_direction(
+    softmaxes,
+    vectors,
     scalars,
-    student_coefficient,
-    teacher_coefficient,
-    student_exponent,
-    teacher_exponent,
-    in_range,
+    unit,
+    place,
     length,
     TOP_BIAS: tl.constexpr,
     STUDENT: tl.constexpr,
-    TEACHER: tl.constexpr,
+    SOURCE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """For one direction: the student's and the teacher's coefficients and signed exponents (length,) fp32, and in_range
-    (length / FLAG_GROUP, rounded up) int8, 1 where all coefficients are of use. TOP_BIAS: the place of the largest bias
-    along the sum, TOP_COLUMN_BIAS for rows and TOP_ROW_BIAS for columns."""
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """BLOCK positions of one direction, the place-th. softmaxes: (log-sum-exp, gradient, the teacher's log-sum-exp, the
+    gradient of its mean logit); vectors: as VECTORS lists them. Returns the positions and which exist."""
+    log_sum_exp, grad, teacher_log_sum_exp, teacher_grad = softmaxes
+    student_coefficient, teacher_coefficient, student_exponent, teacher_exponent, in_range = vectors
+    index = place * BLOCK + tl.arange(0, BLOCK)
     inside = index < length
     good = tl.full((BLOCK,), 1, tl.int1)
     if STUDENT:
-        value, usable = coefficient(center(tl.load(scalars + BOUND), HEADROOM), log_sum_exp, grad, index, inside)
-        tl.store(student_coefficient + index, value, mask=inside)
-        tl.store(student_exponent + index, signed_exponent(log_sum_exp, grad, index, inside), mask=inside)
-        good = good & usable
-    if TEACHER != NONE:
+        shift = center(tl.load(scalars + BOUND), HEADROOM)
+        good &= write_softmax(log_sum_exp, grad, shift, student_coefficient, student_exponent, index, inside, unit)
+    if SOURCE != NO_TEACHER:
         shift = center(tl.load(scalars + TEACHER_BOUND), HEADROOM) + tl.load(scalars + TOP_BIAS)
-        value, usable = coefficient(shift, teacher_log_sum_exp, teacher_grad, index, inside)
-        tl.store(teacher_coefficient + index, value, mask=inside)
-        exponent = signed_exponent(teacher_log_sum_exp, teacher_grad, index, inside)
-        tl.store(teacher_exponent + index, exponent, mask=inside)
-        good = good & usable
+        good &= write_softmax(
+            teacher_log_sum_exp, teacher_grad, shift, teacher_coefficient, teacher_exponent, index, inside, unit
+        )
     flags = tl.min(tl.reshape(good.to(tl.int32), (BLOCK // FLAG_GROUP, FLAG_GROUP)), 1)
-    flag = tl.program_id(0) * (BLOCK // FLAG_GROUP) + tl.arange(0, BLOCK // FLAG_GROUP)
+    flag = place * (BLOCK // FLAG_GROUP) + tl.arange(0, BLOCK // FLAG_GROUP)
     tl.store(in_range + flag, flags.to(tl.int8), mask=flag * FLAG_GROUP < length)
+    return index, inside
 
 
-def prepare(launch_pass: Pass, k: int, direction: str, statistics: SoftmaxStatistics, grad: Tensor) -> dict[str, Any]:
-    """The arguments of softmax_backward_kernel for a `direction`, "row" or "column", of the pass that holds teacher k;
-    from the direction's statistics and the gradients (1 + K, L) with respect to them."""
-    length, device = len(statistics.lse), statistics.lse.device
-    # Without a teacher its arguments are read nowhere.
-    teacher_log_sum_exp, teacher_grad = statistics.lse, grad[0]
-    if launch_pass.taught:
-        teacher_log_sum_exp, teacher_grad = statistics.teacher_lse[k], grad[1 + k]
-    prepared = {
-        name: torch.empty(length, dtype=torch.float32, device=device)
-        for name in ("student_coefficient", "teacher_coefficient", "student_exponent", "teacher_exponent")
-    }
-    flags = triton.cdiv(length, FLAG_GROUP.value)
-    prepared["in_range"] = torch.empty(flags, dtype=torch.int8, device=device)
-    arguments: dict[str, Any] = {
-        "log_sum_exp": statistics.lse.contiguous(),
-        "grad": grad[0],
-        "teacher_log_sum_exp": teacher_log_sum_exp.contiguous(),
-        "teacher_grad": teacher_grad,
-        "scalars": launch_pass.scalars,
-        **prepared,
-        "length": length,
-        "TOP_BIAS": {"row": TOP_COLUMN_BIAS, "column": TOP_ROW_BIAS}[direction].value,
-        "STUDENT": launch_pass.student,
-        "TEACHER": launch_pass.mode,
+@triton.jit(do_not_specialize=["rows", "columns", "teacher"])
+def coefficients_kernel(
+    row_statistics,
+    column_statistics,
+    row_grad,
+    column_grad,
+    scalars,
+    unit,
+    row_student_coefficient,
+    row_teacher_coefficient,
+    row_student_exponent,
+    row_teacher_exponent,
+    row_in_range,
+    column_student_coefficient,
+    column_teacher_coefficient,
+    column_student_exponent,
+    column_teacher_exponent,
+    column_in_range,
+    positive_column,
+    positive_logit,
+    positive_grad,
+    row_segment,
+    column_segment,
+    row_bias,
+    column_bias,
+    teacher_scale,
+    left,
+    right,
+    left_stride,
+    left_step,
+    right_stride,
+    right_step,
+    width,
+    positive,
+    positive_near,
+    rows,
+    columns,
+    teacher,
+    STUDENT: tl.constexpr,
+    SOURCE: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A pass's rows and columns, BLOCK of them a program. row_statistics (1 + 2K, rows) and row_grad (1 + K, rows) as
+    in stats.py, likewise the columns'; `teacher`: which of the K, with SOURCE, of class Source, or NO_TEACHER.
+
+    row_..., column_...   VECTORS, (rows,) and (columns,) fp32; in_range int8, one for FLAG_GROUP of them, 1 where all
+                          coefficients are of use
+    unit                  0-d: what the gradients are divided by
+    positive              (rows,) fp32, the gradient at the positives, complete after the LAST pass; positive_near
+                          (rows,) a part of it until then
+    """
+    place = tl.program_id(0)
+    row_programs = tl.cdiv(rows, BLOCK)
+    wide_rows, wide_columns = rows.to(tl.int64), columns.to(tl.int64)
+    row_softmaxes = (
+        row_statistics,
+        row_grad,
+        row_statistics + (1 + 2 * teacher) * wide_rows,
+        row_grad + (1 + teacher) * wide_rows,
+    )
+    column_softmaxes = (
+        column_statistics,
+        column_grad,
+        column_statistics + (1 + 2 * teacher) * wide_columns,
+        column_grad + (1 + teacher) * wide_columns,
+    )
+    if place >= row_programs:
+        write_direction(
+            column_softmaxes,
+            (
+                column_student_coefficient,
+                column_teacher_coefficient,
+                column_student_exponent,
+                column_teacher_exponent,
+                column_in_range,
+            ),
+            scalars,
+            unit,
+            place - row_programs,
+            columns,
+            TOP_ROW_BIAS,
+            STUDENT,
+            SOURCE,
+            BLOCK,
+        )
+    else:
+        i, inside = write_direction(
+            row_softmaxes,
+            (
+                row_student_coefficient,
+                row_teacher_coefficient,
+                row_student_exponent,
+                row_teacher_exponent,
+                row_in_range,
+            ),
+            scalars,
+            unit,
+            place,
+            rows,
+            TOP_COLUMN_BIAS,
+            STUDENT,
+            SOURCE,
+            BLOCK,
+        )
+        if positive_column is not None:
+            value = positive_gradient(
+                row_softmaxes,
+                column_softmaxes,
+                (teacher_scale, (left, left_stride, left_step), (right, right_stride, right_step), width),
+                (positive_column, positive_logit, positive_grad),
+                (row_segment, column_segment),
+                (row_bias, column_bias),
+                (positive, positive_near),
+                scalars,
+                i,
+                inside,
+                columns,
+                STUDENT,
+                SOURCE,
+                LAST,
+                BLOCK,
+            )
+            tl.store(positive + i, value, mask=inside)
+
+
+def prepare(
+    launch_passes: list[Pass], statistics: Statistics, gradient: StatisticsGradient, unit: Tensor | None
+) -> tuple[list[dict[str, Any]], Tensor | None]:
+    """For every pass the arguments of softmax_backward_kernel that are VECTORS of the two directions; and the gradient
+    at every row's positive (N,), None without positives."""
+    problem = launch_passes[0].problem
+    lengths = {"row": problem.rows, "column": problem.columns}
+    like = statistics.rows.packed
+    positive = None if problem.positive_column is None else like.new_empty(problem.rows)
+    near = like.new_empty(problem.rows) if positive is not None and len(launch_passes) > 1 else positive
+    shared: dict[str, Any] = {
+        "row_statistics": statistics.rows.packed.contiguous(),
+        "column_statistics": statistics.columns.packed.contiguous(),
+        "row_grad": gradient.rows,
+        "column_grad": gradient.columns,
+        "unit": unit,
+        "positive_logit": statistics.positive_logit,
+        "positive_grad": gradient.positive_logit.contiguous(),
+        "positive": like if positive is None else positive,
+        "positive_near": like if near is None else near,
+        "rows": problem.rows,
+        "columns": problem.columns,
         "BLOCK": BLOCK,
     }
-    launch.Call(coefficients_kernel, arguments, {})(triton.cdiv(length, BLOCK))
-    return {f"{direction}_{name}": vector for name, vector in prepared.items()}
+    prepared = []
+    for k, launch_pass in enumerate(launch_passes):
+        vectors = {
+            f"{direction}_{name}": vector
+            for direction, length in lengths.items()
+            for name, vector in _vectors(launch_pass, length, like).items()
+        }
+        teacher = problem.teachers[k] if launch_pass.taught else None
+        own = teacher is not None and teacher.x is not None and teacher.y is not None
+        left, right = (teacher.x, teacher.y) if own and teacher is not None else (problem.x, problem.y)
+        assert left is not None and right is not None
+        arguments = launch_pass.arguments() | shared | vectors
+        arguments |= {
+            "teacher_scale": None if teacher is None else teacher.scale,
+            "left": left,
+            "right": right,
+            "left_stride": left.stride(0),
+            "left_step": left.stride(1),
+            "right_stride": right.stride(0),
+            "right_step": right.stride(1),
+            "width": left.shape[1],
+            "teacher": k,
+            "STUDENT": launch_pass.student,
+            "SOURCE": NO_TEACHER.value if teacher is None else int(teacher.source),
+            "LAST": k == len(launch_passes) - 1,
+        }
+        programs = sum(triton.cdiv(length, BLOCK) for length in lengths.values())
+        launch.Call(coefficients_kernel, arguments, {})(programs)
+        prepared.append(vectors)
+    return prepared, positive
+
+
+def _vectors(launch_pass: Pass, length: int, like: Tensor) -> dict[str, Tensor]:
+    """One direction's VECTORS, in one allocation and each at a multiple of 64 bytes; those of a softmax that the pass
+    does not have are read nowhere."""
+    held = [launch_pass.student, launch_pass.taught] * 2
+    padded = 16 * triton.cdiv(length, 16)
+    rooms = like.new_empty(sum(held), padded).unbind()
+    places = [0 if not holds else sum(held[:index]) for index, holds in enumerate(held)]
+    flags = torch.empty(triton.cdiv(length, FLAG_GROUP.value), dtype=torch.int8, device=like.device)
+    return dict(zip(VECTORS, (*(rooms[place] for place in places), flags), strict=True))

@@ -300,11 +300,11 @@ def backward(
     """The block operation of the Backend protocol."""
     if not any(wanted.products):
         return InputGradients(None, None, None)
-    incoming, unit = gradient, launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
-    if unit is not None:
-        gradient = gradient._replace(rows=gradient.rows / unit, columns=gradient.columns / unit)
+    unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
     gx, gy = problem.zero_gradients(wanted.products)
-    blocks = _Blocks(problem, statistics, gradient)
+    launch_passes = passes(problem)
+    vectors, _ = coefficients.prepare(launch_passes, statistics, gradient, unit)
+    blocks = _Blocks(problem, launch_passes, vectors)
     for i, j in launch.super_blocks(problem.rows, problem.columns, blocks.edge, blocks.mirrored):
         blocks.compute(i, j)
         _add_products(blocks.g, problem, i, j, gx, gy)
@@ -312,7 +312,7 @@ def backward(
             _add_products(blocks.mirror_g, problem, j, i, gx, gy)
     if unit is not None:
         gx, gy = (None if total is None else total.mul_(unit) for total in (gx, gy))
-    return gradients(problem, statistics, incoming, wanted, (gx, gy))
+    return gradients(problem, statistics, gradient, wanted, (gx, gy))
 
 
 def _add_products(g: Tensor, problem: Problem, i: slice, j: slice, gx: Tensor | None, gy: Tensor | None) -> None:
@@ -328,8 +328,7 @@ class _Blocks:
     """One super-block of G at a time, in the same scratch: `g` (edge, edge) in the embeddings' dtype and, where passes
     are mirrored, `mirror_g` for the mirror of a super-block beside the diagonal."""
 
-    def __init__(self, problem: Problem, statistics: Statistics, gradient: StatisticsGradient) -> None:
-        launch_passes = passes(problem)
+    def __init__(self, problem: Problem, launch_passes: list[Pass], vectors: list[dict[str, Any]]) -> None:
         self.mirrored = launch_passes[0].mirrored
         self.edge = launch.backward_edge(problem, launch_passes)
         self.g = problem.x.new_empty(self.edge, self.edge)
@@ -339,9 +338,7 @@ class _Blocks:
         first = next(launch.super_blocks(problem.rows, problem.columns, self.edge, self.mirrored))
         self.launches = []
         for k, launch_pass in enumerate(launch_passes):
-            arguments = launch_pass.arguments()
-            arguments |= coefficients.prepare(launch_pass, k, "row", statistics.rows, gradient.rows)
-            arguments |= coefficients.prepare(launch_pass, k, "column", statistics.columns, gradient.columns)
+            arguments = launch_pass.arguments() | vectors[k]
             arguments |= {
                 "previous": wide[(k - 1) % 2] if k > 0 else None,
                 "g": self.g if k == len(launch_passes) - 1 else wide[k % 2],
