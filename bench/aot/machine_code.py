@@ -32,6 +32,7 @@ def inspect(variant: Variant, architecture: str) -> dict[str, Any]:
         "variant": variant.name,
         "kernel": variant.kernel,
         "mode": variant.mode,
+        "way": variant.shape.way,
         "tied": variant.tied,
         "plain": variant.plain and "fp32" not in (variant.dtype, variant.teacher_dtype),
         "dtype": variant.dtype,

@@ -11,9 +11,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from softclip_kernels.backends.triton import coefficients, online, softmax_backward, softmax_forward
+from softclip_kernels.backends.triton import coefficients, online, softmax_backward, softmax_exchange, softmax_forward
 from softclip_kernels.backends.triton.passes import MODES
-from softclip_kernels.backends.triton.shapes import GROUP, Shape, candidates
+from softclip_kernels.backends.triton.shapes import EXCHANGE, GROUP, SPLIT, Shape, candidates
 
 # Kind of kernel to its module, which holds ARGUMENTS, and its name there.
 KERNELS: dict[str, tuple[ModuleType, str]] = {
@@ -21,6 +21,7 @@ KERNELS: dict[str, tuple[ModuleType, str]] = {
     "backward": (softmax_backward, "softmax_backward_kernel"),
     "coefficients": (coefficients, "coefficients_kernel"),
     "online": (online, "online_rows_kernel"),
+    "exchange": (softmax_exchange, "softmax_exchange_kernel"),
 }
 SHARED_LIMIT = {  # architecture to the bytes of shared memory that a program may take
     "sm_80": 163 * 1024,
@@ -58,6 +59,7 @@ class Variant:
     dtype: str = "bf16"
     teacher_dtype: str = ""  # where it is another than the student's
     g_dtype: str = ""
+    previous_dtype: str = "fp32"
     aligned: bool = True  # strides divisible by 16
     tied: bool = False
     student: bool = True
@@ -156,10 +158,23 @@ def variants(architecture: str) -> list[Variant]:
                 listed.append(variant)
                 continue
             itemsize = 4 if "fp32" in (variant.dtype, variant.teacher_dtype) else 2
-            taught, mirrored = variant.mode != "none", variant.mode == "transposed"
-            shapes = candidates(variant.kernel, taught, mirrored, variant.plain, itemsize, architecture)
-            listed += [replace(variant, shape=shape) for shape in shapes]
+            shapes = candidates(variant.kernel, variant.mode, variant.plain, itemsize, architecture)
+            for shape in shapes:
+                listed += _as_launched(replace(variant, shape=shape))
     return listed
+
+
+def _as_launched(variant: Variant) -> list[Variant]:
+    """What the shape's way makes of it. The student's part of a SPLIT is the variant without a teacher."""
+    if variant.shape.way == EXCHANGE:
+        return [
+            replace(variant, kernel="exchange", features=variant.features | adds)
+            for adds in (frozenset(), frozenset({"previous"}))
+        ]
+    if variant.shape.way == SPLIT:
+        features = variant.features | {"previous"}
+        return [replace(variant, student=False, features=features, previous_dtype=variant.dtype)]
+    return [variant]
 
 
 def compile_variant(variant: Variant, architecture: str) -> Any:
@@ -187,6 +202,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
     return {
         "SOURCE": MODES[variant.mode],  # the same numbers
         "LAST": "previous" not in variant.features,
+        "PART": softmax_exchange.ADD if "previous" in variant.features else softmax_exchange.STORE,
         "BLOCK": coefficients.BLOCK,
         "STATISTICS": int(variant.student) + 2 * (variant.mode != "none") + ("ranks" in variant.features),
         "STUDENT": variant.student,
@@ -207,8 +223,10 @@ def _type(kind: str, variant: Variant) -> str:
         "*student": variant.dtype,
         "*teacher": variant.teacher_dtype or variant.dtype,
         "*grad": variant.g_dtype or variant.dtype,
+        "*previous": variant.previous_dtype,
     }
-    return f"*{dtypes[kind]}" if kind in dtypes else kind.removesuffix("?").split()[0]
+    name = kind.removesuffix("?").split()[0]
+    return f"*{dtypes[name]}" if name in dtypes else name
 
 
 def _divisible(kind: str, variant: Variant) -> bool:

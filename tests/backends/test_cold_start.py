@@ -41,7 +41,7 @@ if sys.argv[1] == "triton":
     from softclip_kernels.backends.triton import tuning
     from softclip_kernels.backends.triton.shapes import candidates
     torch.cuda.is_current_stream_capturing = lambda: False
-    shapes = candidates("forward", False, False, True, 2, "sm_90")
+    shapes = candidates("forward", "none", True, 2, "sm_90")
     tuning.measure = lambda launch: 1.0 + (shapes.index(launch) - 2) ** 2
     for key in ("key", *(f"key {index}" for index in range(30))):
         tile = shapes.index(tuning.choose(key, shapes, lambda shape: (shape, 1), 2**30, torch.device("cuda")))

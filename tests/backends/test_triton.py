@@ -101,12 +101,12 @@ def test_scratch_is_bounded_whatever_the_batch(n, count):
     from softclip_kernels.backends.triton.shapes import candidates
 
     for architecture in ARCHITECTURES:
-        for mirrored in (False, True):
-            for shape in candidates("forward", True, mirrored, True, 2, architecture):
-                edge = launch.forward_edge(shape, count, mirrored, n)
+        for mode in ("embeddings", "transposed"):
+            for shape in candidates("forward", mode, True, 2, architecture):
+                edge = launch.forward_edge(shape, count, mode == "transposed", n)
                 slots = edge // shape.block_m + edge // shape.block_n
                 assert edge > 0 and edge % shape.block_m == edge % shape.block_n == 0
-                assert 4 * count * (1 + mirrored) * slots * edge <= launch.SCRATCH
+                assert 4 * count * (1 + (mode == "transposed")) * slots * edge <= launch.SCRATCH
                 assert edge < n + max(shape.block_m, shape.block_n)
     for itemsize in (2, 4):
         edge = launch.largest_edge(launch.SCRATCH / itemsize, 128, n)

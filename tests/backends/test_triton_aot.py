@@ -6,6 +6,8 @@ import pytest
 from helpers import interpreter
 from helpers.backends import needs_triton
 
+from softclip_kernels.backends.triton.shapes import SPILLED
+
 pytestmark = needs_triton
 
 # What a tensor core's instruction is called.
@@ -26,9 +28,9 @@ EXPONENTIALS = {
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_code_keeps_its_budgets(architecture, part):
-    """No spills, shared memory within the chip's, tensor-core instructions that on sm_90 do not wait for one another,
-    and the design's number of matrix products and exponentials a tile. A process of its own, whatever TRITON_INTERPRET
-    is here."""
+    """No spills but those that are allowed, shared memory within the chip's, tensor-core instructions that on sm_90 do
+    not wait for one another, and the design's number of matrix products and exponentials a tile. A process of its own,
+    whatever TRITON_INTERPRET is here."""
     rows = interpreter.result_of("bench.aot.machine_code", "table", [architecture], PARTS, part, TRITON_INTERPRET="0")
     assert {row["kernel"] for row in rows} >= {"forward", "backward"}
     problems = [f"{row['variant']}: {problem}" for row in rows for problem in over_budget(row)]
@@ -36,7 +38,7 @@ def test_compiled_code_keeps_its_budgets(architecture, part):
 
 
 def over_budget(row):
-    if row["spilled"]:
+    if row["spilled"] > SPILLED.get(row["way"], 0):
         yield f"{row['spilled']} bytes spilled"
     if row["shared"] > row["shared_limit"]:
         yield f"{row['shared']} bytes of shared memory, more than {row['shared_limit']}"
@@ -50,10 +52,12 @@ def over_budget(row):
     if row["architecture"] == "sm_90" and row["serialized"] > (row["matmuls"] if row["three_products"] else 0):
         yield f"{row['serialized']} wgmma wait for the one before"
     teacher_only = "teacher-only" in row["variant"]
-    if row["matmuls"] != (
-        1 if teacher_only and row["kernel"] == "backward" else 1 + (row["mode"] in ("embeddings", "transposed"))
-    ):
+    one_product = row["kernel"] == "exchange" or (teacher_only and row["kernel"] == "backward")
+    if row["matmuls"] != (1 if one_product else 1 + (row["mode"] in ("embeddings", "transposed"))):
         yield f"{row['matmuls']} matrix products"
+    # In range one for both parts where they share it, else one a part; out of range two a part.
+    if row["kernel"] == "exchange" and row["exponentials"][2] != (5 if row["tied"] else 6):
+        yield f"{row['exponentials'][2]} exponentials in the code"
     if row["kernel"] in ("forward", "backward"):
         yield from _over_budget_of_exponentials(row, 1 if teacher_only else EXPONENTIALS[row["mode"], row["tied"]])
 
@@ -75,7 +79,7 @@ def _over_budget_of_exponentials(row, budget):
         yield f"{row['exponentials_issued']} exponential instructions for {row['entries']} entries"
 
 
-@pytest.mark.parametrize("kind", ("forward", "backward", "coefficients", "online"))
+@pytest.mark.parametrize("kind", ("forward", "backward", "exchange", "coefficients", "online"))
 def test_every_argument_has_its_type_beside_the_kernel(kind):
     """In the kernel's order; and what may be None has a feature that brings it."""
     from bench.aot.variants import FEATURES, KERNELS

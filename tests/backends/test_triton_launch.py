@@ -36,7 +36,7 @@ def tuning(monkeypatch, tmp_path):
 def shapes():
     from softclip_kernels.backends.triton.shapes import candidates
 
-    suitable = candidates("forward", False, False, True, 2, "sm_90")
+    suitable = candidates("forward", "none", True, 2, "sm_90")
     assert len(suitable) >= 4
     return suitable
 
@@ -176,7 +176,7 @@ def compile(self, key, signature, *arguments, **options):
 def checked(kernel, signature):
     # What the ordinary launch makes of the arguments is what the table beside the kernel says.
     module = sys.modules[kernel.fn.__module__]
-    dtypes = {"*student": "*bf16", "*teacher": "*bf16", "*grad": "*bf16"}
+    dtypes = {"*student": "*bf16", "*teacher": "*bf16", "*grad": "*bf16", "*previous?": "*fp32"}
     if signature.get("previous", "constexpr") == "constexpr" and "previous" in signature and len(problem.teachers) > 1:
         dtypes["*grad"] = "*fp32"  # the first of several teachers
     for name, kind in module.ARGUMENTS.items():

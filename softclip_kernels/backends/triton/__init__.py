@@ -2,6 +2,8 @@
 
 softmax_forward   the forward block operation: one pass over tiles, one exponential an entry for rows and columns
 softmax_backward  the backward one: a block of G with its epilogue fused, for two matrix products
+softmax_exchange  another way to a transposed teacher's blocks of G: one product in a program
+softmax_gradient  a tile of G from its logits, for both
 coefficients      what the backward pass multiplies exponentials with
 positive_entries  the gradient at every row's positive, in full precision
 online            the online softmax, for rows (columns) whose centered sums left the range of fp32

@@ -126,7 +126,9 @@ def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
     smooth = all(_smooth(operand) for operand in operands if operand is not None)
     plain = smooth and problem.row_segment is None and problem.row_threshold is None
     device = architecture(problem.x.device)
-    return shapes.candidates(kind, launch_pass.taught, launch_pass.mirrored, plain, launch_pass.itemsize, device)
+    suitable = shapes.candidates(kind, launch_pass.mode_name, plain, launch_pass.itemsize, device)
+    # A later teacher's launch has no student's part to split off.
+    return tuple(shape for shape in suitable if launch_pass.student or shape.way != shapes.SPLIT)
 
 
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:

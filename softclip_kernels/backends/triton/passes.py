@@ -49,6 +49,11 @@ class Pass:
         return self.mode == TRANSPOSED.value
 
     @property
+    def mode_name(self) -> str:
+        """A key of MODES."""
+        return next(name for name, value in MODES.items() if value == self.mode)
+
+    @property
     def taught(self) -> bool:
         return self.mode != NONE.value
 
@@ -70,9 +75,8 @@ class Pass:
         p = self.problem
         teacher = () if self.teacher_x is None else (self.teacher_x.dtype, self.teacher_x.shape[1])
         vectors = (p.row_segment, p.row_threshold, self.row_bias, self.column_bias)
-        (mode,) = (name for name, value in MODES.items() if value == self.mode)
         return (
-            f"teacher {mode}",
+            f"teacher {self.mode_name}",
             *(name for name, holds in (("student", self.student), ("tied", self.tied)) if holds),
             *(
                 name
@@ -83,6 +87,10 @@ class Pass:
             p.x.shape[1],
             *teacher,
         )
+
+    def untaught(self) -> Pass:
+        """The student's part alone."""
+        return replace(self, mode=MODES["none"], tied=False, teacher_x=None, teacher_y=None)
 
     def unmirrored(self) -> Pass:
         """The same with the transposed logits as a matrix product of their own."""

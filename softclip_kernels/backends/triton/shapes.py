@@ -1,7 +1,8 @@
 """Tile shapes: a short list of candidates for every kind of kernel, architecture and element size.
 
-Each compiles without spills and within the shared memory of its architecture (tests/backends/test_triton_aot.py);
-which is fastest only a GPU can tell, and is asked (tuning.py). The first is the guess.
+Each compiles within the shared memory of its architecture and without spills, save those that SPILLED allows
+(tests/backends/test_triton_aot.py). Which is fastest only a GPU can tell, and is asked (tuning.py); the first is the
+guess.
 """
 
 from __future__ import annotations
@@ -9,6 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 GROUP = 8  # tile rows that advance together, for L2
+
+
+# Ways to a block of G with a teacher, beside a program that holds both products of a tile:
+EXCHANGE = "exchange"  # transposed: each of the mirrored tiles by itself, what it brings to the other by scratch
+SPLIT = "split"  # embeddings: the student's part, then the teacher's added to it
+# Bytes that a thread may spill: little beside what larger tiles save, and whether it pays the clock tells. Else none.
+SPILLED = {EXCHANGE: 512, SPLIT: 256}
 
 
 @dataclass(frozen=True)
@@ -36,18 +44,18 @@ class Shape:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def candidates(
-    kind: str, taught: bool, mirrored: bool, plain: bool, itemsize: int, architecture: str
-) -> tuple[Shape, ...]:
+def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: str) -> tuple[Shape, ...]:
     """kind          forward, online or backward
-    taught        there is a teacher, whose tile is alive beside the student's
-    mirrored      tiles (I, J) and (J, I) are worked on together; block_m is a multiple of block_n
+    mode          where a teacher's logits come from: none, logits, embeddings, or transposed, where tiles (I, J) and
+                  (J, I) are worked on together and block_m is a multiple of block_n, unless they are exchanged
     plain         no segments or ranks, and rows in whole steps of 16 bytes: masks take registers
     itemsize      bytes of the widest operand
     architecture  sm_90, gfx942, interpreter, ...
     """
+    taught, mirrored = mode != "none", mode == "transposed"  # a teacher's tile is alive beside the student's
     if architecture == "interpreter":  # small, so that small problems have inner, edge and corner tiles
-        return (Shape(64, 32, 32, 4, 1) if mirrored else Shape(32, 64, 32, 4, 1),)
+        usual = Shape(64, 32, 32, 4, 1) if mirrored else Shape(32, 64, 32, 4, 1)
+        return (usual, *(replace(Shape(32, 64, 32, 4, 1), way=way) for way in _other_ways(kind, mode)))
     amd = architecture.startswith("gfx")
     stages = 2 if amd else 3
     warps = 4 if amd else 8
@@ -67,11 +75,19 @@ def candidates(
             return (Shape(64, 64, 64, 8, 3),) if taught else (small,)
         deep = replace(medium if taught else large, stages=4)
         if taught:
-            return medium, deep, small
+            return medium, deep, small, *(replace(large, way=way) for way in _other_ways(kind, mode))
         tall = (Shape(256, 128, 64, 8, 3),) if kind == "forward" else ()
         return large, deep, *tall, Shape(128, 128, 64, 4, 3), medium
     if plain and taught and architecture == "sm_120":
         return (Shape(64, 64, 64, 8, stages),)
     if plain and not (mirrored and architecture == "sm_100"):
-        return (small,) if taught else (medium, small)
+        ways = _other_ways(kind, mode) if architecture == "sm_90" else ()
+        exchanged = tuple(replace(medium, way=way) for way in ways)
+        return (small, *exchanged) if taught else (medium, small)
     return (Shape(64, 32, 64, 4 if (kind, architecture) == ("backward", "sm_100") else warps, stages),)
+
+
+def _other_ways(kind: str, mode: str) -> tuple[str, ...]:
+    if kind != "backward":
+        return ()
+    return {"transposed": (EXCHANGE,), "embeddings": (SPLIT,)}.get(mode, ())

@@ -14,6 +14,9 @@ them in full precision.
 """
 
 import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,9 +28,11 @@ from ...problem import Problem
 from ...stats import InputGradients, Statistics, StatisticsGradient, Wanted
 from ..finish import gradients
 from . import coefficients, launch, tuning
-from .coefficients import HEADROOM, all_in_range, one_direction
+from .coefficients import HEADROOM, all_in_range
 from .passes import Pass, passes
-from .shapes import GROUP, Shape
+from .shapes import EXCHANGE, GROUP, SPLIT, Shape
+from .softmax_exchange import Exchange
+from .softmax_gradient import finish
 from .tiles import (
     BOUND,
     EMBEDDINGS,
@@ -69,69 +74,12 @@ ARGUMENTS = {
     "row_bias": "*fp32?",
     "column_bias": "*fp32?",
     "scalars": "*fp32",
-    "previous": "*fp32?",
+    "previous": "*previous?",
     "g": "*grad",
     "mirror_g": "*grad",
     **LAYOUT,
     **SUPER_BLOCK,
 }
-
-
-@triton.jit
-def through_softmax(dot, factor, reference, rows, columns, at, IN_RANGE: tl.constexpr):
-    """The gradient (BLOCK_M, BLOCK_N) with respect to the logits `dot * factor`, through the softmax along the tile's
-    columns (one a row) and the one along its rows. rows and columns: (coefficient, bias weight, signed exponent, bias),
-    each a pointer; weights and biases, of the row's or column's own, may be None."""
-    i, j, inside_i, inside_j = at
-    coefficient_i, weight_i, exponent_i, bias_i = rows
-    coefficient_j, weight_j, exponent_j, bias_j = columns
-    if IN_RANGE:
-        a = tl.load(coefficient_i + i, mask=inside_i, other=0.0)[:, None]
-        b = tl.load(coefficient_j + j, mask=inside_j, other=0.0)[None, :]
-        if weight_j is not None:
-            a = a * tl.load(weight_j + j, mask=inside_j, other=0.0)[None, :]
-        if weight_i is not None:
-            b = b * tl.load(weight_i + i, mask=inside_i, other=0.0)[:, None]
-        value = tl.exp2(dot * factor - reference) * (a + b)
-    else:
-        logits = dot * factor
-        # Columns first: a thread holds entries of few rows and many columns, whose vectors take registers until here.
-        value = one_direction(logits, exponent_j, j, inside_j, bias_i, i, inside_i, 0)
-        value += one_direction(logits, exponent_i, i, inside_i, bias_j, j, inside_j, 1)
-    return value
-
-
-@triton.jit
-def both_softmaxes(dot, t, student, teacher, at, STUDENT: tl.constexpr, TEACHER: tl.constexpr, IN_RANGE: tl.constexpr):
-    """The tile of G through the softmaxes of the student on the logits dot and of the teacher on the logits t; the
-    mirror's as well when TRANSPOSED, where t is the mirror's dot and each of the two teaches the other. student and
-    teacher: (factor, reference, rows, columns)."""
-    factor, reference, rows, columns = student
-    teacher_factor, teacher_reference, teacher_rows, teacher_columns = teacher
-    if STUDENT:
-        value = through_softmax(dot, factor, reference, rows, columns, at, IN_RANGE)
-        mirror = value
-        if TEACHER == TRANSPOSED:
-            mirror = through_softmax(
-                dot, teacher_factor, teacher_reference, teacher_columns, teacher_rows, at, IN_RANGE
-            )
-            mirror += through_softmax(t, factor, reference, columns, rows, at, IN_RANGE)
-        if TEACHER != NONE:
-            value += through_softmax(t, teacher_factor, teacher_reference, teacher_rows, teacher_columns, at, IN_RANGE)
-    else:
-        value = through_softmax(t, teacher_factor, teacher_reference, teacher_rows, teacher_columns, at, IN_RANGE)
-        mirror = value
-    return value, mirror
-
-
-@triton.jit
-def finish(dot, t, student, teacher, at, in_range, STUDENT: tl.constexpr, TEACHER: tl.constexpr):
-    """both_softmaxes, in the branch that the tile needs."""
-    if in_range:
-        value, mirror = both_softmaxes(dot, t, student, teacher, at, STUDENT, TEACHER, True)
-    else:
-        value, mirror = both_softmaxes(dot, t, student, teacher, at, STUDENT, TEACHER, False)
-    return value, mirror
 
 
 @triton.jit(do_not_specialize=["row_start", "row_end", "column_start", "column_end"])
@@ -190,8 +138,8 @@ def softmax_backward_kernel(
 ):
     """One tile of G for rows [row_start, row_end) and columns [column_start, column_end).
 
-    g (rows of the super-block, edge): the scratch, any floating dtype. previous, another of that shape in fp32 or None:
-    what earlier teachers' launches left, added here. TRANSPOSED works on the tiles (I, J) and (J, I) together: the
+    g (rows of the super-block, edge): the scratch, any floating dtype. previous, another of that shape or None: what
+    earlier launches left, added here. TRANSPOSED works on the tiles (I, J) and (J, I) together: the
     mirror goes to mirror_g (columns of the super-block, edge), which on the diagonal is g itself.
     """
     tiles_m = tl.cdiv(row_end - row_start, BLOCK_M)
@@ -335,7 +283,9 @@ class _Blocks:
         self.mirror_g = torch.empty_like(self.g) if self.mirrored else self.g
         # Several teachers add up in fp32, from one buffer to the next, and are rounded once.
         wide = [torch.empty_like(self.g, dtype=torch.float32) for _ in launch_passes[:-1][:2]]
-        first = next(launch.super_blocks(problem.rows, problem.columns, self.edge, self.mirrored))
+        # The second of mirrored ones: the first is on the diagonal.
+        blocks = itertools.islice(launch.super_blocks(problem.rows, problem.columns, self.edge, self.mirrored), 2)
+        *_, typical = blocks
         self.launches = []
         for k, launch_pass in enumerate(launch_passes):
             arguments = launch_pass.arguments() | vectors[k]
@@ -346,7 +296,7 @@ class _Blocks:
                 "TIED": launch_pass.tied,
                 "GROUP": GROUP,
             }
-            self.launches.append(_tuned_launch(launch_pass, arguments, self.mirror_g, first))
+            self.launches.append(_tuned_launch(launch_pass, arguments, self.mirror_g, typical))
 
     def compute(self, i: slice, j: slice) -> None:
         for block_launch in self.launches:
@@ -358,25 +308,46 @@ class _BlockLaunch:
 
     def __init__(self, launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor, shape: Shape) -> None:
         self.g, self.mirror_g, self.mirrored, self.shape = arguments["g"], mirror_g, launch_pass.mirrored, shape
-        arguments = arguments | launch.constants(launch_pass, shape)
-        self.call = launch.Call(softmax_backward_kernel, arguments, shape.options())
+        self.call = self._call(launch_pass, arguments)
 
     def __call__(self, i: slice, j: slice) -> None:
-        self.call(
-            launch.tiles(i, self.shape.block_m) * launch.tiles(j, self.shape.block_n),
-            mirror_g=self.mirror_g if self.mirrored and i != j else self.g,
-            **launch.bounds(i, j),
-        )
+        mirror_g = self.mirror_g if self.mirrored and i != j else self.g
+        self._launch(self.call, i, j, mirror_g=mirror_g)
+
+    def _call(self, launch_pass: Pass, arguments: dict[str, Any], **others: Any) -> launch.Call:
+        arguments = arguments | launch.constants(launch_pass, self.shape) | others
+        return launch.Call(softmax_backward_kernel, arguments, self.shape.options())
+
+    def _launch(self, call: launch.Call, i: slice, j: slice, **changing: Any) -> None:
+        programs = launch.tiles(i, self.shape.block_m) * launch.tiles(j, self.shape.block_n)
+        call(programs, **changing, **launch.bounds(i, j))
+
+
+class _Split(_BlockLaunch):
+    """The student's part, rounded to the scratch, and the teacher's added to it."""
+
+    def __init__(self, launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor, shape: Shape) -> None:
+        super().__init__(launch_pass.untaught(), arguments, mirror_g, shape)
+        self.taught = self._call(replace(launch_pass, student=False), arguments | {"previous": self.g})
+
+    def __call__(self, i: slice, j: slice) -> None:
+        super().__call__(i, j)
+        self._launch(self.taught, i, j, mirror_g=self.g)
+
+
+BlockLaunch = Callable[[slice, slice], None]
+_WAYS: dict[str, Callable[..., BlockLaunch]] = {"": _BlockLaunch, EXCHANGE: Exchange, SPLIT: _Split}
 
 
 def _tuned_launch(
-    launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor, first: tuple[slice, slice]
-) -> _BlockLaunch:
-    """With the shape that is the fastest on the first super-block."""
+    launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor, typical: tuple[slice, slice]
+) -> BlockLaunch:
+    """With the shape that is the fastest on a typical super-block."""
+
+    def block_launch(shape: Shape) -> BlockLaunch:
+        return _WAYS[shape.way](launch_pass, arguments, mirror_g, shape)
 
     def trial(shape: Shape) -> tuple[tuning.Launch, int]:
-        block_launch = _BlockLaunch(launch_pass, arguments, mirror_g, shape)
-        return functools.partial(block_launch, *first), launch.entries(*first)
+        return functools.partial(block_launch(shape), *typical), launch.entries(*typical)
 
-    shape = launch.choose_shape("backward", launch_pass, trial)
-    return _BlockLaunch(launch_pass, arguments, mirror_g, shape)
+    return block_launch(launch.choose_shape("backward", launch_pass, trial))
