@@ -108,8 +108,8 @@ def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
 
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:
     problem, suitable = launch_pass.problem, candidates(kind, launch_pass)
-    key = " ".join(map(str, (kind, *_device_and_versions(problem.x.device), *launch_pass.signature())))
-    return tuning.choose(key, suitable, trial, problem.rows * problem.columns, problem.x.device)
+    key = " ".join(map(str, (*_device_and_versions(problem.x.device), *launch_pass.signature())))
+    return tuning.choose(kind, key, suitable, trial, problem.rows * problem.columns, problem.x.device)
 
 
 def _smooth(operand: Tensor) -> bool:
