@@ -1,8 +1,9 @@
 """What the Triton backend does between a problem and a launch, without a GPU: arguments in order, the choice of tiles
-and its file, and which fp32 products torch's settings ask for."""
+and its file, the precision of fp32 products."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -316,22 +317,24 @@ def test_later_super_blocks_are_launched_as_the_first_is():
     assert done.stdout.startswith("same")
 
 
-def test_fp32_products_follow_both_of_torchs_settings(monkeypatch):
-    from softclip_kernels.backends.triton import launch
+@pytest.mark.parametrize("rounded", (False, True))
+def test_logits_whose_ranks_are_counted_are_not_rounded(monkeypatch, rounded):
+    """One tf32 product rounds a hundred times more than the thresholds of ranks allow for; the same in both passes and
+    for every teacher, because a loss of logits in two precisions is biased."""
+    from softclip_kernels.backends.triton import launch, passes
+    from softclip_kernels.problem import Problem, Source, TeacherOperand
 
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
-    assert not launch._tf32_allowed()
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert launch._tf32_allowed()
-
-    def refuse():
-        raise RuntimeError("mix of the legacy and new APIs")
-
-    class Settings:
-        fp32_precision = "ieee"
-
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", Settings())
-    assert not launch._tf32_allowed()
-    Settings.fp32_precision = "tf32"
-    assert launch._tf32_allowed()
+    problem = Problem(
+        *(torch.zeros(4, 64) for _ in range(2)),
+        torch.tensor(10.0),
+        torch.arange(4),
+        teachers=(TeacherOperand(Source.LOGITS), TeacherOperand(Source.TRANSPOSED)),
+    )
+    ranked = dataclasses.replace(problem, row_threshold=torch.zeros(4), column_threshold=torch.zeros(4))
+    expected = {False: passes.passes(problem), True: passes.passes(ranked)}
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(launch.precision, "rounds_operands", lambda device: rounded)
+    for counts, launch_passes in expected.items():
+        for launch_pass in launch_passes:
+            chosen = launch.constants(launch_pass, shapes()[0])["PRECISION"]
+            assert chosen == ("tf32" if rounded and not counts else "tf32x3")

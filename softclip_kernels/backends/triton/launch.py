@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from ... import precision
 from ...problem import Problem
 from ...version import __version__
 from . import shapes, tuning
@@ -147,30 +148,21 @@ def constants(launch_pass: Pass, shape: Shape) -> dict[str, Any]:
         "TEACHER": launch_pass.mode,
         "EVEN": launch_pass.problem.x.shape[1] % shape.block_d == 0,
         "TEACHER_EVEN": teacher_x.shape[1] % shape.block_d == 0,
-        "PRECISION": _precision(launch_pass.problem.x),
+        "PRECISION": _precision(launch_pass.problem.x, launch_pass.problem.row_threshold is not None),
         "TEACHER_PRECISION": _precision(teacher_x),
         **shape.constants(),
     }
 
 
-def _precision(operand: Tensor) -> str:
+def _precision(operand: Tensor, ranked: bool = False) -> str:
     """How fp32 operands are multiplied: in three tf32 products, or one where torch's settings allow it, as torch's own
-    products in the backward pass do. Other operands have one way."""
+    products in the backward pass do; not where ranks are counted, because one rounds more than their thresholds allow
+    for. Other operands have one way."""
     if operand.dtype == torch.float32 and operand.is_cuda:
-        if _tf32_allowed():
+        if not ranked and precision.rounds_operands(operand.device):
             return "tf32"
         return "ieee" if torch.version.hip else "tf32x3"
     return "ieee"
-
-
-def _tf32_allowed() -> bool:
-    """torch 2.9 has a setting for CUDA's products and one above it for everything ("none": not set), beside the older
-    one, which it refuses to tell where the new ones disagree with it."""
-    for settings in (torch.backends.cuda.matmul, torch.backends):
-        chosen = getattr(settings, "fp32_precision", "none")
-        if chosen != "none":
-            return chosen == "tf32"
-    return torch.get_float32_matmul_precision() != "highest"
 
 
 def unit(dtype: torch.dtype, grad_rows: Tensor, grad_columns: Tensor) -> Tensor | None:
