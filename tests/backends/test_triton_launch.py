@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import PYTHONPATH, ROOT
 from helpers.backends import needs_triton
 
 pytestmark = needs_triton
@@ -225,31 +225,10 @@ def test_two_processes_that_write_at_once_leave_a_whole_file(tuning, tmp_path):
     assert [file.name for file in tuning.path().parent.iterdir()] == ["tiles.json"]
 
 
-# A stand-in for the GPU's driver notes what is launched; kernels are really bound and hashed, and not compiled.
 LAUNCHES = """
-import sys, torch, triton
-from triton.backends.compiler import GPUTarget
+import sys, torch
+from helpers import undriven
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
-
-class Kernel(CompiledKernel):
-    def __init__(self, name): self.name, self.function, self.packed_metadata = name, None, None
-    def _init_handles(self): pass
-    def launch_metadata(self, *arguments): return None
-    @property
-    def run(self): return lambda *arguments: noted.append((self.name, arguments[:3], arguments[9:]))
-
-def compile(self, key, signature, *arguments, **options):
-    compiled.append(key)
-    checked(self, signature)
-    return self.device_caches[0][0].setdefault(key, Kernel(self.__name__))
 
 def checked(kernel, signature):
     # What the ordinary launch makes of the arguments is what the table beside the kernel says.
@@ -263,15 +242,13 @@ def checked(kernel, signature):
         assert signature[name] == expected or absent and signature[name] == "constexpr", (name, kind, signature[name])
     assert all(of == "constexpr" for name, of in signature.items() if name not in module.ARGUMENTS)
 
-noted, compiled = [], []
-driver.set_active(Driver())
-JITFunction._do_compile = compile
+undriven.install(checked)
+noted, compiled = undriven.noted, undriven.compiled
 from softclip_kernels.backends.triton import launch
 from softclip_kernels.backends.triton.softmax_backward import backward
 from softclip_kernels.backends.triton.softmax_forward import forward
 from softclip_kernels.problem import Problem, TeacherOperand, Source
 from softclip_kernels.stats import StatisticsGradient
-launch.architecture = lambda device: "sm_90"
 launch.add_product = lambda *arguments: None
 launch.SCRATCH = 2**21
 
@@ -309,7 +286,7 @@ def test_later_super_blocks_are_launched_as_the_first_is():
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHES],
         cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
     )

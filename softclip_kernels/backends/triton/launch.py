@@ -184,11 +184,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b, out_dtype=torch.float32)
 
 
-@functools.cache
+_in_place: dict[tuple[torch.dtype, torch.device], bool] = {}
+
+
 def _adds_in_place(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this torch adds a product of 16-bit matrices to an fp32 sum in place. Some versions want the sum in the
-    operands' dtype; a temporary, at twice the traffic on the sum, serves there. Tried once, on 2^24 + 3 * 3 * 16, which
-    only fp32 holds."""
+    operands' dtype; a temporary, at twice the traffic on the sum, serves there, and where a CUDA graph is captured
+    before it was tried."""
+    if (dtype, device) not in _in_place:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        _in_place[dtype, device] = _added_in_place(dtype, device)
+    return _in_place[dtype, device]
+
+
+def _added_in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tries it, on 2^24 + 3 * 3 * 16, which only fp32 holds. Waits for the GPU."""
     total = torch.full((16, 16), 2.0**24, dtype=torch.float32, device=device)
     a = torch.full((16, 16), 3.0, dtype=dtype, device=device)
     try:
