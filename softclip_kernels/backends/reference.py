@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import precision
 from ..problem import Problem, Source, TeacherOperand
 from ..stats import InputGradients, Statistics, StatisticsGradient, Wanted
 from . import finish
@@ -44,9 +45,13 @@ class ReferenceBackend:
 
 
 def student_logits(problem: Problem) -> Tensor:
-    """`z = scale * x @ y.T`, (N, M), in the accumulation dtype."""
+    """`z = scale * x @ y.T`, (N, M), in the accumulation dtype. Ranks are counted against exact thresholds, so torch's
+    settings must not round what they count."""
     dtype = problem.accumulation_dtype
-    return problem.scale * (problem.x.to(dtype) @ problem.y.to(dtype).T)
+    x, y = problem.x.to(dtype), problem.y.to(dtype)
+    if problem.row_threshold is not None and dtype == torch.float32 and precision.rounds_operands(x.device):
+        return problem.scale * precision.unrounded_product(x, y)
+    return problem.scale * (x @ y.T)
 
 
 Logits = tuple[Tensor, Tensor]

@@ -151,6 +151,6 @@ class SelfTeacher(SoftTarget):
 def _detached_scale(scale: Tensor | float, context: Context) -> Tensor:
     """A teacher's scale as a 0-d tensor of the accumulation dtype, without gradient."""
     if not isinstance(scale, Tensor):
-        return torch.tensor(scale, dtype=context.layout.dtype, device=context.layout.device)
+        return torch.full((), scale, dtype=context.layout.dtype, device=context.layout.device)
     checks.logit_scale(scale, context.layout.device, "teacher scale")
     return scale.detach().to(context.layout.device, context.layout.dtype).reshape(())

@@ -67,7 +67,7 @@ def test_gradient_sums_without_addition_in_place(monkeypatch):
     apart; where it can, the sum is the output."""
     from softclip_kernels.backends.triton import launch
 
-    launch._adds_in_place.cache_clear()
+    monkeypatch.setattr(launch, "_in_place", {})
     assert not launch._adds_in_place(torch.bfloat16, torch.device("cpu"))
     a, b = (unit_rows(5, 5, seed=seed, dtype=torch.bfloat16) for seed in (1, 2))
     expected = 1 + a.float() @ b.float()
@@ -82,13 +82,12 @@ def test_gradient_sums_without_addition_in_place(monkeypatch):
     total = torch.ones(5, 5)
     launch.add_product(total, a, b)
     torch.testing.assert_close(total, expected)
-    launch._adds_in_place.cache_clear()
+    launch._in_place.clear()
     monkeypatch.setattr(torch, "addmm", addmm)
     assert launch._adds_in_place(torch.bfloat16, torch.device("cpu"))
     total = torch.ones(5, 5)
     launch.add_product(total, a, b)
     torch.testing.assert_close(total, expected)
-    launch._adds_in_place.cache_clear()
 
 
 @needs_triton

@@ -1,8 +1,9 @@
 """What the Triton backend does between a problem and a launch, without a GPU: arguments in order, the choice of tiles
-and its file, and which fp32 products torch's settings ask for."""
+and its file, the precision of fp32 products."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import multiprocessing
@@ -12,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import PYTHONPATH, ROOT
 from helpers.backends import needs_triton
 
 pytestmark = needs_triton
@@ -23,13 +24,16 @@ LARGE = 2**30  # entries
 
 @pytest.fixture
 def tuning(monkeypatch, tmp_path):
-    """The module with an empty memory, a file of its own and a GPU that is never captured."""
+    """The module with an empty memory, a file of its own and a GPU that is never captured and survives every error."""
     from softclip_kernels.backends.triton import tuning
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("SOFTCLIP_AUTOTUNE", raising=False)
+    monkeypatch.delenv("SOFTCLIP_CANDIDATE", raising=False)
     monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_measurements", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return tuning
 
 
@@ -44,56 +48,130 @@ def shapes():
 class Timer:
     """Stands for the GPU: the index of the shape of the last trial gives the time, and trials are counted."""
 
-    def __init__(self, monkeypatch, tuning, seconds, failing=()):
+    def __init__(self, monkeypatch, tuning, seconds, failing=(), error=None):
+        from triton.runtime.errors import OutOfResources
+
         self.seconds, self.failing, self.trials, self.index = seconds, failing, 0, 0
+        self.error = error or OutOfResources(300_000, 232_448, "shared memory")
         monkeypatch.setattr(tuning, "measure", lambda launch: self.seconds[self.index])
 
     def trial(self, shape):
-        from triton.runtime.errors import OutOfResources
-
         self.trials += 1
         self.index = shapes().index(shape)
         if self.index in self.failing:
-            raise OutOfResources(300_000, 232_448, "shared memory")
+            raise self.error
         return (lambda: None), 1
 
 
 def test_the_fastest_shape_is_taken_and_measured_once(tuning, monkeypatch, caplog):
     timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0))
     with caplog.at_level(logging.INFO, "softclip_kernels"):
-        assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
-        assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+        assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+        assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert timer.trials == len(shapes())
     assert len(caplog.messages) == 1 and "measured" in caplog.messages[0]
     tuning._chosen.clear()  # another process
-    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert timer.trials == len(shapes())
-    assert tuning.choose("b", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert tuning.choose("forward", "b", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert timer.trials == 2 * len(shapes())
-    assert set(json.loads(tuning.path().read_text())["tiles"]) == {"a", "b"}
+    assert set(json.loads(tuning.path().read_text())["tiles"]) == {"forward a", "forward b"}
 
 
-def test_shapes_that_do_not_fit_are_left_out(tuning, monkeypatch):
-    timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0), failing=(2, 0))
-    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[3]
+def test_what_was_timed_can_be_asked_for(tuning, monkeypatch):
+    timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0), failing=(0,))
+    names = [shape.name for shape in shapes()]
+    assert tuning.measurements() == {}
+    tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU)
+    tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU)
+    (measured,) = tuning.measurements().items()
+    assert measured[0] == "forward a" and measured[1]["chosen"] == names[2]
+    assert measured[1]["ps an entry"] == dict(zip(names[1:], (3e12, 1e12, 2e12, 5e12), strict=True))
+    assert measured[1]["left out"].keys() == {names[0]} and "shared memory" in measured[1]["left out"][names[0]]
+    json.dumps(measured)
+
+
+def device_error(message):
+    """torch's own, which has a class from torch 2.8 on."""
+    return getattr(torch, "AcceleratorError", RuntimeError)(f"CUDA error: {message}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    (
+        None,
+        RuntimeError("Triton Error [CUDA]: invalid argument"),
+        RuntimeError("Triton Error [HIP]: invalid argument"),
+        RuntimeError("PassManager::run failed"),
+        pytest.param(
+            device_error("invalid configuration argument"),
+            marks=pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="this torch has no such class"),
+        ),
+    ),
+    ids=str,
+)
+def test_shapes_that_fail_are_left_out(tuning, monkeypatch, caplog, error):
+    timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0), (2, 0), error)
+    with caplog.at_level(logging.INFO, "softclip_kernels"):
+        assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[3]
+    assert [shapes()[2].name in message for message in caplog.messages if "left out" in message] == [False, True]
     timer.failing = range(5)
-    assert tuning.choose("b", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+    assert tuning.choose("forward", "b", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+
+
+def test_an_error_that_is_not_the_shapes_own_is_raised(tuning, monkeypatch):
+    """Of the host's, or one that leaves the device unusable, as every later call then says too."""
+    timer = Timer(monkeypatch, tuning, (1.0,) * 5, (1,), RuntimeError("CPU dispatcher tracing NYI"))
+    with pytest.raises(RuntimeError, match="tracing"):
+        tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU)
+
+    def unusable():
+        raise device_error("an illegal memory access was encountered")
+
+    timer.error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    monkeypatch.setattr(torch.cuda, "synchronize", unusable)
+    with pytest.raises(RuntimeError, match="illegal memory access") as raised:
+        tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU)
+    assert raised.value.__context__ is timer.error
+    assert tuning.measurements() == {} and not tuning.path().exists()
+
+
+def test_a_candidate_that_is_asked_for_is_taken_without_timing(tuning, monkeypatch):
+    timer = Timer(monkeypatch, tuning, (1.0, 2.0, 3.0, 4.0, 5.0))
+    third, fourth = (shapes()[index] for index in (2, 3))
+
+    def choose(kind, suitable=None, entries=LARGE, device=GPU):
+        return tuning.choose(kind, "a", suitable or shapes(), timer.trial, entries, device)
+
+    for kind, device, entries in (("forward", GPU, LARGE), ("backward", torch.device("cpu"), 1)):
+        monkeypatch.setenv("SOFTCLIP_CANDIDATE", third.name)
+        assert choose(kind, entries=entries, device=device) == third
+        monkeypatch.setenv("SOFTCLIP_CANDIDATE", f"{kind}={fourth.name}, other={third.name}")
+        assert choose(kind, entries=entries, device=device) == fourth
+    assert timer.trials == 0 and not tuning.path().exists()
+    # A bare name means the kinds that have it; one of a kind is meant for no other.
+    monkeypatch.setenv("SOFTCLIP_CANDIDATE", third.name)
+    assert choose("forward", [fourth]) == fourth
+    monkeypatch.setenv("SOFTCLIP_CANDIDATE", f"backward={third.name}")
+    assert choose("forward") == shapes()[0] and timer.trials == len(shapes())
+    with pytest.raises(ValueError, match=f"SOFTCLIP_CANDIDATE=.*{third.name}.*backward.*{fourth.name}"):
+        choose("backward", [fourth])
 
 
 def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
     timer = Timer(monkeypatch, tuning, (5.0, 4.0, 3.0, 2.0, 1.0))
-    assert tuning.choose("a", shapes(), timer.trial, 1000, GPU) == shapes()[0]
-    assert tuning.choose("a", shapes(), timer.trial, LARGE, torch.device("cpu")) == shapes()[0]
+    assert tuning.choose("forward", "a", shapes(), timer.trial, 1000, GPU) == shapes()[0]
+    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, torch.device("cpu")) == shapes()[0]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("SOFTCLIP_AUTOTUNE", "0")
-    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
     assert timer.trials == 0 and not tuning.path().exists()
     monkeypatch.delenv("SOFTCLIP_AUTOTUNE")
-    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[4]
+    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[4]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[4]
+    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[4]
 
 
 @pytest.mark.parametrize(
@@ -103,10 +181,10 @@ def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
         b"{",
         b"[]",
         b'{"format": 99, "tiles": {}}',
-        b'{"format": 1, "tiles": {"a": [128, 256, 64, 8, 3]}}',  # a candidate, under a key of another meaning
+        b'{"format": 1, "tiles": {"forward a": [128, 256, 64, 8, 3]}}',  # a candidate, under a key of another meaning
         b'{"format": 3, "tiles": [1]}',
-        b'{"format": 3, "tiles": {"a": [1, 2, 3, 4, 5]}}',
-        b'{"format": 3, "tiles": {"a": {"block_m": 128}}}',
+        b'{"format": 3, "tiles": {"forward a": [1, 2, 3, 4, 5]}}',
+        b'{"format": 3, "tiles": {"forward a": {"block_m": 128}}}',
     ),
 )
 def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, content):
@@ -114,16 +192,16 @@ def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, co
     tuning.path().parent.mkdir()
     tuning.path().write_bytes(content)
     with caplog.at_level(logging.INFO, "softclip_kernels"):
-        assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+        assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert any("ignored" in message for message in caplog.messages)
-    assert json.loads(tuning.path().read_text())["tiles"] == {"a": [256, 128, 64, 8, 3, ""]}
+    assert json.loads(tuning.path().read_text())["tiles"] == {"forward a": [256, 128, 64, 8, 3, ""]}
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tuning, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0))
-    assert tuning.choose("a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
 
 
 def _write_many(cache, name):
@@ -147,31 +225,10 @@ def test_two_processes_that_write_at_once_leave_a_whole_file(tuning, tmp_path):
     assert [file.name for file in tuning.path().parent.iterdir()] == ["tiles.json"]
 
 
-# A stand-in for the GPU's driver notes what is launched; kernels are really bound and hashed, and not compiled.
 LAUNCHES = """
-import sys, torch, triton
-from triton.backends.compiler import GPUTarget
+import sys, torch
+from helpers import undriven
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_active_torch_device(self): return torch.device("cpu")
-
-class Kernel(CompiledKernel):
-    def __init__(self, name): self.name, self.function, self.packed_metadata = name, None, None
-    def _init_handles(self): pass
-    def launch_metadata(self, *arguments): return None
-    @property
-    def run(self): return lambda *arguments: noted.append((self.name, arguments[:3], arguments[9:]))
-
-def compile(self, key, signature, *arguments, **options):
-    compiled.append(key)
-    checked(self, signature)
-    return self.device_caches[0][0].setdefault(key, Kernel(self.__name__))
 
 def checked(kernel, signature):
     # What the ordinary launch makes of the arguments is what the table beside the kernel says.
@@ -185,15 +242,13 @@ def checked(kernel, signature):
         assert signature[name] == expected or absent and signature[name] == "constexpr", (name, kind, signature[name])
     assert all(of == "constexpr" for name, of in signature.items() if name not in module.ARGUMENTS)
 
-noted, compiled = [], []
-driver.set_active(Driver())
-JITFunction._do_compile = compile
+undriven.install(checked)
+noted, compiled = undriven.noted, undriven.compiled
 from softclip_kernels.backends.triton import launch
 from softclip_kernels.backends.triton.softmax_backward import backward
 from softclip_kernels.backends.triton.softmax_forward import forward
 from softclip_kernels.problem import Problem, TeacherOperand, Source
 from softclip_kernels.stats import StatisticsGradient, Wanted
-launch.architecture = lambda device: "sm_90"
 launch.add_product = lambda *arguments: None
 launch.SCRATCH = 2**21
 
@@ -234,7 +289,7 @@ def test_later_super_blocks_are_launched_as_the_first_is():
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHES],
         cwd=ROOT,
-        env=environment | {"OMP_NUM_THREADS": "1"},
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
     )
@@ -242,22 +297,24 @@ def test_later_super_blocks_are_launched_as_the_first_is():
     assert done.stdout.startswith("same")
 
 
-def test_fp32_products_follow_both_of_torchs_settings(monkeypatch):
-    from softclip_kernels.backends.triton import launch
+@pytest.mark.parametrize("rounded", (False, True))
+def test_logits_whose_ranks_are_counted_are_not_rounded(monkeypatch, rounded):
+    """One tf32 product rounds a hundred times more than the thresholds of ranks allow for; the same in both passes and
+    for every teacher, because a loss of logits in two precisions is biased."""
+    from softclip_kernels.backends.triton import launch, passes
+    from softclip_kernels.problem import Problem, Source, TeacherOperand
 
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest")
-    assert not launch._tf32_allowed()
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    assert launch._tf32_allowed()
-
-    def refuse():
-        raise RuntimeError("mix of the legacy and new APIs")
-
-    class Settings:
-        fp32_precision = "ieee"
-
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
-    monkeypatch.setattr(torch.backends.cuda, "matmul", Settings())
-    assert not launch._tf32_allowed()
-    Settings.fp32_precision = "tf32"
-    assert launch._tf32_allowed()
+    problem = Problem(
+        *(torch.zeros(4, 64) for _ in range(2)),
+        torch.tensor(10.0),
+        torch.arange(4),
+        teachers=(TeacherOperand(Source.LOGITS), TeacherOperand(Source.TRANSPOSED)),
+    )
+    ranked = dataclasses.replace(problem, row_threshold=torch.zeros(4), column_threshold=torch.zeros(4))
+    expected = {False: passes.passes(problem), True: passes.passes(ranked)}
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(launch.precision, "rounds_operands", lambda device: rounded)
+    for counts, launch_passes in expected.items():
+        for launch_pass in launch_passes:
+            chosen = launch.constants(launch_pass, shapes()[0])["PRECISION"]
+            assert chosen == ("tf32" if rounded and not counts else "tf32x3")

@@ -15,6 +15,7 @@ sharding     a problem shared out over ranks, and put together again
 signals      children that answer signals as they would in a terminal
 step_worker  one rank of the tests that look inside a training step
 towers       two small towers and their data on every rank
+undriven     Triton kernels that are launched without a driver
 """
 
 import os

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
+from ... import precision
 from ...problem import Problem
 from ...version import __version__
 from . import shapes, tuning
@@ -133,8 +134,8 @@ def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
 
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:
     problem, suitable = launch_pass.problem, candidates(kind, launch_pass)
-    key = " ".join(map(str, (kind, *_device_and_versions(problem.x.device), *launch_pass.signature())))
-    return tuning.choose(key, suitable, trial, problem.rows * problem.columns, problem.x.device)
+    key = " ".join(map(str, (*_device_and_versions(problem.x.device), *launch_pass.signature())))
+    return tuning.choose(kind, key, suitable, trial, problem.rows * problem.columns, problem.x.device)
 
 
 def _smooth(operand: Tensor) -> bool:
@@ -172,30 +173,21 @@ def constants(launch_pass: Pass, shape: Shape) -> dict[str, Any]:
         "TEACHER": launch_pass.mode,
         "EVEN": launch_pass.problem.x.shape[1] % shape.block_d == 0,
         "TEACHER_EVEN": teacher_x.shape[1] % shape.block_d == 0,
-        "PRECISION": _precision(launch_pass.problem.x),
+        "PRECISION": _precision(launch_pass.problem.x, launch_pass.problem.row_threshold is not None),
         "TEACHER_PRECISION": _precision(teacher_x),
         **shape.constants(),
     }
 
 
-def _precision(operand: Tensor) -> str:
+def _precision(operand: Tensor, ranked: bool = False) -> str:
     """How fp32 operands are multiplied: in three tf32 products, or one where torch's settings allow it, as torch's own
-    products in the backward pass do. Other operands have one way."""
+    products in the backward pass do; not where ranks are counted, because one rounds more than their thresholds allow
+    for. Other operands have one way."""
     if operand.dtype == torch.float32 and operand.is_cuda:
-        if _tf32_allowed():
+        if not ranked and precision.rounds_operands(operand.device):
             return "tf32"
         return "ieee" if torch.version.hip else "tf32x3"
     return "ieee"
-
-
-def _tf32_allowed() -> bool:
-    """torch 2.9 has a setting for CUDA's products and one above it for everything ("none": not set), beside the older
-    one, which it refuses to tell where the new ones disagree with it."""
-    for settings in (torch.backends.cuda.matmul, torch.backends):
-        chosen = getattr(settings, "fp32_precision", "none")
-        if chosen != "none":
-            return chosen == "tf32"
-    return torch.get_float32_matmul_precision() != "highest"
 
 
 def unit(dtype: torch.dtype, grad_rows: Tensor, grad_columns: Tensor) -> Tensor | None:
@@ -217,11 +209,22 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b, out_dtype=torch.float32)
 
 
-@functools.cache
+_in_place: dict[tuple[torch.dtype, torch.device], bool] = {}
+
+
 def _adds_in_place(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this torch adds a product of 16-bit matrices to an fp32 sum in place. Some versions want the sum in the
-    operands' dtype; a temporary, at twice the traffic on the sum, serves there. Tried once, on 2^24 + 3 * 3 * 16, which
-    only fp32 holds."""
+    operands' dtype; a temporary, at twice the traffic on the sum, serves there, and where a CUDA graph is captured
+    before it was tried."""
+    if (dtype, device) not in _in_place:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False
+        _in_place[dtype, device] = _added_in_place(dtype, device)
+    return _in_place[dtype, device]
+
+
+def _added_in_place(dtype: torch.dtype, device: torch.device) -> bool:
+    """Tries it, on 2^24 + 3 * 3 * 16, which only fp32 holds. Waits for the GPU."""
     total = torch.full((16, 16), 2.0**24, dtype=torch.float32, device=device)
     a = torch.full((16, 16), 3.0, dtype=dtype, device=device)
     try:

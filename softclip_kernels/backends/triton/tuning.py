@@ -3,11 +3,14 @@
 The file, tiles.json under $XDG_CACHE_HOME/softclip_kernels or ~/.cache/softclip_kernels, is a convenience: one that is
 missing, unreadable or of another format is as good as none, and deleting it is safe. Two processes that write at once
 both leave a whole file, the later one's. SOFTCLIP_AUTOTUNE=0 takes the first candidate and touches no file.
+SOFTCLIP_CANDIDATE names the candidate to take, on any device and for problems of any size: "128x256x64w8s3" for every
+kind of kernel that has one of this name, or "forward=128x256x64w8s3,backward=128x128x64w8s3".
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import os
@@ -32,15 +35,21 @@ Launch = Callable[[], object]
 Trial = Callable[[Shape], tuple[Launch, int]]
 
 _chosen: dict[str, Shape] = {}
+_measurements: dict[str, dict[str, Any]] = {}
 
 
-def choose(key: str, shapes: Sequence[Shape], trial: Trial, entries: int, device: torch.device) -> Shape:
-    """The shape for problems of this key, of `entries` entries. `trial` makes a launch of a shape, to be timed, and
-    says how many entries it covers. Small problems and unknown keys under CUDA graph capture take the first shape."""
+def choose(kind: str, key: str, shapes: Sequence[Shape], trial: Trial, entries: int, device: torch.device) -> Shape:
+    """The shape of a kind of kernel (forward, backward, ...) for problems of this key, of `entries` entries. `trial`
+    makes a launch of a shape, to be timed, and says how many entries it covers. Small problems and unknown keys under
+    CUDA graph capture take the first shape."""
+    forced = _forced(kind, shapes)
+    if forced is not None:
+        return forced
     if len(shapes) == 1 or device.type != "cuda" or entries < WORTHWHILE:
         return shapes[0]
     if os.environ.get("SOFTCLIP_AUTOTUNE", "1") == "0":
         return shapes[0]
+    key = f"{kind} {key}"
     if _chosen.get(key) not in shapes:
         recorded = _from_file(key, shapes)
         if recorded is not None:
@@ -48,9 +57,15 @@ def choose(key: str, shapes: Sequence[Shape], trial: Trial, entries: int, device
         elif torch.cuda.is_current_stream_capturing():
             return shapes[0]
         else:
-            _remember(key, *_fastest(shapes, trial))
+            _remember(key, *_fastest(key, shapes, trial))
             _to_file(key, _chosen[key])
     return _chosen[key]
+
+
+def measurements() -> dict[str, dict[str, Any]]:
+    """What this process timed, ready for JSON, by key (kind, GPU, versions, problem): the name that was "chosen", for
+    every name its "ps an entry", and for those that could not be timed, "left out", the reason."""
+    return copy.deepcopy(_measurements)
 
 
 def path() -> Path:
@@ -73,20 +88,45 @@ def measure(launch: Launch) -> float:
     return min(times)
 
 
-def _fastest(shapes: Sequence[Shape], trial: Trial) -> tuple[Shape, str]:
+def _forced(kind: str, shapes: Sequence[Shape]) -> Shape | None:
+    """The candidate that SOFTCLIP_CANDIDATE asks for. One that is named for this very kind must be there."""
+    wanted, named = os.environ.get("SOFTCLIP_CANDIDATE", ""), {shape.name: shape for shape in shapes}
+    if "=" not in wanted:
+        return named.get(wanted)
+    name = dict(part.strip().partition("=")[::2] for part in wanted.split(",")).get(kind)
+    if name is not None and name not in named:
+        suitable = ", ".join(named)
+        raise ValueError(f"SOFTCLIP_CANDIDATE={wanted}: {name!r} does not suit this problem's {kind}, but {suitable}")
+    return None if name is None else named[name]
+
+
+def _fastest(key: str, shapes: Sequence[Shape], trial: Trial) -> tuple[Shape, str]:
     """A shape and why. Shapes that do not compile or do not fit this GPU are left out."""
     times: dict[Shape, float] = {}
+    left_out: dict[str, str] = {}
     for shape in shapes:
         try:
             launch, entries = trial(shape)
             times[shape] = measure(launch) / entries
-        except TritonError as error:
-            logger.info("triton backend: tile %s is left out (%s)", shape.name, str(error).split("\n")[0])
+        except (TritonError, RuntimeError) as error:
+            if not _is_the_shapes_own(error):
+                raise
+            left_out[shape.name] = str(error).split("\n")[0]
+            logger.info("triton backend: tile %s is left out (%s)", shape.name, left_out[shape.name])
+            torch.cuda.synchronize()  # raises if the kernel left the device unusable, as by an illegal access
+    best = min(times, key=times.__getitem__) if times else shapes[0]
+    measured = {shape.name: 1e12 * seconds for shape, seconds in times.items()}
+    _measurements[key] = {"chosen": best.name, "ps an entry": measured, "left out": left_out}
     if not times:
-        return shapes[0], "because no candidate could be timed"
-    best = min(times, key=times.__getitem__)
-    measured = ", ".join(f"{shape.name} {1e12 * seconds:.3g}" for shape, seconds in times.items())
-    return best, f"measured in ps an entry: {measured}"
+        return best, "because no candidate could be timed"
+    return best, f"measured in ps an entry: {', '.join(f'{name} {time:.3g}' for name, time in measured.items())}"
+
+
+def _is_the_shapes_own(error: Exception) -> bool:
+    """Whether a candidate failed to compile or to launch: by Triton's errors, what its driver and its compiler say in
+    RuntimeErrors, or torch's error of the device, which torch 2.8 made a class of its own."""
+    own = (TritonError, getattr(torch, "AcceleratorError", TritonError))
+    return isinstance(error, own) or str(error).startswith(("Triton Error [", "PassManager::run failed"))
 
 
 def _remember(key: str, shape: Shape, reason: str) -> None:
