@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 GROUP = 8  # tile rows that advance together, for L2
+LIBRARY = "library"  # the way of a product that torch makes
 
 
 @dataclass(frozen=True)
@@ -75,3 +76,18 @@ def candidates(
     if plain and not (mirrored and architecture == "sm_100"):
         return (small,) if taught else (medium, small)
     return (Shape(64, 32, 64, 4 if (kind, architecture) == ("backward", "sm_100") else warps, stages),)
+
+
+def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[Shape, ...]:
+    """For the products with G, of which block_d steps along the sum; the arguments as in `candidates`. Torch's own is
+    among them: the only one for fp32, whose settings it follows, and for rows that do not stream."""
+    library = Shape(128, 128, 64, 8, 3, LIBRARY)
+    if architecture == "interpreter":
+        return Shape(32, 32, 32, 4, 1), library
+    if itemsize > 2 or not plain:
+        return (library,)
+    if architecture == "sm_90":
+        large, medium = Shape(128, 256, 64, 8, 3), Shape(128, 128, 64, 8, 3)
+        return large, replace(large, stages=4), medium, library
+    stages = 2 if architecture.startswith("gfx") or architecture == "sm_120" else 3
+    return Shape(128, 128, 64, 8, stages), library
