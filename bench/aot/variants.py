@@ -11,9 +11,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from softclip_kernels.backends.triton import coefficients, online, softmax_backward, softmax_forward
+from softclip_kernels.backends.triton import (
+    coefficients,
+    gradients,
+    online,
+    products,
+    softmax_backward,
+    softmax_forward,
+)
 from softclip_kernels.backends.triton.passes import MODES
-from softclip_kernels.backends.triton.shapes import GROUP, Shape, candidates
+from softclip_kernels.backends.triton.shapes import GROUP, LIBRARY, Shape, candidates, product_candidates
 from softclip_kernels.backends.triton.tiles import TOP_COLUMN_BIAS
 
 # Kind of kernel to its module, which holds ARGUMENTS, and its name there.
@@ -22,6 +29,8 @@ KERNELS: dict[str, tuple[ModuleType, str]] = {
     "backward": (softmax_backward, "softmax_backward_kernel"),
     "coefficients": (coefficients, "coefficients_kernel"),
     "online": (online, "online_rows_kernel"),
+    "products": (products, "products_kernel"),
+    "finish": (gradients, "finish_kernel"),
 }
 SHARED_LIMIT = {  # architecture to the bytes of shared memory that a program may take
     "sm_80": 163 * 1024,
@@ -43,6 +52,13 @@ FEATURES = {
     "row_weight": "biases",
     "column_weight": "biases",
     "previous": "previous",
+    "gx": "gx",
+    "gy": "gy",
+    "positive": "positive",
+    "coefficient": "positive",
+    "unit": "unit",
+    "result": "result",
+    "inner": "inner",
 }
 
 
@@ -156,7 +172,24 @@ def variants(architecture: str) -> list[Variant]:
             taught, mirrored = variant.mode != "none", variant.mode == "transposed"
             shapes = candidates(variant.kernel, taught, mirrored, variant.plain, itemsize, architecture)
             listed += [replace(variant, shape=shape) for shape in shapes]
-    return listed
+    return listed + product_variants(architecture)
+
+
+def product_variants(architecture: str) -> list[Variant]:
+    """The products with every candidate, of both gradients and of each alone, and of a width that is not in whole
+    tiles. What finishes their sums, with everything: in the embeddings' dtype, in place, without an alignment, for the
+    scale alone."""
+    any_shape, everything = Shape(gradients.ROWS, gradients.WIDTH, 1, 4, 1), frozenset({"positive", "unit", "inner"})
+    listed = []
+    for dtype in ("bf16", "fp16"):
+        for shape in product_candidates(True, 2, architecture):
+            if shape.way != LIBRARY:
+                both = Variant("products", "none", shape, dtype=dtype, features=frozenset({"gx", "gy"}))
+                listed += [both, replace(both, even=False)]
+                listed += [replace(both, features=frozenset({needed})) for needed in ("gx", "gy")]
+        finish = Variant("finish", "none", any_shape, dtype=dtype, features=everything | {"result"})
+        listed += [finish, replace(finish, g_dtype="fp32"), replace(finish, features=everything)]
+    return [*listed, replace(finish, dtype="fp32", even=False, aligned=False)]
 
 
 def compile_variant(variant: Variant, architecture: str) -> Any:
@@ -191,6 +224,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "GROUP": GROUP,
         "EVEN": variant.even,
         "TEACHER_EVEN": variant.even,
+        "COLUMNS": False,
         "PRECISION": variant.precision if variant.dtype == "fp32" else "ieee",
         "TEACHER_PRECISION": variant.precision if teacher_dtype == "fp32" else "ieee",
         **variant.shape.constants(),
@@ -204,7 +238,8 @@ def _type(kind: str, variant: Variant) -> str:
         "*teacher": variant.teacher_dtype or variant.dtype,
         "*grad": variant.g_dtype or variant.dtype,
     }
-    return f"*{dtypes[kind]}" if kind in dtypes else kind.removesuffix("?").split()[0]
+    kind = kind.removesuffix("?")
+    return f"*{dtypes[kind]}" if kind in dtypes else kind.split()[0]
 
 
 def _divisible(kind: str, variant: Variant) -> bool:

@@ -31,7 +31,7 @@ ARGUMENTS = {
     "x_step": "i32 step",
     "y_stride": "i32 stride",
     "y_step": "i32 step",
-    "width": "i32 width",
+    "width": "i32 edge",  # other widths are the library's
     "gx_start": "i32",
     "row_tiles": "i32",
     "column_tiles": "i32",

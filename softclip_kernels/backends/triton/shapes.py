@@ -86,8 +86,9 @@ def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[S
         return Shape(32, 32, 32, 4, 1), library
     if itemsize > 2 or not plain:
         return (library,)
-    if architecture == "sm_90":
-        large, medium = Shape(128, 256, 64, 8, 3), Shape(128, 128, 64, 8, 3)
-        return large, replace(large, stages=4), medium, library
     stages = 2 if architecture.startswith("gfx") or architecture == "sm_120" else 3
-    return Shape(128, 128, 64, 8, stages), library
+    medium = Shape(128, 128, 64, 8, stages)
+    if architecture in ("sm_90", "sm_100"):
+        large = replace(medium, block_n=256)
+        return large, replace(large, stages=4), medium, library
+    return medium, library
