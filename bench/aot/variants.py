@@ -11,9 +11,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from softclip_kernels.backends.triton import coefficients, online, softmax_backward, softmax_exchange, softmax_forward
+from softclip_kernels.backends.triton import (
+    coefficients,
+    gradients,
+    online,
+    products,
+    softmax_backward,
+    softmax_exchange,
+    softmax_forward,
+)
 from softclip_kernels.backends.triton.passes import MODES
-from softclip_kernels.backends.triton.shapes import EXCHANGE, GROUP, SPLIT, Shape, candidates
+from softclip_kernels.backends.triton.shapes import (
+    EXCHANGE,
+    GROUP,
+    LIBRARY,
+    SPLIT,
+    Shape,
+    candidates,
+    product_candidates,
+)
 
 # Kind of kernel to its module, which holds ARGUMENTS, and its name there.
 KERNELS: dict[str, tuple[ModuleType, str]] = {
@@ -22,6 +38,8 @@ KERNELS: dict[str, tuple[ModuleType, str]] = {
     "coefficients": (coefficients, "coefficients_kernel"),
     "online": (online, "online_rows_kernel"),
     "exchange": (softmax_exchange, "softmax_exchange_kernel"),
+    "products": (products, "products_kernel"),
+    "finish": (gradients, "finish_kernel"),
 }
 SHARED_LIMIT = {  # architecture to the bytes of shared memory that a program may take
     "sm_80": 163 * 1024,
@@ -43,8 +61,14 @@ FEATURES = {
     "row_weight": "biases",
     "column_weight": "biases",
     "previous": "previous",
-    "unit": "unit",
     "teacher_scale": "teacher's scale",
+    "gx": "gx",
+    "gy": "gy",
+    "positive": "positive",
+    "coefficient": "positive",
+    "unit": "unit",
+    "result": "result",
+    "inner": "inner",
 }
 
 
@@ -161,7 +185,24 @@ def variants(architecture: str) -> list[Variant]:
             shapes = candidates(variant.kernel, variant.mode, variant.plain, itemsize, architecture)
             for shape in shapes:
                 listed += _as_launched(replace(variant, shape=shape))
-    return listed
+    return listed + product_variants(architecture)
+
+
+def product_variants(architecture: str) -> list[Variant]:
+    """The products with every candidate, of both gradients and of each alone, and of a width that is not in whole
+    tiles. What finishes their sums, with everything: in the embeddings' dtype, in place, without an alignment, for the
+    scale alone."""
+    any_shape, everything = Shape(gradients.ROWS, gradients.WIDTH, 1, 4, 1), frozenset({"positive", "unit", "inner"})
+    listed = []
+    for dtype in ("bf16", "fp16"):
+        for shape in product_candidates(True, 2, architecture):
+            if shape.way != LIBRARY:
+                both = Variant("products", "none", shape, dtype=dtype, features=frozenset({"gx", "gy"}))
+                listed += [both, replace(both, even=False)]
+                listed += [replace(both, features=frozenset({needed})) for needed in ("gx", "gy")]
+        finish = Variant("finish", "none", any_shape, dtype=dtype, features=everything | {"result"})
+        listed += [finish, replace(finish, g_dtype="fp32"), replace(finish, features=everything)]
+    return [*listed, replace(finish, dtype="fp32", even=False, aligned=False)]
 
 
 def _as_launched(variant: Variant) -> list[Variant]:
@@ -211,6 +252,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "GROUP": GROUP,
         "EVEN": variant.even,
         "TEACHER_EVEN": variant.even,
+        "COLUMNS": False,
         "PRECISION": variant.precision if variant.dtype == "fp32" else "ieee",
         "TEACHER_PRECISION": variant.precision if teacher_dtype == "fp32" else "ieee",
         **variant.shape.constants(),

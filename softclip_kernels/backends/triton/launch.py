@@ -233,3 +233,13 @@ def _added_in_place(dtype: torch.dtype, device: torch.device) -> bool:
         logger.info("triton backend: sums of gradients take a temporary (%s)", str(error).split("\n")[0])
         return False
     return bool((total == 2.0**24 + 144).all())
+
+
+def choose_product_shape(problem: Problem, mirrored: bool, needed: list[str], trial: tuning.Trial) -> Shape:
+    """For the products with G; `needed`: whose gradients they are, x or y or both."""
+    device = problem.x.device
+    plain = _smooth(problem.x) and _smooth(problem.y)
+    suitable = shapes.product_candidates(plain, problem.x.element_size(), architecture(device))
+    case = (*needed, *(["mirrored"] if mirrored else []), problem.x.dtype, problem.x.shape[1])
+    key = " ".join(map(str, (*_device_and_versions(device), *case)))
+    return tuning.choose("products", key, suitable, trial, problem.rows * problem.columns, device)

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 GROUP = 8  # tile rows that advance together, for L2
-
-
+LIBRARY = "library"  # the way of a product that torch makes
 # Ways to a block of G with a teacher, beside a program that holds both products of a tile:
 EXCHANGE = "exchange"  # transposed: each of the mirrored tiles by itself, what it brings to the other by scratch
 SPLIT = "split"  # embeddings: the student's part, then the teacher's added to it
@@ -91,3 +90,19 @@ def _other_ways(kind: str, mode: str) -> tuple[str, ...]:
     if kind != "backward":
         return ()
     return {"transposed": (EXCHANGE,), "embeddings": (SPLIT,)}.get(mode, ())
+
+
+def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[Shape, ...]:
+    """For the products with G, of which block_d steps along the sum; the arguments as in `candidates`. Torch's own is
+    among them: the only one for fp32, whose settings it follows, and for rows that do not stream."""
+    library = Shape(128, 128, 64, 8, 3, LIBRARY)
+    if architecture == "interpreter":
+        return Shape(32, 32, 32, 4, 1), library
+    if itemsize > 2 or not plain:
+        return (library,)
+    stages = 2 if architecture.startswith("gfx") or architecture == "sm_120" else 3
+    medium = Shape(128, 128, 64, 8, stages)
+    if architecture in ("sm_90", "sm_100"):
+        large = replace(medium, block_n=256)
+        return large, replace(large, stages=4), medium, library
+    return medium, library
