@@ -74,6 +74,7 @@ def gpu(
         with (
             mock.patch.object(JITFunction, "_do_compile", compile),
             mock.patch.object(launch, "architecture", return_value="sm_90"),
+            mock.patch.object(launch, "processors", return_value=132),
             mock.patch.object(launch, "add_product"),
             mock.patch.object(launch, "_compiled", {}),
             mock.patch.object(TritonBackend, "why_not", return_value=None),

@@ -16,7 +16,7 @@ from helpers import mutants
 from loss import test_loss
 
 from softclip_kernels import Hard, backends, positives, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.backends.triton import coefficients, launch, online, softmax_backward
+from softclip_kernels.backends.triton import coefficients, edges, launch, online, products, softmax_backward
 from softclip_kernels.backends.triton.passes import passes
 from softclip_kernels.backends.triton.shapes import Shape
 from softclip_kernels.problem import Problem, Source, TeacherOperand
@@ -86,6 +86,7 @@ def test_every_mutant_is_refused(name):
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_block", "psd_several", "blocks"))
 def test_several_super_blocks_agree_with_float64(name, monkeypatch):
     monkeypatch.setattr(launch, "SCRATCH", 40_000)
+    monkeypatch.setattr(edges, "MOST", 40_000)
     check(name, 200, 200, 33)
 
 
@@ -119,6 +120,7 @@ def test_the_suite_of_every_backend(test):
 
 def test_ranks_over_super_blocks_and_segments(monkeypatch):
     monkeypatch.setattr(launch, "SCRATCH", 40_000)
+    monkeypatch.setattr(edges, "MOST", 40_000)
     n = 150
     x, scale = unit_rows(n, 16, dtype=torch.float32), torch.tensor(20.0)
     y = matching_rows(x, noise=1.5)
@@ -273,35 +275,27 @@ def test_an_operand_without_a_gradient_costs_no_product(kind, monkeypatch):
     statistics = triton.forward(problem)
     rows, columns = (torch.rand(1 + len(problem.teachers), n) for _ in range(2))
     gradient = StatisticsGradient(rows, columns, torch.zeros(n))
-    monkeypatch.setattr(launch, "backward_edge", lambda *_: 64)
-    products, launched, add_product, call = [], [], launch.add_product, launch.Call.__call__
-
-    def counted_product(total, a, b):
-        products.append(b.untyped_storage().data_ptr())
-        add_product(total, a, b)
+    monkeypatch.setattr(softmax_backward, "_edge", lambda *_: 64)
+    launched, call = [], launch.Call.__call__
 
     def counted_call(self, programs, **changing):
-        launched.append(self.kernel)
+        launched.append(self)
         call(self, programs, **changing)
 
     def counts():
-        matrices = (y, x)
-        kernels = (softmax_backward.softmax_backward_kernel, coefficients.coefficients_kernel)
-        counted = [
-            *(products.count(matrix.untyped_storage().data_ptr()) for matrix in matrices),
-            *(launched.count(kernel) for kernel in kernels),
-        ]
-        products.clear()
+        of_products = [each.fixed for each in launched if each.kernel is products.products_kernel]
+        counted = [sum(fixed[total] is not None for fixed in of_products) for total in ("gx", "gy")]
+        for kernel in (softmax_backward.softmax_backward_kernel, coefficients.coefficients_kernel):
+            counted.append(sum(each.kernel is kernel for each in launched))
         launched.clear()
         return counted
 
-    monkeypatch.setattr(launch, "add_product", counted_product)
     monkeypatch.setattr(launch.Call, "__call__", counted_call)
     dx, dy, _ = triton.backward(problem, statistics, gradient, Wanted(scale=False))
     blocks = 6 if kind == "mirrored" else 9
-    assert counts() == [9, 9, blocks, 1]
+    assert counts() == [blocks, blocks, blocks, 1]
     for needed in ((True, False), (False, True), (False, False)):
         *alone, _ = triton.backward(problem, statistics, gradient, Wanted(*needed, scale=False))
         for result, both, wanted in zip(alone, (dx, dy), needed, strict=True):
             assert torch.equal(result, both) if wanted else result is None
-        assert counts() == [9 * needed[0], 9 * needed[1], *((blocks, 1) if any(needed) else (0, 0))]
+        assert counts() == [blocks * needed[0], blocks * needed[1], *((blocks, 1) if any(needed) else (0, 0))]

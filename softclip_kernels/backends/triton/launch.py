@@ -21,7 +21,7 @@ from .shapes import Shape
 
 logger = logging.getLogger("softclip_kernels")
 
-SCRATCH = 32 * 2**20  # bytes of partial sums in the forward pass, of G in the backward pass
+SCRATCH = 32 * 2**20  # bytes of partial sums in the forward pass
 
 
 class Call:
@@ -107,14 +107,6 @@ def forward_edge(shape: Shape, statistics: int, mirrored: bool, longest: int) ->
     return largest_edge(SCRATCH / per_entry, tile, longest)
 
 
-def backward_edge(problem: Problem, launch_passes: list[Pass]) -> int:
-    """The largest super-block, in whole tiles of every candidate, whose G fits in the scratch."""
-    every = [shape for launch_pass in launch_passes for shape in candidates("backward", launch_pass)]
-    tile = max(max(shape.block_m, shape.block_n) for shape in every)
-    buffers = problem.x.element_size() * (1 + launch_passes[0].mirrored) + 4 * len(launch_passes[:-1][:2])
-    return largest_edge(SCRATCH / buffers, tile, max(problem.rows, problem.columns))
-
-
 def largest_edge(area: float, tile: int, longest: int) -> int:
     """Of a square of `area` entries at most, in whole tiles, and not beyond the problem's longest side."""
     return min(max(int(area**0.5) // tile, 1), triton.cdiv(longest, tile)) * tile
@@ -163,6 +155,12 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs of large tiles run at once: a GPU's multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def constants(launch_pass: Pass, shape: Shape) -> dict[str, Any]:
@@ -235,11 +233,15 @@ def _added_in_place(dtype: torch.dtype, device: torch.device) -> bool:
     return bool((total == 2.0**24 + 144).all())
 
 
+def product_candidates(problem: Problem) -> tuple[Shape, ...]:
+    """The shapes that suit the products with G."""
+    plain = _smooth(problem.x) and _smooth(problem.y)
+    return shapes.product_candidates(plain, problem.x.element_size(), architecture(problem.x.device))
+
+
 def choose_product_shape(problem: Problem, mirrored: bool, needed: list[str], trial: tuning.Trial) -> Shape:
     """For the products with G; `needed`: whose gradients they are, x or y or both."""
-    device = problem.x.device
-    plain = _smooth(problem.x) and _smooth(problem.y)
-    suitable = shapes.product_candidates(plain, problem.x.element_size(), architecture(device))
     case = (*needed, *(["mirrored"] if mirrored else []), problem.x.dtype, problem.x.shape[1])
-    key = " ".join(map(str, (*_device_and_versions(device), *case)))
-    return tuning.choose("products", key, suitable, trial, problem.rows * problem.columns, device)
+    key = " ".join(map(str, (*_device_and_versions(problem.x.device), *case)))
+    entries, device = problem.rows * problem.columns, problem.x.device
+    return tuning.choose("products", key, product_candidates(problem), trial, entries, device)

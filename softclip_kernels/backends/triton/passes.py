@@ -66,6 +66,12 @@ class Pass:
     def itemsize(self) -> int:
         return max(t.element_size() for t in (self.problem.x, self.teacher_x) if t is not None)
 
+    @property
+    def product_width(self) -> int:
+        """The width of all matrix products that an entry takes."""
+        own = self.problem.x.shape[1] * ((self.student or self.mode == LOGITS.value) + self.mirrored)
+        return own if self.teacher_x is None else own + self.teacher_x.shape[1]
+
     def scalar(self, place: Any) -> Tensor:
         """0-d, by its place in tiles.py."""
         return self.scalars[place.value]
