@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from softclip_kernels.backends.triton import TritonBackend, launch
+from softclip_kernels.backends.triton import TritonBackend, call, launch
 
 Launch = tuple[str, tuple[int, ...], tuple[Any, ...]]  # a kernel's name, its grid, its arguments
 
@@ -76,7 +76,7 @@ def gpu(
             mock.patch.object(launch, "architecture", return_value="sm_90"),
             mock.patch.object(launch, "processors", return_value=132),
             mock.patch.object(launch, "add_product"),
-            mock.patch.object(launch, "_compiled", {}),
+            mock.patch.object(call, "_compiled", {}),
             mock.patch.object(TritonBackend, "why_not", return_value=None),
         ):
             yield

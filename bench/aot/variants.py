@@ -12,6 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from softclip_kernels.backends.triton import (
+    bounds,
     coefficients,
     gradients,
     online,
@@ -19,6 +20,7 @@ from softclip_kernels.backends.triton import (
     softmax_backward,
     softmax_exchange,
     softmax_forward,
+    sums,
 )
 from softclip_kernels.backends.triton.passes import MODES
 from softclip_kernels.backends.triton.shapes import (
@@ -38,6 +40,9 @@ KERNELS: dict[str, tuple[ModuleType, str]] = {
     "coefficients": (coefficients, "coefficients_kernel"),
     "online": (online, "online_rows_kernel"),
     "exchange": (softmax_exchange, "softmax_exchange_kernel"),
+    "sums": (sums, "sums_kernel"),
+    "norms": (bounds, "norms_kernel"),
+    "scalars": (bounds, "scalars_kernel"),
     "products": (products, "products_kernel"),
     "finish": (gradients, "finish_kernel"),
 }
@@ -62,6 +67,9 @@ FEATURES = {
     "column_weight": "biases",
     "previous": "previous",
     "teacher_scale": "teacher's scale",
+    "known_bounds": "known bounds",
+    "top_row_bias": "biases",
+    "top_column_bias": "biases",
     "gx": "gx",
     "gy": "gy",
     "positive": "positive",
@@ -243,6 +251,11 @@ def _constants(variant: Variant) -> dict[str, Any]:
     return {
         "SOURCE": MODES[variant.mode],  # the same numbers
         "LAST": "previous" not in variant.features,
+        "TAUGHT": variant.mode != "none",
+        "RANKED": "ranks" in variant.features,
+        "MIRRORED": variant.mode == "transposed",
+        "OWN_PRODUCT": variant.mode == "embeddings",
+        "COLUMN_SLOTS": 1,
         "PART": softmax_exchange.ADD if "previous" in variant.features else softmax_exchange.STORE,
         "BLOCK": coefficients.BLOCK,
         "STATISTICS": int(variant.student) + 2 * (variant.mode != "none") + ("ranks" in variant.features),

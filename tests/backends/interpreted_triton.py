@@ -16,7 +16,7 @@ from helpers import mutants
 from loss import test_loss
 
 from softclip_kernels import Hard, backends, positives, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.backends.triton import coefficients, edges, launch, online, products, softmax_backward
+from softclip_kernels.backends.triton import call, coefficients, edges, launch, online, products, softmax_backward
 from softclip_kernels.backends.triton.passes import passes
 from softclip_kernels.backends.triton.shapes import Shape
 from softclip_kernels.problem import Problem, Source, TeacherOperand
@@ -248,7 +248,7 @@ def test_the_positives_gradients_are_those_of_pytorch(sources, scale):
         statistics = backends.registered()["triton"].forward(problem)
         rows, columns = (torch.randn(1 + len(teachers), n, generator=generator) for _ in range(2))
         gradient = StatisticsGradient(rows, columns, torch.randn(n, generator=generator))
-        _, got = coefficients.prepare(passes(problem), statistics, gradient, None)
+        _, got = coefficients.prepare(passes(problem)[0], statistics, gradient, None)
         expected = positives.gradient(problem, statistics, gradient)
         exact = positives.gradient(
             Problem.of(_doubled(problem.tensors()), problem.sources()),
@@ -276,11 +276,11 @@ def test_an_operand_without_a_gradient_costs_no_product(kind, monkeypatch):
     rows, columns = (torch.rand(1 + len(problem.teachers), n) for _ in range(2))
     gradient = StatisticsGradient(rows, columns, torch.zeros(n))
     monkeypatch.setattr(softmax_backward, "_edge", lambda *_: 64)
-    launched, call = [], launch.Call.__call__
+    launched, ordinary = [], call.Call.__call__
 
     def counted_call(self, programs, **changing):
         launched.append(self)
-        call(self, programs, **changing)
+        ordinary(self, programs, **changing)
 
     def counts():
         of_products = [each.fixed for each in launched if each.kernel is products.products_kernel]
@@ -290,7 +290,7 @@ def test_an_operand_without_a_gradient_costs_no_product(kind, monkeypatch):
         launched.clear()
         return counted
 
-    monkeypatch.setattr(launch.Call, "__call__", counted_call)
+    monkeypatch.setattr(call.Call, "__call__", counted_call)
     dx, dy, _ = triton.backward(problem, statistics, gradient, Wanted(scale=False))
     blocks = 6 if kind == "mirrored" else 9
     assert counts() == [blocks, blocks, blocks, 1]

@@ -244,7 +244,7 @@ def checked(kernel, signature):
 
 undriven.install(checked)
 noted, compiled = undriven.noted, undriven.compiled
-from softclip_kernels.backends.triton import launch
+from softclip_kernels.backends.triton import call, launch
 from softclip_kernels.backends.triton.softmax_backward import backward
 from softclip_kernels.backends.triton.softmax_forward import forward
 from softclip_kernels.problem import Problem, TeacherOperand, Source
@@ -273,10 +273,10 @@ for teachers in ((), (pair,), (external, external)):
     fast = run(problem)
     count = len(compiled)
     assert run(problem) == fast and len(compiled) == count  # another call of the loss
-    launch.CompiledKernel = type(None)  # every launch the ordinary way
-    launch._compiled.clear()
+    call.CompiledKernel = type(None)  # every launch the ordinary way
+    call._compiled.clear()
     assert run(problem) == fast and len(compiled) == count
-    launch.CompiledKernel = CompiledKernel
+    call.CompiledKernel = CompiledKernel
     assert sum(name == "softmax_backward_kernel" for name, *_ in fast) >= 3
     assert sum(name == "softmax_forward_kernel" for name, *_ in fast) >= 1
 print("same", compiled and len(compiled))

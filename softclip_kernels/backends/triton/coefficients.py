@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...stats import Statistics, StatisticsGradient
-from . import launch
+from .call import Call
 from .passes import Pass
 from .positive_entries import NO_TEACHER, positive_gradient
 from .tiles import BOUND, LOG2E, TEACHER_BOUND, TOP_COLUMN_BIAS, TOP_ROW_BIAS, center
@@ -329,7 +329,7 @@ def prepare(
             "LAST": k == len(launch_passes) - 1,
         }
         programs = sum(triton.cdiv(length, BLOCK) for length in lengths.values())
-        launch.Call(coefficients_kernel, arguments, {})(programs)
+        Call(coefficients_kernel, arguments, {})(programs)
         prepared.append(vectors)
     return prepared, positive
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ... import positives
 from ...problem import Problem
 from . import launch
+from .call import Call
 from .products import Products
 
 ROWS, WIDTH = 16, 128  # of a program's tile, which walks along the width
@@ -180,7 +181,7 @@ class Gradients:
         _finish(self._finishing(total, wanted, columns), slice(0, len(total)), 0)
         return wanted
 
-    def _finishing(self, total: Tensor | None, result: Tensor | None, columns: bool) -> launch.Call:
+    def _finishing(self, total: Tensor | None, result: Tensor | None, columns: bool) -> Call:
         """The kernel on one side."""
         p = self.problem
         own, other = (p.y, p.x) if columns else (p.x, p.y)
@@ -203,8 +204,8 @@ class Gradients:
         }
         for name, matrix in (("own", own), ("other", other)):
             arguments[f"{name}_stride"], arguments[f"{name}_step"] = matrix.stride()
-        return launch.Call(finish_kernel, arguments, {"num_warps": 4})
+        return Call(finish_kernel, arguments, {"num_warps": 4})
 
 
-def _finish(call: launch.Call, part: slice, total_start: int) -> None:
+def _finish(call: Call, part: slice, total_start: int) -> None:
     call(launch.tiles(part, ROWS), total_start=total_start, start=part.start, end=part.stop)

@@ -1,16 +1,15 @@
-"""What the launches of all kernels have in common: super-blocks, tile shapes, precision, sums of matrix products."""
+"""What the launches of a problem have in common: super-blocks, tile shapes, precision, sums of matrix products."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from ... import precision
 from ...problem import Problem
@@ -22,62 +21,6 @@ from .shapes import Shape
 logger = logging.getLogger("softclip_kernels")
 
 SCRATCH = 32 * 2**20  # bytes of partial sums in the forward pass
-
-
-class Call:
-    """`Call(kernel, fixed, options)(programs, **changing)` is `kernel[(programs,)](**fixed, **changing, **options)`,
-    at little cost to the host once a launch of its kind was made. `fixed` may hold more than the kernel takes.
-
-    The ordinary launch binds, inspects and hashes every argument again, which takes longer than the GPU takes for a
-    small super-block. A later launch with arguments of the same kind hands Triton's compiled kernel its arguments in
-    order, constants included, and pointers as plain numbers, which spares a query of the driver for each (triton 3.4 to
-    3.9). Between the launches of one Call only pointers of equal alignment and numbers that the kernel does not
-    specialize on may change: a tensor stays one, None stays None.
-    """
-
-    def __init__(self, kernel: Any, fixed: dict[str, Any], options: dict[str, int]) -> None:
-        self.kernel, self.options = kernel, options
-        self.fixed = {name: fixed[name] for name in kernel.arg_names if name in fixed}
-        self.compiled: CompiledKernel | None = None
-        self.plain: dict[str, Any] = {}
-
-    def __call__(self, programs: int, **changing: Any) -> None:
-        if self.compiled is not None:
-            self.plain |= {name: _plain(value) for name, value in changing.items()}
-        else:
-            arguments = self.fixed | changing
-            kind = _kind(self.kernel, arguments, self.options)
-            self.compiled = _compiled.get(kind)
-            if self.compiled is None:
-                compiled = self.kernel[(programs,)](**arguments, **self.options)
-                if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-                    _compiled[kind] = compiled
-                return
-            self.plain = {name: _plain(arguments[name]) for name in self.kernel.arg_names}
-        self.compiled[(programs, 1, 1)](*self.plain.values())
-
-
-_compiled: dict[Hashable, CompiledKernel] = {}
-
-
-def _kind(kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> Hashable:
-    """What decides which code a launch runs: of a tensor its dtype, alignment and device (on AMD also whether 31 bits
-    reach all of it), and the value of everything that the kernel specializes on or has as a constant."""
-    free = getattr(kernel, "do_not_specialize", ())
-    return (
-        id(kernel),
-        *options.values(),
-        *(
-            (value.dtype, value.data_ptr() % 16, value.device, torch.version.hip and value.nbytes < 2**31)
-            if isinstance(value, Tensor)
-            else (name in free and value < 2**31) or value
-            for name, value in arguments.items()
-        ),
-    )
-
-
-def _plain(value: Any) -> Any:
-    return value.data_ptr() if isinstance(value, Tensor) else value
 
 
 def super_blocks(n: int, m: int, edge: int, mirrored: bool) -> Iterator[tuple[slice, slice]]:
@@ -101,10 +44,11 @@ def tiles(part: slice, block: int) -> int:
 
 
 def forward_edge(shape: Shape, statistics: int, mirrored: bool, longest: int) -> int:
-    """The largest super-block, in whole tiles, whose partial sums fit in the scratch."""
+    """Of super-blocks in whole tiles, as few and as equal as their partial sums in the scratch allow."""
     tile = max(shape.block_m, shape.block_n)
     per_entry = 4 * statistics * (1 + mirrored) * (1 / shape.block_m + 1 / shape.block_n)
-    return largest_edge(SCRATCH / per_entry, tile, longest)
+    number = triton.cdiv(longest, largest_edge(SCRATCH / per_entry, tile, longest))
+    return tile * triton.cdiv(triton.cdiv(longest, number), tile)
 
 
 def largest_edge(area: float, tile: int, longest: int) -> int:

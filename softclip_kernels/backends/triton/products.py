@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from . import launch, tuning
+from .call import Call
 from .shapes import LIBRARY, Shape
 
 AddBlock = Callable[[slice, slice], None]
@@ -251,7 +252,7 @@ class Products:
         }
         for name, matrix in (("x", x), ("y", y)):
             arguments[f"{name}_stride"], arguments[f"{name}_step"] = matrix.stride()
-        call = launch.Call(products_kernel, arguments, shape.options())
+        call = Call(products_kernel, arguments, shape.options())
 
         def tiles(part: slice) -> int:
             return launch.tiles(part, shape.block_m) * across

@@ -27,6 +27,7 @@ from torch import Tensor
 from ...problem import Problem
 from ...stats import InputGradients, Statistics, StatisticsGradient, Wanted
 from . import coefficients, launch, tuning
+from .call import Call
 from .coefficients import HEADROOM, all_in_range
 from .edges import Work, best_edge, memory_for_scratch
 from .gradients import Gradients
@@ -249,7 +250,8 @@ def backward(
     """The block operation of the Backend protocol."""
     if not any(wanted.products):
         return InputGradients(None, None, None)
-    launch_passes = passes(problem)
+    known = statistics.bounds if len(statistics.bounds) else None  # of a larger problem's parts there are none
+    launch_passes, _ = passes(problem, known)
     unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
     vectors, positive = coefficients.prepare(launch_passes, statistics, gradient, unit)
     blocks = _Blocks(problem, launch_passes, vectors, _edge(problem, launch_passes, wanted))
@@ -321,11 +323,11 @@ class _BlockLaunch:
         mirror_g = self.mirror_g if self.mirrored and i != j else self.g
         self._launch(self.call, i, j, mirror_g=mirror_g)
 
-    def _call(self, launch_pass: Pass, arguments: dict[str, Any], **others: Any) -> launch.Call:
+    def _call(self, launch_pass: Pass, arguments: dict[str, Any], **others: Any) -> Call:
         arguments = arguments | launch.constants(launch_pass, self.shape) | others
-        return launch.Call(softmax_backward_kernel, arguments, self.shape.options())
+        return Call(softmax_backward_kernel, arguments, self.shape.options())
 
-    def _launch(self, call: launch.Call, i: slice, j: slice, **changing: Any) -> None:
+    def _launch(self, call: Call, i: slice, j: slice, **changing: Any) -> None:
         programs = launch.tiles(i, self.shape.block_m) * launch.tiles(j, self.shape.block_n)
         call(programs, **changing, **launch.bounds(i, j))
 
