@@ -73,6 +73,6 @@ def test_the_gpu_tests_run_through_on_a_processor(on_a_processor, monkeypatch, d
         test_triton_gpu.test_a_loss_stays_on_its_stream(name)
         test_triton_gpu.test_fresh_memory_is_never_read(name, dtype)
         for layout in test_triton_gpu.LAYOUTS:
-            test_triton_gpu.test_layouts_of_operands(name, layout, dtype)
+            test_triton_gpu.test_layouts_of_operands(layout, name, dtype)
     test_triton_gpu.test_memory_beyond_inputs_and_gradients("psd")
     test_triton_gpu.check_last_rows(100, 32)
