@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import mutants
+from helpers import candidates, mutants
 from loss import test_loss
 
 from softclip_kernels import Hard, backends, positives, softclip_loss, softclip_loss_with_ranks
@@ -88,6 +88,14 @@ def test_several_super_blocks_agree_with_float64(name, monkeypatch):
     monkeypatch.setattr(launch, "SCRATCH", 40_000)
     monkeypatch.setattr(edges, "MOST", 40_000)
     check(name, 200, 200, 33)
+
+
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_external"))
+def test_every_candidate_agrees_with_float64(name, monkeypatch):
+    """Ragged and whole: 70 and 64 rows, widths of 40 and 64."""
+    for n, d in ((70, 40), (64, 64), (129, 64)):
+        for _ in candidates.every(lambda size=(n, n, d): check(name, *size), monkeypatch):
+            check(name, n, n, d)
 
 
 def test_second_tile_shape_agrees(monkeypatch):
