@@ -71,13 +71,13 @@ def gpu(
 
     before, driver._active = driver._active, Driver()
     try:
-        with (
+        with (  # functions, because a mock takes longer than what is timed
             mock.patch.object(JITFunction, "_do_compile", compile),
-            mock.patch.object(launch, "architecture", return_value="sm_90"),
-            mock.patch.object(launch, "processors", return_value=132),
-            mock.patch.object(launch, "add_product"),
+            mock.patch.object(launch, "architecture", lambda device: "sm_90"),  # noqa: PT008
+            mock.patch.object(launch, "processors", lambda device: 132),  # noqa: PT008
+            mock.patch.object(launch, "add_product", lambda *_: None),  # noqa: PT008
             mock.patch.object(call, "_compiled", {}),
-            mock.patch.object(TritonBackend, "why_not", return_value=None),
+            mock.patch.object(TritonBackend, "why_not", lambda self, problem: None),  # noqa: PT008
         ):
             yield
     finally:

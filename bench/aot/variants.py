@@ -12,11 +12,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from softclip_kernels.backends.triton import (
-    bounds,
     coefficients,
     gradients,
+    norms,
     online,
     products,
+    scalars,
     softmax_backward,
     softmax_exchange,
     softmax_forward,
@@ -41,10 +42,17 @@ KERNELS: dict[str, tuple[ModuleType, str]] = {
     "online": (online, "online_rows_kernel"),
     "exchange": (softmax_exchange, "softmax_exchange_kernel"),
     "sums": (sums, "sums_kernel"),
-    "norms": (bounds, "norms_kernel"),
-    "scalars": (bounds, "scalars_kernel"),
+    "norms": (norms, "norms_kernel"),
+    "scalars": (scalars, "scalars_kernel"),
     "products": (products, "products_kernel"),
     "finish": (gradients, "finish_kernel"),
+}
+# Of those without a matrix product, the modes that they distinguish.
+VECTOR_MODES = {
+    "coefficients": ("none", "embeddings", "transposed"),
+    "sums": ("none", "embeddings", "transposed"),
+    "norms": ("none",),
+    "scalars": ("none", "logits", "embeddings"),
 }
 SHARED_LIMIT = {  # architecture to the bytes of shared memory that a program may take
     "sm_80": 163 * 1024,
@@ -156,11 +164,9 @@ def _cases() -> list[Variant]:
 
 def _odd_cases() -> list[Variant]:
     """One more of each kernel with a teacher: wider than the student, and of width 100, whose strides are not divisible
-    by 16. The sums of earlier teachers are fp32 (g). coefficients has no tiles."""
+    by 16. The sums of earlier teachers are fp32 (g)."""
     any_shape = Shape(64, 64, 64, 8, 2)
-    everything = _WITHOUT_RANKS | {"unit", "teacher's scale", "previous"}
-    cases = [Variant("coefficients", mode, any_shape) for mode in ("none", "embeddings", "transposed")]
-    cases += [replace(case, features=everything, even=False, aligned=False) for case in cases]
+    cases = []
     for kernel in ("forward", "backward", "online"):
         features = frozenset() if kernel == "online" else frozenset({"positive"})
         case = Variant(kernel, "embeddings", any_shape, features=features)
@@ -186,14 +192,25 @@ def variants(architecture: str) -> list[Variant]:
         if case.teacher_dtype:
             typed = [replace(case, precision=wide)]
         for variant in typed:
-            if variant.kernel == "coefficients":
-                listed.append(variant)
-                continue
             itemsize = 4 if "fp32" in (variant.dtype, variant.teacher_dtype) else 2
             shapes = candidates(variant.kernel, variant.mode, variant.plain, itemsize, architecture)
             for shape in shapes:
                 listed += _as_launched(replace(variant, shape=shape))
-    return listed + product_variants(architecture)
+    return listed + _vector_variants() + product_variants(architecture)
+
+
+def _vector_variants() -> list[Variant]:
+    """Of the kernels whose tiles are no matrix product's, in the modes that they distinguish; plain, and with
+    everything."""
+    everything = _EVERYTHING | {"unit", "teacher's scale", "previous", "known bounds"}
+    shapes = {  # a mirrored super-block's sums know its tiles, others take any
+        "coefficients": Shape(1, 1, 1, 4, 3),
+        "sums": Shape(128, 64, 1, 4, 3),
+        "norms": Shape(norms.ROWS, norms.WIDTH, 1, 4, 3),
+        "scalars": Shape(1, 1, 1, 4, 3),
+    }
+    plain = [Variant(kernel, mode, shape) for kernel, shape in shapes.items() for mode in VECTOR_MODES[kernel]]
+    return [*plain, *(replace(each, features=everything, even=False, aligned=False) for each in plain)]
 
 
 def product_variants(architecture: str) -> list[Variant]:
@@ -257,7 +274,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "OWN_PRODUCT": variant.mode == "embeddings",
         "COLUMN_SLOTS": 1,
         "PART": softmax_exchange.ADD if "previous" in variant.features else softmax_exchange.STORE,
-        "BLOCK": coefficients.BLOCK,
+        "BLOCK": sums.BLOCK if variant.kernel == "sums" else coefficients.BLOCK,
         "STATISTICS": int(variant.student) + 2 * (variant.mode != "none") + ("ranks" in variant.features),
         "STUDENT": variant.student,
         "TEACHER": MODES[variant.mode],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable
 from typing import Any
 
@@ -22,45 +23,57 @@ class Call:
     """
 
     def __init__(self, kernel: Any, fixed: dict[str, Any], options: dict[str, int]) -> None:
-        self.kernel, self.options = kernel, options
-        self.fixed = {name: fixed[name] for name in kernel.arg_names if name in fixed}
+        self.kernel, self.fixed, self.options = kernel, fixed, options
         self.compiled: CompiledKernel | None = None
-        self.plain: dict[str, Any] = {}
+        self.plain: list[Any] = []  # the arguments in order, as the compiled kernel takes them
 
     def __call__(self, programs: int, **changing: Any) -> None:
+        places, unspecialized = _signature(self.kernel)
         if self.compiled is not None:
-            self.plain |= {name: _plain(value) for name, value in changing.items()}
+            for name, value in changing.items():
+                self.plain[places[name]] = value.data_ptr() if isinstance(value, Tensor) else value
         else:
-            arguments = self.fixed | changing
-            kind = _kind(self.kernel, arguments, self.options)
+            arguments = [changing[name] if name in changing else self.fixed[name] for name in places]
+            self.plain, kinds = _plain_and_kinds(arguments, unspecialized)
+            kind = (id(self.kernel), *self.options.values(), *kinds)
             self.compiled = _compiled.get(kind)
             if self.compiled is None:
-                compiled = self.kernel[(programs,)](**arguments, **self.options)
+                named = dict(zip(places, arguments, strict=True))
+                compiled = self.kernel[(programs,)](**named, **self.options)
                 if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
                     _compiled[kind] = compiled
                 return
-            self.plain = {name: _plain(arguments[name]) for name in self.kernel.arg_names}
-        self.compiled[(programs, 1, 1)](*self.plain.values())
+        self.compiled[(programs, 1, 1)](*self.plain)
 
 
 _compiled: dict[Hashable, CompiledKernel] = {}
 
 
-def _kind(kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> Hashable:
-    """What decides which code a launch runs: of a tensor its dtype, alignment and device (on AMD also whether 31 bits
-    reach all of it), and the value of everything that the kernel specializes on or has as a constant."""
-    free = getattr(kernel, "do_not_specialize", ())
-    return (
-        id(kernel),
-        *options.values(),
-        *(
-            (value.dtype, value.data_ptr() % 16, value.device, torch.version.hip and value.nbytes < 2**31)
-            if isinstance(value, Tensor)
-            else (name in free and value < 2**31) or value
-            for name, value in arguments.items()
-        ),
-    )
+@functools.cache
+def _signature(kernel: Any) -> tuple[dict[str, int], frozenset[int]]:
+    """The place of every argument, and the places of numbers that the kernel does not specialize on."""
+    places = {name: place for place, name in enumerate(kernel.arg_names)}
+    return places, frozenset(places[name] for name in getattr(kernel, "do_not_specialize", ()))
 
 
-def _plain(value: Any) -> Any:
-    return value.data_ptr() if isinstance(value, Tensor) else value
+def _plain_and_kinds(arguments: list[Any], unspecialized: frozenset[int]) -> tuple[list[Any], list[Hashable]]:
+    """The arguments with pointers as numbers, and what decides which code they run: of a tensor its dtype, alignment
+    and device (on AMD also whether 31 bits reach all of it), and the value of every other argument that the kernel
+    specializes on or has as a constant."""
+    plain: list[Any] = []
+    kinds: list[Hashable] = []
+    for place, value in enumerate(arguments):
+        if isinstance(value, Tensor):
+            pointer = value.data_ptr()
+            plain.append(pointer)
+            kinds += (value.dtype, pointer % 16, value.device)
+            if torch.version.hip:
+                kinds.append(value.nbytes < 2**31)
+        else:
+            plain.append(value)
+            kinds.append(value < 2**31 if place in unspecialized else value)
+    return plain, kinds
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

@@ -8,6 +8,7 @@ that the memory holds is not always the best: with a width of 512, products of a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,8 +57,9 @@ class Work:
         return edge * (edge * self.entry_bytes + self.row_bytes)
 
 
+@functools.cache
 def best_edge(
-    work: Work, g_shapes: Sequence[Shape], product_shapes: Sequence[Shape], processors: int, memory: int
+    work: Work, g_shapes: tuple[Shape, ...], product_shapes: tuple[Shape, ...], processors: int, memory: int
 ) -> int:
     """In whole tiles of every shape, within `memory` bytes unless a single tile is more; of edges that are as good the
     longest. The shapes are the candidates for the two launches."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import positives
 from ...problem import Problem
 from . import launch
-from .call import Call
+from .call import Call, ceil_div
 from .products import Products
 
 ROWS, WIDTH = 16, 128  # of a program's tile, which walks along the width
@@ -139,7 +139,7 @@ class Gradients:
         rows, columns = problem.rows, problem.columns
         self.gx = self._empty(min(g.shape[-1], rows) if self.by_range else rows, torch.float32) if self.from_x else None
         self.gy = self._empty(columns, torch.float32) if needs_y else None
-        partial_sums = triton.cdiv(rows if self.from_x else columns, ROWS)
+        partial_sums = ceil_div(rows if self.from_x else columns, ROWS)
         self.inner = problem.x.new_empty(partial_sums, dtype=torch.float32) if needs_scale else None
         self.dx = self._empty(rows, self.dtype) if self.needs_x and self.by_range else None
         self.products: Products | None = Products(problem, g, self.gx, self.gy, self.by_range)
@@ -193,7 +193,7 @@ class Gradients:
             "positive": None if self.coefficient is None else positive,
             "coefficient": self.coefficient,
             "unit": self.unit,
-            "scale": p.scale.float(),
+            "scale": p.scale,
             "result": result,
             "inner": self.inner if columns != self.from_x else None,
             "width": own.shape[1],

@@ -15,6 +15,7 @@ from ... import precision
 from ...problem import Problem
 from ...version import __version__
 from . import shapes, tuning
+from .call import ceil_div
 from .passes import Pass
 from .shapes import Shape
 
@@ -40,20 +41,20 @@ def entries(i: slice, j: slice) -> int:
 
 
 def tiles(part: slice, block: int) -> int:
-    return triton.cdiv(part.stop - part.start, block)
+    return ceil_div(part.stop - part.start, block)
 
 
 def forward_edge(shape: Shape, statistics: int, mirrored: bool, longest: int) -> int:
     """Of super-blocks in whole tiles, as few and as equal as their partial sums in the scratch allow."""
     tile = max(shape.block_m, shape.block_n)
     per_entry = 4 * statistics * (1 + mirrored) * (1 / shape.block_m + 1 / shape.block_n)
-    number = triton.cdiv(longest, largest_edge(SCRATCH / per_entry, tile, longest))
-    return tile * triton.cdiv(triton.cdiv(longest, number), tile)
+    number = ceil_div(longest, largest_edge(SCRATCH / per_entry, tile, longest))
+    return tile * ceil_div(ceil_div(longest, number), tile)
 
 
 def largest_edge(area: float, tile: int, longest: int) -> int:
     """Of a square of `area` entries at most, in whole tiles, and not beyond the problem's longest side."""
-    return min(max(int(area**0.5) // tile, 1), triton.cdiv(longest, tile)) * tile
+    return min(max(int(area**0.5) // tile, 1), ceil_div(longest, tile)) * tile
 
 
 def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
@@ -70,7 +71,7 @@ def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
 
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:
     problem, suitable = launch_pass.problem, candidates(kind, launch_pass)
-    key = " ".join(map(str, (*_device_and_versions(problem.x.device), *launch_pass.signature())))
+    key = _key(problem.x.device, launch_pass.signature())
     return tuning.choose(kind, key, suitable, trial, problem.rows * problem.columns, problem.x.device)
 
 
@@ -85,9 +86,10 @@ def _smooth(operand: Tensor) -> bool:
 
 
 @functools.cache
-def _device_and_versions(device: torch.device) -> tuple[str, str, str]:
+def _key(device: torch.device, case: tuple[Any, ...]) -> str:
+    """Under which the fastest shape is remembered: the GPU, the versions, and what decides beside them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return name, f"triton {triton.__version__}", f"softclip_kernels {__version__}"
+    return " ".join(map(str, (name, f"triton {triton.__version__}", f"softclip_kernels {__version__}", *case)))
 
 
 @functools.cache
@@ -186,6 +188,6 @@ def product_candidates(problem: Problem) -> tuple[Shape, ...]:
 def choose_product_shape(problem: Problem, mirrored: bool, needed: list[str], trial: tuning.Trial) -> Shape:
     """For the products with G; `needed`: whose gradients they are, x or y or both."""
     case = (*needed, *(["mirrored"] if mirrored else []), problem.x.dtype, problem.x.shape[1])
-    key = " ".join(map(str, (*_device_and_versions(problem.x.device), *case)))
+    key = _key(problem.x.device, case)
     entries, device = problem.rows * problem.columns, problem.x.device
     return tuning.choose("products", key, product_candidates(problem), trial, entries, device)

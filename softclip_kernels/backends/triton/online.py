@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...stats import SoftmaxStatistics
 from . import launch
-from .call import Call
+from .call import Call, ceil_div
 from .passes import Pass
 from .tiles import (
     EMBEDDINGS,
@@ -172,4 +172,4 @@ def recompute(launch_pass: Pass, in_range: Tensor, statistics: SoftmaxStatistics
         "rows": rows,
         "columns": columns,
     }
-    Call(online_rows_kernel, arguments, shape.options())(triton.cdiv(rows, shape.block_m))
+    Call(online_rows_kernel, arguments, shape.options())(ceil_div(rows, shape.block_m))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...problem import PROBLEM_TENSORS, Problem, Source, TeacherOperand
-from .bounds import Scalars
+from .scalars import Scalars
 from .tiles import EMBEDDINGS, LOGITS, NONE, TRANSPOSED
 
 MODES = {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from . import launch, tuning
-from .call import Call
+from .call import Call, ceil_div
 from .shapes import LIBRARY, Shape
 
 AddBlock = Callable[[slice, slice], None]
@@ -238,7 +238,7 @@ class Products:
 
     def _in_one_launch(self, shape: Shape) -> AddBlock:
         x, y = self.problem.x, self.problem.y
-        across = triton.cdiv(x.shape[1], shape.block_n)
+        across = ceil_div(x.shape[1], shape.block_n)
         arguments = {
             "g": self.g,
             "x": x,

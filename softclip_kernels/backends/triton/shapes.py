@@ -7,6 +7,7 @@ guess.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 GROUP = 8  # tile rows that advance together, for L2
@@ -43,6 +44,7 @@ class Shape:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+@functools.cache
 def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: str) -> tuple[Shape, ...]:
     """kind          forward, online or backward
     mode          where a teacher's logits come from: none, logits, embeddings, or transposed, where tiles (I, J) and
@@ -92,6 +94,7 @@ def _other_ways(kind: str, mode: str) -> tuple[str, ...]:
     return {"transposed": (EXCHANGE,), "embeddings": (SPLIT,)}.get(mode, ())
 
 
+@functools.cache
 def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[Shape, ...]:
     """For the products with G, of which block_d steps along the sum; the arguments as in `candidates`. Torch's own is
     among them: the only one for fp32, whose settings it follows, and for rows that do not stream."""

@@ -277,7 +277,7 @@ def _edge(problem: Problem, launch_passes: list[Pass], wanted: Wanted) -> int:
         entry_bytes=itemsize * (1 + mirrored) + 4 * len(launch_passes[:-1][:2]),
         row_bytes=4 * width if x_product and rounds and not mirrored else 0,
     )
-    every = [shape for launch_pass in launch_passes for shape in launch.candidates("backward", launch_pass)]
+    every = tuple(shape for launch_pass in launch_passes for shape in launch.candidates("backward", launch_pass))
     memory = memory_for_scratch(problem.columns * width * itemsize if y_product and rounds else 0)
     return best_edge(work, every, launch.product_candidates(problem), launch.processors(problem.x.device), memory)
 

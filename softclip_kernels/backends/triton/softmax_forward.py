@@ -300,7 +300,7 @@ def forward(problem: Problem) -> Statistics:
     for k, launch_pass in enumerate(launch_passes):
         sums = _tuned_sums(launch_pass, positive_logit, results | {"teacher": k})
         for i, j in launch.super_blocks(n, m, sums.edge, launch_pass.mirrored):
-            sums.compute(i, j)
+            sums.call(**sums.at(i, j))
             sums.add(i, j)
         for direction, statistics, inside in zip(
             (launch_pass, launch_pass.exchanged()), (rows, columns), in_range, strict=True
@@ -310,7 +310,7 @@ def forward(problem: Problem) -> Statistics:
 
 
 class _Sums:
-    """A pass's sums over every row and every column, one super-block after the other: `compute` fills the super-block's
+    """A pass's sums over every row and every column, one super-block after the other: `call` fills the super-block's
     partial sums, and those of its mirror where the pass is mirrored; `add` takes them in a fixed order, and with the
     last ones writes the statistics to `results`, arguments of sums_kernel. `edge`: of a super-block."""
 
@@ -351,9 +351,10 @@ class _Sums:
         }
         self.add_call = Call(sums_kernel, arguments, {})
 
-    def compute(self, i: slice, j: slice) -> None:
+    def at(self, i: slice, j: slice) -> dict[str, int]:
+        """What `call` takes for the super-block (i, j)."""
         programs = launch.tiles(i, self.shape.block_m) * launch.tiles(j, self.shape.block_n)
-        self.call(programs, **launch.bounds(i, j))
+        return {"programs": programs, **launch.bounds(i, j)}
 
     def add(self, i: slice, j: slice) -> None:
         directions = 2 if self.mirrored and i != j else 1  # beside the diagonal the mirror's too
@@ -367,6 +368,6 @@ def _tuned_sums(launch_pass: Pass, positive_logit: Tensor, results: dict[str, An
     def trial(shape: Shape) -> tuple[tuning.Launch, int]:
         sums, problem = _Sums(launch_pass, positive_logit, results, shape), launch_pass.problem
         i, j = next(launch.super_blocks(problem.rows, problem.columns, sums.edge, launch_pass.mirrored))
-        return functools.partial(sums.compute, i, j), launch.entries(i, j)
+        return functools.partial(sums.call, **sums.at(i, j)), launch.entries(i, j)
 
     return _Sums(launch_pass, positive_logit, results, launch.choose_shape("forward", launch_pass, trial))

@@ -52,20 +52,22 @@ ARGUMENTS = {
 
 
 @triton.jit
-def slot_sum(slots, which, count, local, inside, edge, written, STATISTICS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of one statistic, the sum over `count` slots (count, STATISTICS, edge) at the local positions. written: (which of
-    the slots of a position a mirrored super-block on the diagonal filled: those whose group of tiles is `least` or more
-    beyond the position's, slots a group, positions a group, direction of both), or None: all."""
+def slot_sum(slots, which, local, inside, edge, STATISTICS: tl.constexpr, MIRRORED: tl.constexpr, BLOCK: tl.constexpr):
+    """Of one statistic, the sum over the slots at the local positions. slots: (pointer (count, STATISTICS, edge),
+    count, written); written, of use with MIRRORED: (whether the super-block is on the diagonal, where a position's
+    slots are filled only of groups of tiles that are `least` or more beyond its own; least; slots a group; positions a
+    group; 1 or -1, the direction)."""
+    pointer, count, written = slots
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, count, SLOTS):
         slot = start + tl.arange(0, SLOTS)
         mask = (slot < count)[:, None] & inside[None, :]
-        if written is not None:
+        if MIRRORED:
             on_diagonal, least, slot_groups, position_groups, beyond = written
             distance = (slot // slot_groups)[:, None] - (local // position_groups)[None, :]
             mask &= (distance * beyond >= least) | (on_diagonal == 0)
         place = (slot.to(tl.int64) * STATISTICS + which)[:, None] * edge + local[None, :]
-        total += tl.sum(tl.load(slots + place, mask=mask, other=0.0), 0)
+        total += tl.sum(tl.load(pointer + place, mask=mask, other=0.0), 0)
     return total
 
 
@@ -116,7 +118,7 @@ def finish_direction(
 @triton.jit
 def add_direction(
     slots,
-    others_slots,
+    mirror_slots,
     results,
     positions,
     first,
@@ -130,12 +132,12 @@ def add_direction(
     STUDENT: tl.constexpr,
     TAUGHT: tl.constexpr,
     RANKED: tl.constexpr,
+    MIRRORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK positions of one direction. slots, others_slots: (pointer, count, written) of slot_sum, the latter None or
-    on the diagonal the mirror's; results: (totals, statistics, in_range, ranks); positions: (of the super-block's
-    start, within it, its end, of the direction in all)."""
-    pointer, count, written = slots
+    """BLOCK positions of one direction. slots, and with MIRRORED mirror_slots: those of slot_sum; results: (totals,
+    statistics, in_range, ranks); positions: (of the super-block's start, within it, its end, of the direction in
+    all)."""
     totals, statistics, in_range, ranks = results
     start, local, end, length = positions
     i = start + local
@@ -146,10 +148,9 @@ def add_direction(
     of_weighted = none
     of_ranks = none
     for which in tl.static_range(STATISTICS):
-        total = slot_sum(pointer, which, count, local, inside, edge, written, STATISTICS, BLOCK)
-        if others_slots is not None:
-            pointer_2, count_2, written_2 = others_slots
-            total += slot_sum(pointer_2, which, count_2, local, inside, edge, written_2, STATISTICS, BLOCK)
+        total = slot_sum(slots, which, local, inside, edge, STATISTICS, MIRRORED, BLOCK)
+        if MIRRORED:
+            total += slot_sum(mirror_slots, which, local, inside, edge, STATISTICS, MIRRORED, BLOCK)
         place = totals + which * length.to(tl.int64) + i
         if first == 0:
             total += tl.load(place, mask=inside, other=0.0)
@@ -231,27 +232,20 @@ def sums_kernel(
     column_slots = tl.cdiv(height, BLOCK_M) * COLUMN_SLOTS
     row_results = (row_totals, row_statistics, row_in_range, row_ranks)
     column_results = (column_totals, column_statistics, column_in_range, column_ranks)
-    on_diagonal = 0
-    if MIRRORED:
-        on_diagonal = (row_start == column_start).to(tl.int32)
-        # On the diagonal the tiles below it are left out, and those on it have no mirror.
-        row_written = (on_diagonal, 0, BLOCK_M // BLOCK_N, BLOCK_M, 1)
-        column_written = (on_diagonal, 0, COLUMN_SLOTS, BLOCK_M, -1)
-        mirror_row_written = (on_diagonal, 1, COLUMN_SLOTS, BLOCK_M, -1)
-        mirror_column_written = (on_diagonal, 1, BLOCK_M // BLOCK_N, BLOCK_M, 1)
-        # Off the diagonal these have none, because the mirror's sums go to other positions.
-        mirror_of_rows = (mirror_row_sums, column_slots * on_diagonal, mirror_row_written)
-        mirror_of_columns = (mirror_column_sums, row_slots * on_diagonal, mirror_column_written)
-        columns_last = (on_diagonal == 1) & (row_end == rows)
-    else:
-        row_written = None
-        column_written = None
-        mirror_of_rows = None
-        mirror_of_columns = None
-        columns_last = row_end == rows
+    on_diagonal = (row_start == column_start).to(tl.int32)
+    columns_last = row_end == rows
+    if MIRRORED:  # a column's last sums come with the mirror, or on the diagonal of the last rows
+        columns_last = columns_last & (on_diagonal == 1)
+    # On the diagonal the tiles below it are left out, and those on it have no mirror. Beside it the mirror's sums go to
+    # other positions, so these have none of them.
+    group: tl.constexpr = BLOCK_M // BLOCK_N if MIRRORED else 1
+    of_rows = (row_sums, row_slots, (on_diagonal, 0, group, BLOCK_M, 1))
+    of_columns = (column_sums, column_slots, (on_diagonal, 0, COLUMN_SLOTS, BLOCK_M, -1))
+    mirror_of_rows = (mirror_row_sums, column_slots * on_diagonal, (on_diagonal, 1, COLUMN_SLOTS, BLOCK_M, -1))
+    mirror_of_columns = (mirror_column_sums, row_slots * on_diagonal, (on_diagonal, 1, group, BLOCK_M, 1))
     if index < along_rows:
         add_direction(
-            (row_sums, row_slots, row_written),
+            of_rows,
             mirror_of_rows,
             row_results,
             (row_start, index * BLOCK + tl.arange(0, BLOCK), row_end, rows),
@@ -266,11 +260,12 @@ def sums_kernel(
             STUDENT,
             TAUGHT,
             RANKED,
+            MIRRORED,
             BLOCK,
         )
     elif index < along_rows + along_columns:
         add_direction(
-            (column_sums, column_slots, column_written),
+            of_columns,
             mirror_of_columns,
             column_results,
             (column_start, (index - along_rows) * BLOCK + tl.arange(0, BLOCK), column_end, columns),
@@ -285,14 +280,16 @@ def sums_kernel(
             STUDENT,
             TAUGHT,
             RANKED,
+            MIRRORED,
             BLOCK,
         )
     elif MIRRORED:
         index -= along_rows + along_columns
+        none = (row_sums, 0, (0, 0, 1, 1, 1))
         if index < along_columns:
             add_direction(
-                (mirror_row_sums, column_slots, None),
-                None,
+                (mirror_row_sums, column_slots, (0, 0, 1, 1, 1)),
+                none,
                 row_results,
                 (column_start, index * BLOCK + tl.arange(0, BLOCK), column_end, rows),
                 row_start == 0,
@@ -306,12 +303,13 @@ def sums_kernel(
                 STUDENT,
                 TAUGHT,
                 RANKED,
+                MIRRORED,
                 BLOCK,
             )
         else:
             add_direction(
-                (mirror_column_sums, row_slots, None),
-                None,
+                (mirror_column_sums, row_slots, (0, 0, 1, 1, 1)),
+                none,
                 column_results,
                 (row_start, (index - along_columns) * BLOCK + tl.arange(0, BLOCK), row_end, columns),
                 False,
@@ -325,5 +323,6 @@ def sums_kernel(
                 STUDENT,
                 TAUGHT,
                 RANKED,
+                MIRRORED,
                 BLOCK,
             )

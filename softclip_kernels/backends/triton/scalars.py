@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...problem import Problem, Source
 from .call import Call
+from .norms import largest_squares, programs
 from .tiles import (
     BOUND,
     FACTOR,
@@ -21,22 +22,9 @@ from .tiles import (
     TOP_ROW_BIAS,
 )
 
-ROWS, WIDTH = 16, 128  # of a program's tile of embeddings, which walks along the width
 AT_ONCE = tl.constexpr(1024)  # partial maxima that are reduced at once
 
-NORMS_ARGUMENTS = {
-    "x": "*student",
-    "y": "*student",
-    "x_stride": "i32 stride",
-    "x_step": "i32 step",
-    "y_stride": "i32 stride",
-    "y_step": "i32 step",
-    "width": "i32 width",
-    "largest": "*fp32",
-    "rows": "i32",
-    "columns": "i32",
-}
-SCALARS_ARGUMENTS = {
+ARGUMENTS = {
     "largest": "*fp32",
     "teacher_largest": "*fp32",
     "known_bounds": "*fp32?",
@@ -50,47 +38,6 @@ SCALARS_ARGUMENTS = {
     "programs": "i32",
     "teacher": "i32",
 }
-
-
-@triton.jit
-def largest_square(matrix, start, end, width, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The largest squared norm, fp32, of BLOCK_M rows from `start` on; matrix: (pointer, stride, step)."""
-    pointer, stride, step = matrix
-    i = start + tl.arange(0, BLOCK_M)
-    rows = pointer + i.to(tl.int64)[:, None] * stride
-    squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for first in range(0, width, BLOCK_N):
-        d = (first + tl.arange(0, BLOCK_N)).to(tl.int64)[None, :]
-        value = tl.load(rows + d * step, mask=(i < end)[:, None] & (d < width), other=0.0).to(tl.float32)
-        squares += value * value
-    return tl.max(tl.sum(squares, 1))
-
-
-@triton.jit(do_not_specialize=["rows", "columns"])
-def norms_kernel(
-    x,
-    y,
-    x_stride,
-    x_step,
-    y_stride,
-    y_step,
-    width,
-    largest,
-    rows,
-    columns,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """largest (programs,) fp32: of every BLOCK_M rows of x (rows, width), then of y (columns, width), the largest
-    squared norm."""
-    index = tl.program_id(0)
-    row_programs = tl.cdiv(rows, BLOCK_M)
-    if index < row_programs:
-        value = largest_square((x, x_stride, x_step), index * BLOCK_M, rows, width, BLOCK_M, BLOCK_N)
-    else:
-        start = (index - row_programs) * BLOCK_M
-        value = largest_square((y, y_stride, y_step), start, columns, width, BLOCK_M, BLOCK_N)
-    tl.store(largest + index, value)
 
 
 @triton.jit
@@ -172,7 +119,7 @@ class Scalars:
         self.problem, self.known_bounds = problem, known_bounds
         self.scalars = problem.x.new_empty(max(1, len(problem.teachers)), self.PADDED, dtype=torch.float32)
         self.bounds = self.scalars.new_empty(1 + len(problem.teachers)) if known_bounds is None else known_bounds
-        self.largest = self.scalars if known_bounds is not None else self._largest(problem.x, problem.y)
+        self.largest = self.scalars if known_bounds is not None else largest_squares(problem.x, problem.y)
 
     def of(self, k: int, top_row_bias: Tensor | None, top_column_bias: Tensor | None) -> Tensor:
         """(8,) of the k-th pass, whose teacher's largest biases are given."""
@@ -181,50 +128,23 @@ class Scalars:
         teacher_largest = self.largest
         if own_product and self.known_bounds is None:
             assert teacher is not None and teacher.x is not None and teacher.y is not None
-            teacher_largest = self._largest(teacher.x, teacher.y)
-        row_programs, programs = self._programs()
+            teacher_largest = largest_squares(teacher.x, teacher.y)
+        of_rows, of_columns = programs(self.problem.rows, self.problem.columns)
         arguments = {
             "largest": self.largest,
             "teacher_largest": teacher_largest,
             "known_bounds": self.known_bounds,
-            "scale": _fp32(self.problem.scale),
-            "teacher_scale": None if teacher is None or teacher.scale is None else _fp32(teacher.scale),
+            "scale": self.problem.scale,
+            "teacher_scale": None if teacher is None else teacher.scale,
             "top_row_bias": top_row_bias,
             "top_column_bias": top_column_bias,
             "scalars": self.scalars[k],
             "bounds": self.bounds,
-            "row_programs": row_programs,
-            "programs": programs,
+            "row_programs": of_rows,
+            "programs": of_rows + of_columns,
             "teacher": k,
             "OWN_PRODUCT": own_product,
             "TAUGHT": teacher is not None,
         }
         Call(scalars_kernel, arguments, {})(1)
         return self.scalars[k]
-
-    def _largest(self, x: Tensor, y: Tensor) -> Tensor:
-        _, programs = self._programs()
-        largest = self.scalars.new_empty(programs)
-        arguments = {
-            "x": x,
-            "y": y,
-            "width": x.shape[1],
-            "largest": largest,
-            "rows": self.problem.rows,
-            "columns": self.problem.columns,
-            "BLOCK_M": ROWS,
-            "BLOCK_N": WIDTH,
-        }
-        for name, matrix in (("x", x), ("y", y)):
-            arguments[f"{name}_stride"], arguments[f"{name}_step"] = matrix.stride()
-        Call(norms_kernel, arguments, {})(programs)
-        return largest
-
-    def _programs(self) -> tuple[int, int]:
-        """Of norms_kernel: for the rows, and in all."""
-        of_rows = triton.cdiv(self.problem.rows, ROWS)
-        return of_rows, of_rows + triton.cdiv(self.problem.columns, ROWS)
-
-
-def _fp32(scale: Tensor) -> Tensor:
-    return scale if scale.dtype == torch.float32 else scale.float()
