@@ -76,6 +76,8 @@ FEATURES = {
     "previous": "previous",
     "teacher_scale": "teacher's scale",
     "known_bounds": "known bounds",
+    "row_ranks": "ranks",
+    "column_ranks": "ranks",
     "top_row_bias": "biases",
     "top_column_bias": "biases",
     "gx": "gx",
