@@ -42,13 +42,18 @@ def over_budget(row):
         yield f"{row['shared']} bytes of shared memory, more than {row['shared_limit']}"
     if row["narrow_offsets"]:
         yield f"32-bit products in addresses: {row['narrow_offsets']}"
-    if row["kernel"] == "coefficients":
+    if row["kernel"] in ("coefficients", "finish"):
         return
     if not any(name.startswith(INSTRUCTIONS[row["architecture"]]) for name in row["tensor"]):
         yield f"no {INSTRUCTIONS[row['architecture']]} among {row['tensor']}"
     # A product in three of tf32, which fp32 operands take, has one that waits. No other product has any.
     if row["architecture"] == "sm_90" and row["serialized"] > (row["matmuls"] if row["three_products"] else 0):
         yield f"{row['serialized']} wgmma wait for the one before"
+    if row["kernel"] == "products":  # of each gradient, whole steps along the sum and the rest
+        gradients = ("gx" in row["variant"]) + ("gy" in row["variant"])
+        if row["matmuls"] != 2 * gradients:
+            yield f"{row['matmuls']} matrix products for {gradients} gradients"
+        return
     teacher_only = "teacher-only" in row["variant"]
     if row["matmuls"] != (
         1 if teacher_only and row["kernel"] == "backward" else 1 + (row["mode"] in ("embeddings", "transposed"))
@@ -75,7 +80,7 @@ def _over_budget_of_exponentials(row, budget):
         yield f"{row['exponentials_issued']} exponential instructions for {row['entries']} entries"
 
 
-@pytest.mark.parametrize("kind", ("forward", "backward", "coefficients", "online"))
+@pytest.mark.parametrize("kind", ("forward", "backward", "coefficients", "online", "products", "finish"))
 def test_every_argument_has_its_type_beside_the_kernel(kind):
     """In the kernel's order; and what may be None has a feature that brings it."""
     from bench.aot.variants import FEATURES, KERNELS

@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import positives
 from ...problem import Problem
 from . import launch
-from .products import Products
+from .products import Operands, Products
 
 ROWS, WIDTH = 16, 128  # of a program's tile, which walks along the width
 
@@ -114,7 +114,7 @@ class Gradients:
 
     needs        whether x, y and the scale get a gradient; at least one does
     rounded      those of x and y have their dtype; else fp32
-    g            the scratch that `add` finds a super-block in, as in Products
+    g            the scratch that `add` finds a super-block in, as in products.Operands
     coefficient  (N,) fp32, the gradient at every row's positive, 0 where there is none; None: no row has one
     unit         0-d fp32; None: 1
     """
@@ -141,7 +141,7 @@ class Gradients:
         partial_sums = triton.cdiv(rows if self.from_x else columns, ROWS)
         self.inner = problem.x.new_empty(partial_sums, dtype=torch.float32) if needs_scale else None
         self.dx = self._empty(rows, self.dtype) if self.needs_x and self.by_range else None
-        self.products: Products | None = Products(problem, g, self.gx, self.gy, self.by_range)
+        self.products: Products | None = Products(Operands(problem, g, self.gx, self.gy, self.by_range))
         self.finish_rows = self._finishing(self.gx, self.dx, columns=False) if self.by_range else None
 
     def add(self, i: slice, j: slice) -> None:
