@@ -142,10 +142,11 @@ def test_g_may_be_in_a_unit(way, positives):
 
 
 def test_strides_are_followed(way):
-    """Embeddings with a step along the width, and with rows that overlap."""
+    """Embeddings with a step along the width, or with rows that overlap, and positives from a column of a matrix."""
     case = Case.of(70, 97, 24)
     x, y = torch.randn(24, 70).T, torch.randn(97 + 23).unfold(0, 24, 1)
-    case = Case(Problem(x, y, case.problem.scale, case.problem.positive_column), case.g, case.coefficient)
+    column, coefficient = (torch.stack([v, v + 1], 1)[:, 0] for v in (case.problem.positive_column, case.coefficient))
+    case = Case(Problem(x, y, case.problem.scale, column), case.g, coefficient)
     assert_accurate(case.run(), case.exact(), ALL)
 
 

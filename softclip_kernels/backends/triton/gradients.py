@@ -174,23 +174,28 @@ class Gradients:
         return getattr(self.problem, "positive_row", None)
 
     def _finished(self, total: Tensor, columns: bool) -> Tensor | None:
-        """The whole of one side."""
-        result = total if self.dtype == torch.float32 else self._empty(len(total), self.dtype)
-        wanted = result if columns or self.needs_x else None
-        _finish(self._finishing(total, wanted, columns), slice(0, len(total)), 0)
-        return wanted
+        """The gradient of the whole of one side, in place where it is fp32."""
+        result = None  # the sums of x may be there for dscale alone
+        if columns or self.needs_x:
+            result = total if self.dtype == torch.float32 else self._empty(len(total), self.dtype)
+        _finish(self._finishing(total, result, columns), slice(0, len(total)), 0)
+        return result
 
     def _finishing(self, total: Tensor | None, result: Tensor | None, columns: bool) -> launch.Call:
-        """The kernel on one side."""
+        """The kernel on one side, to be launched on ranges of it."""
         p = self.problem
         own, other = (p.y, p.x) if columns else (p.x, p.y)
-        positive = self._positive_row() if columns else p.positive_column
+        positive, coefficient = self._positive_row() if columns else p.positive_column, self.coefficient
+        if positive is None or coefficient is None:
+            positive = coefficient = None
+        else:
+            positive, coefficient = positive.contiguous(), coefficient.contiguous()
         arguments = {
             "total": total,
             "own": own,
             "other": other,
-            "positive": None if self.coefficient is None else positive,
-            "coefficient": self.coefficient,
+            "positive": positive,
+            "coefficient": coefficient,
             "unit": self.unit,
             "scale": p.scale.float(),
             "result": result,
