@@ -4,6 +4,9 @@ softmax_forward   the forward block operation: one pass over tiles, one exponent
 softmax_backward  the backward one: a block of G with its epilogue fused, for two matrix products
 coefficients      what the backward pass multiplies exponentials with
 online            the online softmax, for rows (columns) whose centered sums left the range of fp32
+products          both matrix products of a super-block in one launch
+gradients         from the sums of products to gradients: positives, scale and rounding in one pass
+edges             how long the edge of a super-block is, by a model of its launches' time
 tiles             what the kernels share: tile order, the streamed matrix product, masks, the places of arguments
 passes            from a problem to the kernels' arguments, one pass for each teacher
 launch            what the launches share: super-blocks, precision, sums of products
