@@ -229,6 +229,7 @@ def product_variants(architecture: str) -> list[Variant]:
                 listed += [replace(both, features=frozenset({needed})) for needed in ("gx", "gy")]
         finish = Variant("finish", "none", any_shape, dtype=dtype, features=everything | {"result"})
         listed += [finish, replace(finish, g_dtype="fp32"), replace(finish, features=everything)]
+        listed.append(replace(finish, features=finish.features | {"columns"}))
     return [*listed, replace(finish, dtype="fp32", even=False, aligned=False)]
 
 
@@ -284,7 +285,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "GROUP": GROUP,
         "EVEN": variant.even,
         "TEACHER_EVEN": variant.even,
-        "COLUMNS": False,
+        "COLUMNS": "columns" in variant.features,
         "PRECISION": variant.precision if variant.dtype == "fp32" else "ieee",
         "TEACHER_PRECISION": variant.precision if teacher_dtype == "fp32" else "ieee",
         **variant.shape.constants(),

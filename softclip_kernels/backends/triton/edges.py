@@ -20,8 +20,6 @@ ENDS = 512
 # What an entry costs that streams in along a tile's side, in products: on sm_90, tiles of 128 x 256 stream about as
 # fast as they multiply, and tiles of 128 x 128 a fifth slower.
 STREAM = 80
-
-
 MOST = 64 * 2**20  # bytes that the backward pass takes beyond operands and gradients, where it can
 
 

@@ -255,12 +255,12 @@ def backward(
     unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
     vectors, positive = coefficients.prepare(launch_passes, statistics, gradient, unit)
     blocks = _Blocks(problem, launch_passes, vectors, _edge(problem, launch_passes, wanted))
-    gradients = Gradients(problem, (wanted.x, wanted.y, wanted.scale), wanted.rounded, blocks.scratch, positive, unit)
+    gradients = Gradients(problem, wanted, blocks.scratch, positive, unit)
     for i, j in launch.super_blocks(problem.rows, problem.columns, blocks.edge, blocks.mirrored):
         blocks.compute(i, j)
         gradients.add(i, j)
     del blocks  # its memory serves the last gradient
-    return InputGradients(*gradients.result())
+    return gradients.result()
 
 
 def _edge(problem: Problem, launch_passes: list[Pass], wanted: Wanted) -> int:
