@@ -118,6 +118,26 @@ def product(
 
 
 @triton.jit
+def sum_rows(tile):
+    """`tl.sum(tile, 0)` of a product's tile, with its entries moved once instead of shuffled column by column.
+
+    Of eight neighbouring rows each thread of a warp holds one, at many columns: the tree of shuffles that a plain sum
+    becomes takes three for each of them, more than anything else of an epilogue. `split` wants its pair in one thread,
+    so these eight come to one thread all at once, through shared memory, and what is left are additions. The order of
+    the axes (rows 16 r + 8 h + g, columns 8 c + 2 q + p) lets them come by stmatrix and ldmatrix on sm_90.
+    """
+    ROWS: tl.constexpr = tile.shape[0] // 16
+    COLUMNS: tl.constexpr = tile.shape[1] // 8
+    part = tl.sum(tl.reshape(tile, (ROWS, 2, 8, tile.shape[1])), 1)  # (r, g, columns), from a thread's own entries
+    part = tl.permute(tl.reshape(part, (ROWS, 8, COLUMNS, 4, 2)), (0, 2, 4, 3, 1))  # (r, c, p, q, g)
+    part = tl.reshape(part, (ROWS, COLUMNS, 2, 4, 2, 2, 2))
+    for _ in tl.static_range(3):
+        even, odd = tl.split(part)
+        part = even + odd
+    return tl.reshape(tl.permute(tl.sum(part, 0), (0, 2, 1)), (tile.shape[1],))
+
+
+@triton.jit
 def positives(positive_column, index, inside, start, end, BLOCK: tl.constexpr):
     """The positives of the given rows as numbers within the tile's columns, which begin at `start`: (rows,) int32, -1
     where the positive is not in the tile. The same with rows and columns exchanged."""
