@@ -24,7 +24,8 @@ from ...stats import SoftmaxStatistics, Statistics
 from . import launch, online, tuning
 from .call import Call
 from .passes import Pass, passes
-from .shapes import GROUP, Shape
+from .shapes import GROUP, TMA, Shape
+from .softmax_forward_persistent import PersistentCall
 from .sums import BLOCK, HEADROOM, sums_kernel
 from .tiles import (
     BOUND,
@@ -336,7 +337,11 @@ class _Sums:
             "TIED": launch_pass.tied,
             "GROUP": GROUP,
         }
-        self.call = Call(softmax_forward_kernel, arguments, shape.options())
+        self.call: Call | PersistentCall
+        if shape.way == TMA:
+            self.call = PersistentCall(arguments, shape, launch.processors(problem.x.device))
+        else:
+            self.call = Call(softmax_forward_kernel, arguments, shape.options())
         arguments = constants | partial | results
         arguments |= {
             "row_totals": positive_logit.new_empty(statistics, problem.rows),

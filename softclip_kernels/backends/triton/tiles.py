@@ -12,6 +12,7 @@ compiled with ahead of time, and the tests hold it against what a launch passes:
     *fp32 *i64 *i8           pointers as Triton names them; *fp32? may be None
     *student *teacher *grad  pointers to the dtype of the student's embeddings, of the teacher's, of G
     *previous                one to fp32, where several teachers add up, or to the dtype of G
+    box rows, box columns    descriptors of the student's embeddings by boxes of a tile's rows or columns and a step
     i32                      an integer
     i32 stride, i32 width    one that is divisible by 16 in the usual case
     i32 step                 the stride along the width, 1 in the usual case and then a constant of the code
