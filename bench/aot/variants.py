@@ -79,6 +79,8 @@ FEATURES = {
     "previous": "previous",
     "teacher_scale": "teacher's scale",
     "known_bounds": "known bounds",
+    "row_ranks": "ranks",
+    "column_ranks": "ranks",
     "top_row_bias": "biases",
     "top_column_bias": "biases",
     "gx": "gx",
@@ -230,6 +232,7 @@ def product_variants(architecture: str) -> list[Variant]:
                 listed += [replace(both, features=frozenset({needed})) for needed in ("gx", "gy")]
         finish = Variant("finish", "none", any_shape, dtype=dtype, features=everything | {"result"})
         listed += [finish, replace(finish, g_dtype="fp32"), replace(finish, features=everything)]
+        listed.append(replace(finish, features=finish.features | {"columns"}))
     return [*listed, replace(finish, dtype="fp32", even=False, aligned=False)]
 
 
@@ -288,7 +291,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "FLATTEN": softmax_forward_persistent.together(variant.shape) == 1,
         "EVEN": variant.even,
         "TEACHER_EVEN": variant.even,
-        "COLUMNS": False,
+        "COLUMNS": "columns" in variant.features,
         "PRECISION": variant.precision if variant.dtype == "fp32" else "ieee",
         "TEACHER_PRECISION": variant.precision if teacher_dtype == "fp32" else "ieee",
         **variant.shape.constants(),

@@ -17,19 +17,13 @@ from softclip_kernels.backends.triton import launch, shapes, tuning
 from softclip_kernels.backends.triton.gradients import Gradients
 from softclip_kernels.backends.triton.shapes import Shape
 from softclip_kernels.problem import Problem
+from softclip_kernels.stats import Wanted
 from softclip_kernels.testing import unit_rows
 
 EDGE = 64  # two tiles of the interpreter's
 ALL = (True, True, True)
 WAYS = ("kernel", "library")
 PAIRS, LABELS, ABSENT = "pairs", "labels", "absent"
-
-
-@dataclass(frozen=True)
-class WithRows(Problem):
-    """A problem that knows the row of every column's positive, (M,)."""
-
-    positive_row: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Case:
             column = torch.randperm(max(n, m), generator=generator)[:n] - 1
             inside = (column >= 0) & (column < m)
             row = torch.full((m,), -1).scatter(0, column[inside], torch.arange(n)[inside])
-            problem: Problem = WithRows(x, y, scale, column, positive_row=row)
+            problem = Problem(x, y, scale, column, positive_row=row)
         elif positives is None:
             return Case(Problem(x, y, scale), g, None, torch.tensor(unit) if unit != 1 else None, mirrored)
         else:
@@ -68,7 +62,7 @@ class Case:
         """By Gradients, from a scratch that is full of NaN wherever G is not."""
         p = self.problem
         scratch = p.x.new_empty((2, edge, edge) if self.mirrored else (edge, edge))
-        gradients = Gradients(p, needs, rounded, scratch, self.coefficient, self.unit)
+        gradients = Gradients(p, Wanted(*needs, rounded=rounded), scratch, self.coefficient, self.unit)
         for i, j in launch.super_blocks(p.rows, p.columns, edge, self.mirrored):
             scratch.fill_(torch.nan)
             for g, (rows, columns) in zip(scratch.view(-1, edge, edge), ((i, j), (j, i)), strict=False):
@@ -142,10 +136,11 @@ def test_g_may_be_in_a_unit(way, positives):
 
 
 def test_strides_are_followed(way):
-    """Embeddings with a step along the width, and with rows that overlap."""
+    """Embeddings with a step along the width, or with rows that overlap, and positives from a column of a matrix."""
     case = Case.of(70, 97, 24)
     x, y = torch.randn(24, 70).T, torch.randn(97 + 23).unfold(0, 24, 1)
-    case = Case(Problem(x, y, case.problem.scale, case.problem.positive_column), case.g, case.coefficient)
+    column, coefficient = (torch.stack([v, v + 1], 1)[:, 0] for v in (case.problem.positive_column, case.coefficient))
+    case = Case(Problem(x, y, case.problem.scale, column), case.g, coefficient)
     assert_accurate(case.run(), case.exact(), ALL)
 
 
@@ -169,7 +164,7 @@ def test_timing_the_first_super_block_changes_nothing(way, monkeypatch):
     case = Case.of(150, 97, 40)
     before = case.run()
 
-    def choose(key, candidates, trial, entries, device):
+    def choose(kind, key, candidates, trial, entries, device):
         for shape in candidates * 3:
             launched, covered = trial(shape)
             launched()

@@ -53,7 +53,10 @@ def over_budget(row):
     # A product in three of tf32, which fp32 operands take, has one that waits. No other product has any.
     if row["architecture"] == "sm_90" and row["serialized"] > (row["matmuls"] if row["three_products"] else 0):
         yield f"{row['serialized']} wgmma wait for the one before"
-    if row["kernel"] == "products":
+    if row["kernel"] == "products":  # of each gradient, whole steps along the sum and the rest
+        sums = ("gx" in row["variant"]) + ("gy" in row["variant"])
+        if row["matmuls"] != 2 * sums:
+            yield f"{row['matmuls']} matrix products for {sums} sums"
         return
     if row["way"] == TMA and not row["tile_loads"]:
         yield "no UTMALDG: operands do not come by boxes"

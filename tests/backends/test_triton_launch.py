@@ -247,13 +247,13 @@ def checked(kernel, signature):
 
 undriven.install(checked)
 noted, compiled = undriven.noted, undriven.compiled
-from softclip_kernels.backends.triton import call, launch
+from softclip_kernels.backends.triton import call, edges, launch
 from softclip_kernels.backends.triton.softmax_backward import backward
 from softclip_kernels.backends.triton.softmax_forward import forward
 from softclip_kernels.problem import Problem, TeacherOperand, Source
 from softclip_kernels.stats import StatisticsGradient, Wanted
 launch.add_product = lambda *arguments: None
-launch.SCRATCH = 2**21
+launch.SCRATCH = edges.MOST = 2**21
 
 def run(problem):
     noted.clear()

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from ... import positives
 from ...problem import Problem
+from ...stats import InputGradients, Wanted
 from . import launch
 from .call import Call, ceil_div
-from .products import Products
+from .products import Operands, Products
 
 ROWS, WIDTH = 16, 128  # of a program's tile, which walks along the width
 
@@ -113,9 +114,8 @@ def finish_kernel(
 class Gradients:
     """`add` every super-block of G, in the order of launch.super_blocks, then take the `result`.
 
-    needs        whether x, y and the scale get a gradient; at least one does
-    rounded      those of x and y have their dtype; else fp32
-    g            the scratch that `add` finds a super-block in, as in Products
+    wanted       at least one gradient
+    g            the scratch that `add` finds a super-block in, as in products.Operands
     coefficient  (N,) fp32, the gradient at every row's positive, 0 where there is none; None: no row has one
     unit         0-d fp32; None: 1
     """
@@ -123,26 +123,23 @@ class Gradients:
     def __init__(
         self,
         problem: Problem,
-        needs: tuple[bool, bool, bool],
-        rounded: bool,
+        wanted: Wanted,
         g: Tensor,
         coefficient: Tensor | None = None,
         unit: Tensor | None = None,
     ) -> None:
-        self.problem, self.coefficient, self.unit = problem, coefficient, unit
-        self.needs_x, needs_y, needs_scale = needs
-        self.dtype = problem.x.dtype if rounded else torch.float32
-        # z is linear in x, in y and in the scale, so the scale's gradient follows from either sum.
-        self.from_x = self.needs_x or not needs_y
-        in_place = self.needs_x and self.dtype == torch.float32
+        self.problem, self.wanted, self.coefficient, self.unit = problem, wanted, coefficient, unit
+        self.dtype = problem.x.dtype if wanted.rounded else torch.float32
+        self.from_x, needs_gy = wanted.products  # the scale's gradient follows from either sum
+        in_place = wanted.x and self.dtype == torch.float32
         self.by_range = self.from_x and not in_place and g.dim() == 2
         rows, columns = problem.rows, problem.columns
         self.gx = self._empty(min(g.shape[-1], rows) if self.by_range else rows, torch.float32) if self.from_x else None
-        self.gy = self._empty(columns, torch.float32) if needs_y else None
+        self.gy = self._empty(columns, torch.float32) if needs_gy else None
         partial_sums = ceil_div(rows if self.from_x else columns, ROWS)
-        self.inner = problem.x.new_empty(partial_sums, dtype=torch.float32) if needs_scale else None
-        self.dx = self._empty(rows, self.dtype) if self.needs_x and self.by_range else None
-        self.products: Products | None = Products(problem, g, self.gx, self.gy, self.by_range)
+        self.inner = problem.x.new_empty(partial_sums, dtype=torch.float32) if wanted.scale else None
+        self.dx = self._empty(rows, self.dtype) if wanted.x and self.by_range else None
+        self.products: Products | None = Products(Operands(problem, g, self.gx, self.gy, self.by_range))
         self.finish_rows = self._finishing(self.gx, self.dx, columns=False) if self.by_range else None
 
     def add(self, i: slice, j: slice) -> None:
@@ -152,9 +149,8 @@ class Gradients:
         if self.finish_rows is not None and j.stop == self.problem.columns:
             _finish(self.finish_rows, i, i.start)
 
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dx, dy and dscale (0-d, fp32), None where not needed. Nothing can be added afterwards; a caller that still
-        holds the scratch holds memory that dy could take."""
+    def result(self) -> InputGradients:
+        """Nothing can be added afterwards; a caller that still holds the scratch holds memory that dy could take."""
         self.products = self.finish_rows = None
         if self.gx is not None and not self.by_range:
             self.dx = self._finished(self.gx, columns=False)
@@ -165,33 +161,38 @@ class Gradients:
                 positives.add_gradient(self.problem, coefficient, None, self.gy)
             dy = self._finished(self.gy, columns=True)
         self.gy = None
-        return self.dx, dy, None if self.inner is None else self.inner.sum()
+        return InputGradients(self.dx, dy, None if self.inner is None else self.inner.sum())
 
     def _empty(self, length: int, dtype: torch.dtype) -> Tensor:
         return self.problem.x.new_empty(length, self.problem.x.shape[1], dtype=dtype)
 
     def _positive_row(self) -> Tensor | None:
         """Of each column, where no two rows share one: then their positives are read, and not scattered."""
-        return getattr(self.problem, "positive_row", None)
+        return self.problem.positive_row
 
     def _finished(self, total: Tensor, columns: bool) -> Tensor | None:
-        """The whole of one side."""
-        result = total if self.dtype == torch.float32 else self._empty(len(total), self.dtype)
-        wanted = result if columns or self.needs_x else None
-        _finish(self._finishing(total, wanted, columns), slice(0, len(total)), 0)
-        return wanted
+        """The gradient of the whole of one side, in place where it is fp32."""
+        result = None  # the sums of x may be there for dscale alone
+        if columns or self.wanted.x:
+            result = total if self.dtype == torch.float32 else self._empty(len(total), self.dtype)
+        _finish(self._finishing(total, result, columns), slice(0, len(total)), 0)
+        return result
 
     def _finishing(self, total: Tensor | None, result: Tensor | None, columns: bool) -> Call:
-        """The kernel on one side."""
+        """The kernel on one side, to be launched on ranges of it."""
         p = self.problem
         own, other = (p.y, p.x) if columns else (p.x, p.y)
-        positive = self._positive_row() if columns else p.positive_column
+        positive, coefficient = self._positive_row() if columns else p.positive_column, self.coefficient
+        if positive is None or coefficient is None:
+            positive = coefficient = None
+        else:
+            positive, coefficient = positive.contiguous(), coefficient.contiguous()
         arguments = {
             "total": total,
             "own": own,
             "other": other,
-            "positive": None if self.coefficient is None else positive,
-            "coefficient": self.coefficient,
+            "positive": positive,
+            "coefficient": coefficient,
             "unit": self.unit,
             "scale": p.scale,
             "result": result,

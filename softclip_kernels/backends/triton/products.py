@@ -8,6 +8,7 @@ where the other side starts, so nothing is zeroed before, and it takes the later
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -200,32 +201,27 @@ def products_kernel(
         )
 
 
-class Products:
-    """`products(i, j)` adds what the scratch holds for rows i and columns j, in the order of launch.super_blocks.
+@dataclass(frozen=True)
+class Operands:
+    """What the products are made of, and where they are added.
 
-    g        the scratch in the dtype of x, (edge, edge), or with the mirror's after it (2, edge, edge); the edge is in
-             whole tiles of every candidate, and anything may lie beyond a super-block's end
-    gx, gy   (N, D) and (M, D), fp32, not initialized; None: not needed. With `by_range`, gx holds one range of rows
+    g         the scratch in the dtype of x, (edge, edge), or with the mirror's after it (2, edge, edge); the edge is in
+              whole tiles of every candidate, and anything may lie beyond a super-block's end
+    gx, gy    sums (N, D) and (M, D), fp32, not initialized; None: not needed
+    by_range  gx holds one range of rows at a time
     """
 
-    def __init__(self, problem: Problem, g: Tensor, gx: Tensor | None, gy: Tensor | None, by_range: bool) -> None:
-        self.problem, self.gx, self.gy, self.by_range = problem, gx, gy, by_range
-        self.mirrored, self.g = g.dim() == 3, g.view(-1, *g.shape[-2:])
-        self.add: AddBlock | None = None
+    problem: Problem
+    g: Tensor
+    gx: Tensor | None
+    gy: Tensor | None
+    by_range: bool
 
-    def __call__(self, i: slice, j: slice) -> None:
-        if self.add is None:  # the first super-block, whose sums start anew however often it is timed
-            self.add = self._by_fastest(i, j)
-        self.add(i, j)
+    @property
+    def mirrored(self) -> bool:
+        return self.g.dim() == 3
 
-    def _by_fastest(self, i: slice, j: slice) -> AddBlock:
-        def trial(shape: Shape) -> tuple[tuning.Launch, int]:
-            return functools.partial(self._by(shape), i, j), launch.entries(i, j)
-
-        needed = [name for name, total in (("x", self.gx), ("y", self.gy)) if total is not None]
-        return self._by(launch.choose_product_shape(self.problem, self.mirrored, needed, trial))
-
-    def _by(self, shape: Shape) -> AddBlock:
+    def added_by(self, shape: Shape) -> AddBlock:
         return self._in_library if shape.way == LIBRARY else self._in_one_launch(shape)
 
     def _pairs(self, i: slice, j: slice) -> tuple[tuple[slice, slice], ...]:
@@ -268,7 +264,7 @@ class Products:
         return add
 
     def _in_library(self, i: slice, j: slice) -> None:
-        for g, (rows, columns) in zip(self.g, self._pairs(i, j), strict=False):
+        for g, (rows, columns) in zip(self.g.view(-1, *self.g.shape[-2:]), self._pairs(i, j), strict=False):
             block = g[: rows.stop - rows.start, : columns.stop - columns.start]
             if self.gx is not None:
                 start = self._gx_start(rows)
@@ -280,3 +276,24 @@ class Products:
 
 def _add(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     launch.add_product(total.zero_() if first else total, a, b)
+
+
+class Products:
+    """`products(i, j)` adds what the scratch holds for rows i and columns j, in the order of launch.super_blocks."""
+
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self.add: AddBlock | None = None
+
+    def __call__(self, i: slice, j: slice) -> None:
+        if self.add is None:  # the first super-block, whose sums start anew however often it is timed
+            self.add = self._fastest(i, j)
+        self.add(i, j)
+
+    def _fastest(self, i: slice, j: slice) -> AddBlock:
+        def trial(shape: Shape) -> tuple[tuning.Launch, int]:
+            return functools.partial(self.operands.added_by(shape), i, j), launch.entries(i, j)
+
+        of = self.operands
+        needed = [name for name, total in (("x", of.gx), ("y", of.gy)) if total is not None]
+        return of.added_by(launch.choose_product_shape(of.problem, of.mirrored, needed, trial))

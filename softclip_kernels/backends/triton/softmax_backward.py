@@ -255,12 +255,12 @@ def backward(
     unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
     vectors, positive = coefficients.prepare(launch_passes, statistics, gradient, unit)
     blocks = _Blocks(problem, launch_passes, vectors, _edge(problem, launch_passes, wanted))
-    gradients = Gradients(problem, (wanted.x, wanted.y, wanted.scale), wanted.rounded, blocks.scratch, positive, unit)
+    gradients = Gradients(problem, wanted, blocks.scratch, positive, unit)
     for i, j in launch.super_blocks(problem.rows, problem.columns, blocks.edge, blocks.mirrored):
         blocks.compute(i, j)
         gradients.add(i, j)
-    del blocks  # its memory serves the last gradient
-    return InputGradients(*gradients.result())
+    del blocks, vectors  # their memory serves the last gradient
+    return gradients.result()
 
 
 def _edge(problem: Problem, launch_passes: list[Pass], wanted: Wanted) -> int:
@@ -278,7 +278,9 @@ def _edge(problem: Problem, launch_passes: list[Pass], wanted: Wanted) -> int:
         row_bytes=4 * width if x_product and rounds and not mirrored else 0,
     )
     every = tuple(shape for launch_pass in launch_passes for shape in launch.candidates("backward", launch_pass))
-    memory = memory_for_scratch(problem.columns * width * itemsize if y_product and rounds else 0)
+    last = problem.columns * width * itemsize if y_product and rounds else 0
+    kept = last + (problem.rows * width * itemsize if mirrored and x_product and rounds else 0)
+    memory = memory_for_scratch(kept, last)
     return best_edge(work, every, launch.product_candidates(problem), launch.processors(problem.x.device), memory)
 
 

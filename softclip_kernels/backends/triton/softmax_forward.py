@@ -295,8 +295,8 @@ def forward(problem: Problem) -> Statistics:
         "column_statistics": columns,
         "row_in_range": in_range[0],
         "column_in_range": in_range[1],
-        "row_ranks": row_ranks,
-        "column_ranks": column_ranks,
+        "row_ranks": row_ranks if ranked else None,
+        "column_ranks": column_ranks if ranked else None,
     }
     launch_passes, bounds = passes(problem)
     for k, launch_pass in enumerate(launch_passes):

@@ -28,7 +28,7 @@ HEADROOM = tl.constexpr(103.87)
 # at least this for each of them.
 SMALLEST = tl.constexpr(2.0**-102)
 BLOCK = 64  # positions a program
-SLOTS = tl.constexpr(16)  # that are added at once
+SLOTS = tl.constexpr(32)  # that are added at once
 
 ARGUMENTS = {
     "row_sums": "*fp32",
@@ -41,8 +41,8 @@ ARGUMENTS = {
     "column_statistics": "*fp32",
     "row_in_range": "*i8",
     "column_in_range": "*i8",
-    "row_ranks": "*i64",
-    "column_ranks": "*i64",
+    "row_ranks": "*i64?",
+    "column_ranks": "*i64?",
     "scalars": "*fp32",
     **SUPER_BLOCK,
     "rows": "i32",
@@ -223,7 +223,7 @@ def sums_kernel(
     row_totals, column_totals           (STATISTICS, rows) and (STATISTICS, columns), of earlier super-blocks
     row_statistics, column_statistics   (1 + 2K, rows) and (1 + 2K, columns) as in stats.py; `teacher`: which of the K
     row_in_range, column_in_range       (rows,) and (columns,), 0 where the sums left fp32's range
-    row_ranks, column_ranks             (rows,) and (columns,), with RANKED
+    row_ranks, column_ranks             (rows,) and (columns,), None without RANKED
     """
     index = tl.program_id(0)
     height, width = row_end - row_start, column_end - column_start
