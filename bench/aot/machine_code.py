@@ -21,10 +21,9 @@ from .variants import SHARED_LIMIT, Variant, compile_variant, variants
 def inspect(variant: Variant, architecture: str) -> dict[str, Any]:
     """What one variant compiles to. registers and spilled (bytes, stack included) are a thread's, shared bytes a
     program's; exponentials_issued counts machine instructions a thread, over its `entries`; serialized, on sm_90,
-    tensor instructions that wait for the one before; shuffles between threads and tile_loads (TMA) stand in the code of
-    nvidia's alone. From the intermediate code: matmuls; exponentials of whole tiles,
-    the fewest that a program takes, the most, and all in the code; and narrow_offsets, the addresses that rest on a
-    product in 32 bits."""
+    tensor instructions that wait for the one before; shuffles between threads and tile_loads (TMA) are counted in
+    nvidia's code alone. From the intermediate code: matmuls; exponentials of whole tiles, the fewest that a program
+    takes, the most, and all in the code; and narrow_offsets, the addresses that rest on a product in 32 bits."""
     compiled = compile_variant(variant, architecture)
     nvidia = architecture.startswith("sm_")
     s = variant.shape
