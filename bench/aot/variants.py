@@ -21,6 +21,7 @@ from softclip_kernels.backends.triton import (
     softmax_backward,
     softmax_exchange,
     softmax_forward,
+    softmax_forward_persistent,
     sums,
 )
 from softclip_kernels.backends.triton.passes import MODES
@@ -29,6 +30,7 @@ from softclip_kernels.backends.triton.shapes import (
     GROUP,
     LIBRARY,
     SPLIT,
+    TMA,
     Shape,
     candidates,
     product_candidates,
@@ -37,6 +39,7 @@ from softclip_kernels.backends.triton.shapes import (
 # Kind of kernel to its module, which holds ARGUMENTS, and its name there.
 KERNELS: dict[str, tuple[ModuleType, str]] = {
     "forward": (softmax_forward, "softmax_forward_kernel"),
+    "persistent": (softmax_forward_persistent, "softmax_forward_persistent_kernel"),
     "backward": (softmax_backward, "softmax_backward_kernel"),
     "coefficients": (coefficients, "coefficients_kernel"),
     "online": (online, "online_rows_kernel"),
@@ -206,7 +209,7 @@ def _vector_variants() -> list[Variant]:
     everything."""
     everything = _EVERYTHING | {"unit", "teacher's scale", "previous", "known bounds"}
     shapes = {  # a mirrored super-block's sums know its tiles, others take any
-        "coefficients": Shape(1, 1, 1, 4, 3),
+        "coefficients": Shape(1, 1, 1, coefficients.WARPS, 3),
         "sums": Shape(128, 64, 1, 4, 3),
         "norms": Shape(norms.ROWS, norms.WIDTH, 1, 4, 3),
         "scalars": Shape(1, 1, 1, 4, 3),
@@ -240,6 +243,8 @@ def _as_launched(variant: Variant) -> list[Variant]:
             replace(variant, kernel="exchange", features=variant.features | adds)
             for adds in (frozenset(), frozenset({"previous"}))
         ]
+    if variant.shape.way == TMA:
+        return [replace(variant, kernel="persistent")]
     if variant.shape.way == SPLIT:
         features = variant.features | {"previous"}
         return [replace(variant, student=False, features=features, previous_dtype=variant.dtype)]
@@ -283,6 +288,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "TEACHER": MODES[variant.mode],
         "TIED": variant.tied,
         "GROUP": GROUP,
+        "FLATTEN": softmax_forward_persistent.together(variant.shape) == 1,
         "EVEN": variant.even,
         "TEACHER_EVEN": variant.even,
         "COLUMNS": "columns" in variant.features,
@@ -300,6 +306,9 @@ def _type(kind: str, variant: Variant) -> str:
         "*grad": variant.g_dtype or variant.dtype,
         "*previous": variant.previous_dtype,
     }
+    if kind.startswith("box"):
+        rows = variant.shape.block_m if kind == "box rows" else variant.shape.block_n
+        return f"tensordesc<{variant.dtype}[{rows}, {variant.shape.block_d}]>"
     name = kind.removesuffix("?").split()[0]
     return f"*{dtypes[name]}" if name in dtypes else name
 
@@ -307,6 +316,7 @@ def _type(kind: str, variant: Variant) -> str:
 def _divisible(kind: str, variant: Variant) -> bool:
     """Whether the launcher finds that the value is divisible by 16."""
     usual = {"i32": False, "i32 stride": variant.aligned, "i32 width": variant.even, "i32 edge": True}
+    usual |= {"box rows": False, "box columns": False}  # their alignment is the descriptor's own
     return usual.get(kind, True)
 
 

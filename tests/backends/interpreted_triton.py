@@ -16,7 +16,18 @@ from helpers import candidates, mutants
 from loss import test_loss
 
 from softclip_kernels import Hard, backends, positives, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.backends.triton import call, coefficients, edges, launch, online, products, softmax_backward
+from softclip_kernels.backends.triton import (
+    call,
+    coefficients,
+    edges,
+    launch,
+    online,
+    products,
+    shapes,
+    softmax_backward,
+    softmax_forward,
+    softmax_forward_persistent,
+)
 from softclip_kernels.backends.triton.passes import passes
 from softclip_kernels.backends.triton.shapes import Shape
 from softclip_kernels.problem import Problem, Source, TeacherOperand
@@ -109,6 +120,32 @@ def test_second_tile_shape_agrees(monkeypatch):
             other = Result.of_loss(x, y, scale, target, backend="triton")
         for field in FIELDS:
             torch.testing.assert_close(getattr(usual, field), getattr(other, field), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("processors", (1, 2, 100))
+def test_programs_that_stay_fill_the_same_slots(processors):
+    """A super-block within a problem, of two tiles by three with ragged edges, and one and a half steps of width."""
+    x, y, scale = operands(150, 160, 48, scale=100.0)
+    problem = Problem(x, y, scale, torch.cat((torch.full((100,), -1), torch.arange(30, 80))))
+    (launch_pass,), _ = passes(problem)
+    i, j, edge, shape = slice(96, 150), slice(20, 160), 192, Shape(32, 64, 32, 4, 1)
+    found = []
+    for persistent in (False, True):
+        filled = {"row_sums": torch.full((3, 1, edge), 7.0), "column_sums": torch.full((2, 1, edge), 7.0)}
+        filled |= {"positive_logit": torch.zeros(150)}
+        arguments = launch_pass.arguments() | launch.constants(launch_pass, shape) | filled
+        arguments |= {"mirror_row_sums": filled["row_sums"], "mirror_column_sums": filled["column_sums"]}
+        arguments |= {"positive_column": problem.positive_column}
+        arguments |= {"edge": edge, "STATISTICS": 1, "TIED": False, "GROUP": shapes.GROUP}
+        if persistent:
+            launched = softmax_forward_persistent.PersistentCall(arguments, shape, processors)
+        else:
+            launched = call.Call(softmax_forward.softmax_forward_kernel, arguments, shape.options())
+        launched(6, **launch.bounds(i, j))
+        found.append(filled)
+    assert (found[0]["positive_logit"] != 0).sum() == 50
+    for name, usual in found[0].items():
+        torch.testing.assert_close(found[1][name], usual, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,14 @@ import os
 import re
 import subprocess
 import sys
-import weakref
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
+from helpers.allocations import Allocations
 from helpers.backends import needs_triton
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from softclip_kernels.problem import Problem
 from softclip_kernels.stats import Wanted
@@ -40,24 +39,6 @@ def test_the_products_pass_their_tests_interpreted():
 # Memory.
 
 
-class Allocations(TorchDispatchMode):
-    """The most bytes of storage that were alive at once, of tensors that operators returned, the operands' aside."""
-
-    def __init__(self, *operands):
-        super().__init__()
-        self.operands = {operand.untyped_storage()._cdata for operand in operands}
-        self.tensors, self.most = [], 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        result = function(*arguments, **(named or {}))
-        if isinstance(result, torch.Tensor):
-            self.tensors = [each for each in self.tensors if each() is not None] + [weakref.ref(result)]
-            storages = [tensor.untyped_storage() for tensor in (each() for each in self.tensors) if tensor is not None]
-            sizes = {s._cdata: s.nbytes() for s in storages if s._cdata not in self.operands}
-            self.most = max(self.most, sum(sizes.values()))
-        return result
-
-
 def beyond_gradients(monkeypatch, n, width, needs, rounded, mirrored, inverse):
     """The most bytes that the scratch, the sums and what finishes them take beyond the gradients, in bfloat16 on 132
     multiprocessors. Nothing is launched, and the tensors have no memory."""
@@ -69,7 +50,8 @@ def beyond_gradients(monkeypatch, n, width, needs, rounded, mirrored, inverse):
     x, y = (torch.empty(n, width, dtype=torch.bfloat16, device="meta") for _ in range(2))
     column, coefficient = torch.empty(n, dtype=torch.int64, device="meta"), torch.empty(n, device="meta")
     problem = Problem(x, y, torch.empty((), device="meta"), column, positive_row=column if inverse else None)
-    memory = memory_for_scratch(2 * n * width if rounded else 0)
+    last = 2 * n * width if rounded else 0
+    memory = memory_for_scratch(last * (1 + mirrored), last)
     edge = best_edge(work(n, width, mirrored), *shapes_of(mirrored), 132, memory)
     with Allocations(x, y, column, coefficient) as allocations:
         scratch = x.new_empty((2, edge, edge) if mirrored else (edge, edge))
@@ -109,9 +91,8 @@ def test_memory_beyond_the_gradients_is_bounded(monkeypatch, n, needs, rounded, 
 def shapes_of(mirrored):
     from softclip_kernels.backends.triton.shapes import candidates, product_candidates
 
-    return candidates("backward", "transposed" if mirrored else "none", True, 2, "sm_90"), product_candidates(
-        True, 2, "sm_90"
-    )
+    mode = "transposed" if mirrored else "none"
+    return candidates("backward", mode, True, 2, "sm_90"), product_candidates(True, 2, "sm_90")
 
 
 def work(n, width, mirrored=False):
@@ -137,7 +118,7 @@ def test_the_best_edge_keeps_the_memory_and_fills_the_multiprocessors(width, mir
 
     bound = 0.38 if width < 512 else 0.48 if width < 768 else 0.63
     for processors, n in product(PROCESSORS, (1000, 8192, 32768, 100_000)):
-        task, memory = work(n, width, mirrored), memory_for_scratch(2 * n * width)
+        task, memory = work(n, width, mirrored), memory_for_scratch(2 * n * width * (1 + mirrored), 2 * n * width)
         edge = best_edge(task, *shapes_of(mirrored), processors, memory)
         tile = 128 if mirrored else 256
         assert edge % tile == 0 and edge < n + tile and task.memory(edge) <= memory

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Call:
@@ -58,8 +59,8 @@ def _signature(kernel: Any) -> tuple[dict[str, int], frozenset[int]]:
 
 def _plain_and_kinds(arguments: list[Any], unspecialized: frozenset[int]) -> tuple[list[Any], list[Hashable]]:
     """The arguments with pointers as numbers, and what decides which code they run: of a tensor its dtype, alignment
-    and device (on AMD also whether 31 bits reach all of it), and the value of every other argument that the kernel
-    specializes on or has as a constant."""
+    and device (on AMD also whether 31 bits reach all of it), of a descriptor its dtype, box and device, and of every
+    other argument that the kernel specializes on or has as a constant its value."""
     plain: list[Any] = []
     kinds: list[Hashable] = []
     for place, value in enumerate(arguments):
@@ -69,6 +70,9 @@ def _plain_and_kinds(arguments: list[Any], unspecialized: frozenset[int]) -> tup
             kinds += (value.dtype, pointer % 16, value.device)
             if torch.version.hip:
                 kinds.append(value.nbytes < 2**31)
+        elif isinstance(value, TensorDescriptor):  # handed on as it is
+            plain.append(value)
+            kinds += (value.base.dtype, *value.block_shape, value.base.device)
         else:
             plain.append(value)
             kinds.append(value < 2**31 if place in unspecialized else value)

@@ -29,6 +29,7 @@ HIGHEST = tl.constexpr(80.0)
 LARGEST = tl.constexpr(3.0e38)  # stands for infinity, whose last bit must stay 0
 FLAG_GROUP = tl.constexpr(16)  # rows (columns) that share a flag; divides every tile
 BLOCK = 128  # rows or columns a program
+WARPS = 8  # so that strided products of pairs fit in the registers
 
 # What the backward kernel takes for each direction.
 VECTORS = {
@@ -329,7 +330,7 @@ def prepare(
             "LAST": k == len(launch_passes) - 1,
         }
         programs = sum(ceil_div(length, BLOCK) for length in lengths.values())
-        Call(coefficients_kernel, arguments, {})(programs)
+        Call(coefficients_kernel, arguments, {"num_warps": WARPS})(programs)
         prepared.append(vectors)
     return prepared, positive
 

@@ -20,14 +20,16 @@ ENDS = 512
 # What an entry costs that streams in along a tile's side, in products: on sm_90, tiles of 128 x 256 stream about as
 # fast as they multiply, and tiles of 128 x 128 a fifth slower.
 STREAM = 80
-MOST = 64 * 2**20  # bytes that the backward pass takes beyond operands and gradients, where it can
+# Bytes that matrices take beyond operands and gradients, where it can be: a MiB less than the backward pass is allowed
+# (docs/triton.md), for the vectors of several teachers.
+MOST = 63 * 2**20
 
 
-def memory_for_scratch(gradient: int) -> int:
-    """The bytes that a super-block may take. `gradient`: of the gradient that is rounded last, from fp32 sums twice its
-    size, and allocated when the scratch is free again; 0 where the sums are the gradients. A scratch as large as that
-    gradient raises no peak."""
-    return min(max(MOST - gradient, gradient), MOST)
+def memory_for_scratch(kept: int, last: int) -> int:
+    """The bytes that a super-block may take. kept: how much larger the sums that are whole are than the gradients that
+    they become. last: of the gradient that is rounded last, and allocated when the scratch is free again: a scratch as
+    large as that raises no peak."""
+    return min(max(MOST - kept, last), MOST)
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,12 @@ def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
     plain = smooth and problem.row_segment is None and problem.row_threshold is None
     device = architecture(problem.x.device)
     suitable = shapes.candidates(kind, launch_pass.mode_name, plain, launch_pass.itemsize, device)
-    # A later teacher's launch has no student's part to split off.
-    return tuple(shape for shape in suitable if launch_pass.student or shape.way != shapes.SPLIT)
+    unsuitable = set()
+    if not launch_pass.student:  # a later teacher's launch, with no student's part to split off
+        unsuitable.add(shapes.SPLIT)
+    if any(operand.stride(0) < operand.shape[1] for operand in (problem.x, problem.y)):  # a descriptor's do not overlap
+        unsuitable.add(shapes.TMA)
+    return tuple(shape for shape in suitable if shape.way not in unsuitable)
 
 
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:

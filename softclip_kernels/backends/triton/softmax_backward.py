@@ -259,7 +259,7 @@ def backward(
     for i, j in launch.super_blocks(problem.rows, problem.columns, blocks.edge, blocks.mirrored):
         blocks.compute(i, j)
         gradients.add(i, j)
-    del blocks  # its memory serves the last gradient
+    del blocks, vectors  # their memory serves the last gradient
     return gradients.result()
 
 
@@ -278,7 +278,9 @@ def _edge(problem: Problem, launch_passes: list[Pass], wanted: Wanted) -> int:
         row_bytes=4 * width if x_product and rounds and not mirrored else 0,
     )
     every = tuple(shape for launch_pass in launch_passes for shape in launch.candidates("backward", launch_pass))
-    memory = memory_for_scratch(problem.columns * width * itemsize if y_product and rounds else 0)
+    last = problem.columns * width * itemsize if y_product and rounds else 0
+    kept = last + (problem.rows * width * itemsize if mirrored and x_product and rounds else 0)
+    memory = memory_for_scratch(kept, last)
     return best_edge(work, every, launch.product_candidates(problem), launch.processors(problem.x.device), memory)
 
 

@@ -24,7 +24,8 @@ from ...stats import SoftmaxStatistics, Statistics
 from . import launch, online, tuning
 from .call import Call
 from .passes import Pass, passes
-from .shapes import GROUP, Shape
+from .shapes import GROUP, TMA, Shape
+from .softmax_forward_persistent import PersistentCall
 from .sums import BLOCK, HEADROOM, sums_kernel
 from .tiles import (
     BOUND,
@@ -44,6 +45,7 @@ from .tiles import (
     positives,
     product,
     relation,
+    sum_rows,
     visible,
 )
 
@@ -94,9 +96,9 @@ def write_sums(tile, weight_i, weight_j, out_i, out_j, at):
     else:
         tl.store(out_i, tl.sum(tile, 1), mask=inside_i)
     if weight_i is not None:
-        tl.store(out_j, tl.sum(tile * tl.load(weight_i + i, mask=inside_i, other=0.0)[:, None], 0), mask=inside_j)
+        tl.store(out_j, sum_rows(tile * tl.load(weight_i + i, mask=inside_i, other=0.0)[:, None]), mask=inside_j)
     else:
-        tl.store(out_j, tl.sum(tile, 0), mask=inside_j)
+        tl.store(out_j, sum_rows(tile), mask=inside_j)
 
 
 @triton.jit
@@ -108,7 +110,7 @@ def write_ranks(dot, scale, at, segment_i, segment_j, threshold_i, threshold_j, 
     above_i = seen & (z > tl.load(threshold_i + i, mask=inside_i, other=0.0)[:, None])
     tl.store(out_i, tl.sum(above_i.to(tl.float32), 1), mask=inside_i)
     above_j = seen & (z > tl.load(threshold_j + j, mask=inside_j, other=0.0)[None, :])
-    tl.store(out_j, tl.sum(above_j.to(tl.float32), 0), mask=inside_j)
+    tl.store(out_j, sum_rows(above_j.to(tl.float32)), mask=inside_j)
 
 
 @triton.jit(do_not_specialize=["row_start", "row_end", "column_start", "column_end"])
@@ -335,7 +337,11 @@ class _Sums:
             "TIED": launch_pass.tied,
             "GROUP": GROUP,
         }
-        self.call = Call(softmax_forward_kernel, arguments, shape.options())
+        self.call: Call | PersistentCall
+        if shape.way == TMA:
+            self.call = PersistentCall(arguments, shape, launch.processors(problem.x.device))
+        else:
+            self.call = Call(softmax_forward_kernel, arguments, shape.options())
         arguments = constants | partial | results
         arguments |= {
             "row_totals": positive_logit.new_empty(statistics, problem.rows),
