@@ -61,11 +61,11 @@ def _cpu_kernel(event: str, argument: Any) -> str | None:
 
 
 def _triton_kernel(frame: FrameType, event: str) -> str | None:
-    """Triton's own launcher, called with one of our kernels."""
+    """Triton's own launcher, called with the kernel that takes the time."""
     if event != "call" or "triton/runtime" not in frame.f_code.co_filename or frame.f_code.co_name != "run":
         return None
-    kernel = frame.f_locals.get("self")
-    return f"{getattr(kernel, '__name__', 'kernel')} (Triton)"
+    name = getattr(frame.f_locals.get("self"), "__name__", "")
+    return f"{name} (Triton)" if name == "softmax_forward_kernel" else None
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from softclip_kernels.backends.triton import TritonBackend, launch
+from softclip_kernels.backends.triton import TritonBackend, call, launch
 
 Launch = tuple[str, tuple[int, ...], tuple[Any, ...]]  # a kernel's name, its grid, its arguments
 
@@ -71,12 +71,13 @@ def gpu(
 
     before, driver._active = driver._active, Driver()
     try:
-        with (
+        with (  # functions, because a mock takes longer than what is timed
             mock.patch.object(JITFunction, "_do_compile", compile),
-            mock.patch.object(launch, "architecture", return_value="sm_90"),
-            mock.patch.object(launch, "add_product"),
-            mock.patch.object(launch, "_compiled", {}),
-            mock.patch.object(TritonBackend, "why_not", return_value=None),
+            mock.patch.object(launch, "architecture", lambda device: "sm_90"),  # noqa: PT008
+            mock.patch.object(launch, "processors", lambda device: 132),  # noqa: PT008
+            mock.patch.object(launch, "add_product", lambda *_: None),  # noqa: PT008
+            mock.patch.object(call, "_compiled", {}),
+            mock.patch.object(TritonBackend, "why_not", lambda self, problem: None),  # noqa: PT008
         ):
             yield
     finally:

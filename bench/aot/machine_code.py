@@ -21,7 +21,8 @@ from .variants import SHARED_LIMIT, Variant, compile_variant, variants
 def inspect(variant: Variant, architecture: str) -> dict[str, Any]:
     """What one variant compiles to. registers and spilled (bytes, stack included) are a thread's, shared bytes a
     program's; exponentials_issued counts machine instructions a thread, over its `entries`; serialized, on sm_90,
-    tensor instructions that wait for the one before. From the intermediate code: matmuls; exponentials of whole tiles,
+    tensor instructions that wait for the one before; shuffles between threads and tile_loads (TMA) stand in the code of
+    nvidia's alone. From the intermediate code: matmuls; exponentials of whole tiles,
     the fewest that a program takes, the most, and all in the code; and narrow_offsets, the addresses that rest on a
     product in 32 bits."""
     compiled = compile_variant(variant, architecture)
@@ -121,6 +122,8 @@ def _nvidia(cubin: bytes) -> dict[str, Any]:
         "tensor": _mnemonics(code, r"\b((?:HMMA|HGMMA|UTCHMMA|UTCQMMA|QGMMA)(?:\.\w+)*)"),
         "serialized": serialized(code),
         "exponentials_issued": len(re.findall(r"MUFU\.EX2", code)),
+        "shuffles": len(re.findall(r"\bSHFL\b", code)),
+        "tile_loads": len(re.findall(r"\bUTMALDG\b", code)),
         "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code, re.M)),
     }
 

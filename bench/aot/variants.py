@@ -11,17 +11,51 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from softclip_kernels.backends.triton import coefficients, online, softmax_backward, softmax_exchange, softmax_forward
+from softclip_kernels.backends.triton import (
+    coefficients,
+    gradients,
+    norms,
+    online,
+    products,
+    scalars,
+    softmax_backward,
+    softmax_exchange,
+    softmax_forward,
+    softmax_forward_persistent,
+    sums,
+)
 from softclip_kernels.backends.triton.passes import MODES
-from softclip_kernels.backends.triton.shapes import EXCHANGE, GROUP, SPLIT, Shape, candidates
+from softclip_kernels.backends.triton.shapes import (
+    EXCHANGE,
+    GROUP,
+    LIBRARY,
+    SPLIT,
+    TMA,
+    Shape,
+    candidates,
+    product_candidates,
+)
 
 # Kind of kernel to its module, which holds ARGUMENTS, and its name there.
 KERNELS: dict[str, tuple[ModuleType, str]] = {
     "forward": (softmax_forward, "softmax_forward_kernel"),
+    "persistent": (softmax_forward_persistent, "softmax_forward_persistent_kernel"),
     "backward": (softmax_backward, "softmax_backward_kernel"),
     "coefficients": (coefficients, "coefficients_kernel"),
     "online": (online, "online_rows_kernel"),
     "exchange": (softmax_exchange, "softmax_exchange_kernel"),
+    "sums": (sums, "sums_kernel"),
+    "norms": (norms, "norms_kernel"),
+    "scalars": (scalars, "scalars_kernel"),
+    "products": (products, "products_kernel"),
+    "finish": (gradients, "finish_kernel"),
+}
+# Of those without a matrix product, the modes that they distinguish.
+VECTOR_MODES = {
+    "coefficients": ("none", "embeddings", "transposed"),
+    "sums": ("none", "embeddings", "transposed"),
+    "norms": ("none",),
+    "scalars": ("none", "logits", "embeddings"),
 }
 SHARED_LIMIT = {  # architecture to the bytes of shared memory that a program may take
     "sm_80": 163 * 1024,
@@ -43,8 +77,19 @@ FEATURES = {
     "row_weight": "biases",
     "column_weight": "biases",
     "previous": "previous",
-    "unit": "unit",
     "teacher_scale": "teacher's scale",
+    "known_bounds": "known bounds",
+    "row_ranks": "ranks",
+    "column_ranks": "ranks",
+    "top_row_bias": "biases",
+    "top_column_bias": "biases",
+    "gx": "gx",
+    "gy": "gy",
+    "positive": "positive",
+    "coefficient": "positive",
+    "unit": "unit",
+    "result": "result",
+    "inner": "inner",
 }
 
 
@@ -124,11 +169,9 @@ def _cases() -> list[Variant]:
 
 def _odd_cases() -> list[Variant]:
     """One more of each kernel with a teacher: wider than the student, and of width 100, whose strides are not divisible
-    by 16. The sums of earlier teachers are fp32 (g). coefficients has no tiles."""
+    by 16. The sums of earlier teachers are fp32 (g)."""
     any_shape = Shape(64, 64, 64, 8, 2)
-    everything = _WITHOUT_RANKS | {"unit", "teacher's scale", "previous"}
-    cases = [Variant("coefficients", mode, any_shape) for mode in ("none", "embeddings", "transposed")]
-    cases += [replace(case, features=everything, even=False, aligned=False) for case in cases]
+    cases = []
     for kernel in ("forward", "backward", "online"):
         features = frozenset() if kernel == "online" else frozenset({"positive"})
         case = Variant(kernel, "embeddings", any_shape, features=features)
@@ -154,14 +197,43 @@ def variants(architecture: str) -> list[Variant]:
         if case.teacher_dtype:
             typed = [replace(case, precision=wide)]
         for variant in typed:
-            if variant.kernel == "coefficients":
-                listed.append(variant)
-                continue
             itemsize = 4 if "fp32" in (variant.dtype, variant.teacher_dtype) else 2
             shapes = candidates(variant.kernel, variant.mode, variant.plain, itemsize, architecture)
             for shape in shapes:
                 listed += _as_launched(replace(variant, shape=shape))
-    return listed
+    return listed + _vector_variants() + product_variants(architecture)
+
+
+def _vector_variants() -> list[Variant]:
+    """Of the kernels whose tiles are no matrix product's, in the modes that they distinguish; plain, and with
+    everything."""
+    everything = _EVERYTHING | {"unit", "teacher's scale", "previous", "known bounds"}
+    shapes = {  # a mirrored super-block's sums know its tiles, others take any
+        "coefficients": Shape(1, 1, 1, coefficients.WARPS, 3),
+        "sums": Shape(128, 64, 1, 4, 3),
+        "norms": Shape(norms.ROWS, norms.WIDTH, 1, 4, 3),
+        "scalars": Shape(1, 1, 1, 4, 3),
+    }
+    plain = [Variant(kernel, mode, shape) for kernel, shape in shapes.items() for mode in VECTOR_MODES[kernel]]
+    return [*plain, *(replace(each, features=everything, even=False, aligned=False) for each in plain)]
+
+
+def product_variants(architecture: str) -> list[Variant]:
+    """The products with every candidate, of both gradients and of each alone, and of a width that is not in whole
+    tiles. What finishes their sums, with everything: in the embeddings' dtype, in place, without an alignment, for the
+    scale alone."""
+    any_shape, everything = Shape(gradients.ROWS, gradients.WIDTH, 1, 4, 1), frozenset({"positive", "unit", "inner"})
+    listed = []
+    for dtype in ("bf16", "fp16"):
+        for shape in product_candidates(True, 2, architecture):
+            if shape.way != LIBRARY:
+                both = Variant("products", "none", shape, dtype=dtype, features=frozenset({"gx", "gy"}))
+                listed += [both, replace(both, even=False)]
+                listed += [replace(both, features=frozenset({needed})) for needed in ("gx", "gy")]
+        finish = Variant("finish", "none", any_shape, dtype=dtype, features=everything | {"result"})
+        listed += [finish, replace(finish, g_dtype="fp32"), replace(finish, features=everything)]
+        listed.append(replace(finish, features=finish.features | {"columns"}))
+    return [*listed, replace(finish, dtype="fp32", even=False, aligned=False)]
 
 
 def _as_launched(variant: Variant) -> list[Variant]:
@@ -171,6 +243,8 @@ def _as_launched(variant: Variant) -> list[Variant]:
             replace(variant, kernel="exchange", features=variant.features | adds)
             for adds in (frozenset(), frozenset({"previous"}))
         ]
+    if variant.shape.way == TMA:
+        return [replace(variant, kernel="persistent")]
     if variant.shape.way == SPLIT:
         features = variant.features | {"previous"}
         return [replace(variant, student=False, features=features, previous_dtype=variant.dtype)]
@@ -202,15 +276,22 @@ def _constants(variant: Variant) -> dict[str, Any]:
     return {
         "SOURCE": MODES[variant.mode],  # the same numbers
         "LAST": "previous" not in variant.features,
+        "TAUGHT": variant.mode != "none",
+        "RANKED": "ranks" in variant.features,
+        "MIRRORED": variant.mode == "transposed",
+        "OWN_PRODUCT": variant.mode == "embeddings",
+        "COLUMN_SLOTS": 1,
         "PART": softmax_exchange.ADD if "previous" in variant.features else softmax_exchange.STORE,
-        "BLOCK": coefficients.BLOCK,
+        "BLOCK": sums.BLOCK if variant.kernel == "sums" else coefficients.BLOCK,
         "STATISTICS": int(variant.student) + 2 * (variant.mode != "none") + ("ranks" in variant.features),
         "STUDENT": variant.student,
         "TEACHER": MODES[variant.mode],
         "TIED": variant.tied,
         "GROUP": GROUP,
+        "FLATTEN": softmax_forward_persistent.together(variant.shape) == 1,
         "EVEN": variant.even,
         "TEACHER_EVEN": variant.even,
+        "COLUMNS": "columns" in variant.features,
         "PRECISION": variant.precision if variant.dtype == "fp32" else "ieee",
         "TEACHER_PRECISION": variant.precision if teacher_dtype == "fp32" else "ieee",
         **variant.shape.constants(),
@@ -225,6 +306,9 @@ def _type(kind: str, variant: Variant) -> str:
         "*grad": variant.g_dtype or variant.dtype,
         "*previous": variant.previous_dtype,
     }
+    if kind.startswith("box"):
+        rows = variant.shape.block_m if kind == "box rows" else variant.shape.block_n
+        return f"tensordesc<{variant.dtype}[{rows}, {variant.shape.block_d}]>"
     name = kind.removesuffix("?").split()[0]
     return f"*{dtypes[name]}" if name in dtypes else name
 
@@ -232,6 +316,7 @@ def _type(kind: str, variant: Variant) -> str:
 def _divisible(kind: str, variant: Variant) -> bool:
     """Whether the launcher finds that the value is divisible by 16."""
     usual = {"i32": False, "i32 stride": variant.aligned, "i32 width": variant.even, "i32 edge": True}
+    usual |= {"box rows": False, "box columns": False}  # their alignment is the descriptor's own
     return usual.get(kind, True)
 
 

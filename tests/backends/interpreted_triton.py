@@ -12,11 +12,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import mutants
+from helpers import candidates, mutants
 from loss import test_loss
 
 from softclip_kernels import Hard, backends, positives, softclip_loss, softclip_loss_with_ranks
-from softclip_kernels.backends.triton import coefficients, launch, online, softmax_backward
+from softclip_kernels.backends.triton import (
+    call,
+    coefficients,
+    edges,
+    launch,
+    online,
+    products,
+    shapes,
+    softmax_backward,
+    softmax_forward,
+    softmax_forward_persistent,
+)
 from softclip_kernels.backends.triton.passes import passes
 from softclip_kernels.backends.triton.shapes import Shape
 from softclip_kernels.problem import Problem, Source, TeacherOperand
@@ -86,7 +97,16 @@ def test_every_mutant_is_refused(name):
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_block", "psd_several", "blocks"))
 def test_several_super_blocks_agree_with_float64(name, monkeypatch):
     monkeypatch.setattr(launch, "SCRATCH", 40_000)
+    monkeypatch.setattr(edges, "MOST", 40_000)
     check(name, 200, 200, 33)
+
+
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_external"))
+def test_every_candidate_agrees_with_float64(name, monkeypatch):
+    """Ragged and whole: 70 and 64 rows, widths of 40 and 64."""
+    for n, d in ((70, 40), (64, 64), (129, 64)):
+        for _ in candidates.every(lambda size=(n, n, d): check(name, *size), monkeypatch):
+            check(name, n, n, d)
 
 
 def test_second_tile_shape_agrees(monkeypatch):
@@ -100,6 +120,32 @@ def test_second_tile_shape_agrees(monkeypatch):
             other = Result.of_loss(x, y, scale, target, backend="triton")
         for field in FIELDS:
             torch.testing.assert_close(getattr(usual, field), getattr(other, field), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("processors", (1, 2, 100))
+def test_programs_that_stay_fill_the_same_slots(processors):
+    """A super-block within a problem, of two tiles by three with ragged edges, and one and a half steps of width."""
+    x, y, scale = operands(150, 160, 48, scale=100.0)
+    problem = Problem(x, y, scale, torch.cat((torch.full((100,), -1), torch.arange(30, 80))))
+    (launch_pass,), _ = passes(problem)
+    i, j, edge, shape = slice(96, 150), slice(20, 160), 192, Shape(32, 64, 32, 4, 1)
+    found = []
+    for persistent in (False, True):
+        filled = {"row_sums": torch.full((3, 1, edge), 7.0), "column_sums": torch.full((2, 1, edge), 7.0)}
+        filled |= {"positive_logit": torch.zeros(150)}
+        arguments = launch_pass.arguments() | launch.constants(launch_pass, shape) | filled
+        arguments |= {"mirror_row_sums": filled["row_sums"], "mirror_column_sums": filled["column_sums"]}
+        arguments |= {"positive_column": problem.positive_column}
+        arguments |= {"edge": edge, "STATISTICS": 1, "TIED": False, "GROUP": shapes.GROUP}
+        if persistent:
+            launched = softmax_forward_persistent.PersistentCall(arguments, shape, processors)
+        else:
+            launched = call.Call(softmax_forward.softmax_forward_kernel, arguments, shape.options())
+        launched(6, **launch.bounds(i, j))
+        found.append(filled)
+    assert (found[0]["positive_logit"] != 0).sum() == 50
+    for name, usual in found[0].items():
+        torch.testing.assert_close(found[1][name], usual, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +165,7 @@ def test_the_suite_of_every_backend(test):
 
 def test_ranks_over_super_blocks_and_segments(monkeypatch):
     monkeypatch.setattr(launch, "SCRATCH", 40_000)
+    monkeypatch.setattr(edges, "MOST", 40_000)
     n = 150
     x, scale = unit_rows(n, 16, dtype=torch.float32), torch.tensor(20.0)
     y = matching_rows(x, noise=1.5)
@@ -246,7 +293,7 @@ def test_the_positives_gradients_are_those_of_pytorch(sources, scale):
         statistics = backends.registered()["triton"].forward(problem)
         rows, columns = (torch.randn(1 + len(teachers), n, generator=generator) for _ in range(2))
         gradient = StatisticsGradient(rows, columns, torch.randn(n, generator=generator))
-        _, got = coefficients.prepare(passes(problem), statistics, gradient, None)
+        _, got = coefficients.prepare(passes(problem)[0], statistics, gradient, None)
         expected = positives.gradient(problem, statistics, gradient)
         exact = positives.gradient(
             Problem.of(_doubled(problem.tensors()), problem.sources()),
@@ -273,35 +320,27 @@ def test_an_operand_without_a_gradient_costs_no_product(kind, monkeypatch):
     statistics = triton.forward(problem)
     rows, columns = (torch.rand(1 + len(problem.teachers), n) for _ in range(2))
     gradient = StatisticsGradient(rows, columns, torch.zeros(n))
-    monkeypatch.setattr(launch, "backward_edge", lambda *_: 64)
-    products, launched, add_product, call = [], [], launch.add_product, launch.Call.__call__
-
-    def counted_product(total, a, b):
-        products.append(b.untyped_storage().data_ptr())
-        add_product(total, a, b)
+    monkeypatch.setattr(softmax_backward, "_edge", lambda *_: 64)
+    launched, ordinary = [], call.Call.__call__
 
     def counted_call(self, programs, **changing):
-        launched.append(self.kernel)
-        call(self, programs, **changing)
+        launched.append(self)
+        ordinary(self, programs, **changing)
 
     def counts():
-        matrices = (y, x)
-        kernels = (softmax_backward.softmax_backward_kernel, coefficients.coefficients_kernel)
-        counted = [
-            *(products.count(matrix.untyped_storage().data_ptr()) for matrix in matrices),
-            *(launched.count(kernel) for kernel in kernels),
-        ]
-        products.clear()
+        of_products = [each.fixed for each in launched if each.kernel is products.products_kernel]
+        counted = [sum(fixed[total] is not None for fixed in of_products) for total in ("gx", "gy")]
+        for kernel in (softmax_backward.softmax_backward_kernel, coefficients.coefficients_kernel):
+            counted.append(sum(each.kernel is kernel for each in launched))
         launched.clear()
         return counted
 
-    monkeypatch.setattr(launch, "add_product", counted_product)
-    monkeypatch.setattr(launch.Call, "__call__", counted_call)
+    monkeypatch.setattr(call.Call, "__call__", counted_call)
     dx, dy, _ = triton.backward(problem, statistics, gradient, Wanted(scale=False))
     blocks = 6 if kind == "mirrored" else 9
-    assert counts() == [9, 9, blocks, 1]
+    assert counts() == [blocks, blocks, blocks, 1]
     for needed in ((True, False), (False, True), (False, False)):
         *alone, _ = triton.backward(problem, statistics, gradient, Wanted(*needed, scale=False))
         for result, both, wanted in zip(alone, (dx, dy), needed, strict=True):
             assert torch.equal(result, both) if wanted else result is None
-        assert counts() == [9 * needed[0], 9 * needed[1], *((blocks, 1) if any(needed) else (0, 0))]
+        assert counts() == [blocks * needed[0], blocks * needed[1], *((blocks, 1) if any(needed) else (0, 0))]

@@ -33,20 +33,27 @@ def on_a_processor(monkeypatch):
     for name, value in vars(_Small).items():
         if name.isupper():
             monkeypatch.setattr(test_triton_gpu, name, value)
-    for name, value in rehearsal.stand_ins().items():
+    for name, value in (rehearsal.stand_ins() | _STREAMS).items():
         monkeypatch.setattr(torch.cuda, name, value)
+    # What there is without Triton's tiles and without graphs.
+    monkeypatch.setattr(test_triton_gpu.candidates, "every", lambda run, monkeypatch: [run()])
+    monkeypatch.setattr(test_triton_gpu, "captured", lambda run: run)
+
+
+_STREAMS = {"Stream": lambda: None, "stream": contextlib.nullcontext, "_sleep": lambda cycles: None}
 
 
 class _Small:
     DEVICE, BACKEND = "cpu", "chunked"
     SQUARE_SIZES, RECTANGULAR_SIZES = ((1, 3), (50, 8)), ((1, 4, 8), (50, 30, 8))
-    SCALED, SUPER_BLOCKS, ADVERSARIAL, REPEATED, MEMORY = (50, 8), (60, 8), (50, 8), (50, 8), (40, 8)
+    SCALED, SUPER_BLOCKS, ADVERSARIAL, MEMORY = (50, 8), (60, 8), (50, 8), (40, 8)
+    CANDIDATES, REPEATED, CAPTURED, LAID_OUT, UNINITIALIZED = ((50, 8),), ((50, 8),), (50, 8), (50, 8), ((50, 8),)
     MUTATED = (129, 40)
     REPEATS = 2
 
 
 @pytest.mark.parametrize("dtype", test_triton_gpu.DTYPES)
-def test_the_gpu_tests_run_through_on_a_processor(on_a_processor, dtype):
+def test_the_gpu_tests_run_through_on_a_processor(on_a_processor, monkeypatch, dtype):
     """With small sizes and the chunked backend, which takes the same dtypes."""
     for name in SQUARE_TARGETS:
         test_triton_gpu.test_square_targets(name, dtype)
@@ -59,6 +66,13 @@ def test_the_gpu_tests_run_through_on_a_processor(on_a_processor, dtype):
         test_triton_gpu.test_adversarial_values(case, dtype)
     test_triton_gpu.test_ranks(dtype)
     for name in ("hard", "labels", "groups"):
-        test_triton_gpu.test_repeats_are_bitwise_equal(name)
+        test_triton_gpu.test_repeats_are_bitwise_equal(name, monkeypatch)
+    for name in ("hard", "psd", "psd_external"):
+        test_triton_gpu.test_every_candidate_tile(name, 0, dtype, monkeypatch)
+        test_triton_gpu.test_a_cuda_graph_replays_the_loss(name, dtype)
+        test_triton_gpu.test_a_loss_stays_on_its_stream(name)
+        test_triton_gpu.test_fresh_memory_is_never_read(name, dtype)
+        for layout in test_triton_gpu.LAYOUTS:
+            test_triton_gpu.test_layouts_of_operands(layout, name, dtype)
     test_triton_gpu.test_memory_beyond_inputs_and_gradients("psd")
     test_triton_gpu.check_last_rows(100, 32)

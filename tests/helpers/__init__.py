@@ -1,6 +1,7 @@
 """What tests share, imported as `from helpers.jobs import start`.
 
 backends     the backends that tests run over, and their dtypes
+candidates   every tile shape that a Triton kernel may take
 data         a tiny data set, and a configuration that trains on it in seconds
 faults/      what breaks in a job's ranks on purpose
 interpreter  a function of the tests in an interpreter of its own

@@ -1,15 +1,21 @@
 """The Triton backend: GPUs, and the CPU through Triton's interpreter.
 
 softmax_forward   the forward block operation: one pass over tiles, one exponential an entry for rows and columns
+sums              from its partial sums to the statistics
+online            the online softmax, for rows (columns) whose centered sums left the range of fp32
 softmax_backward  the backward one: a block of G with its epilogue fused, for two matrix products
 softmax_exchange  another way to a transposed teacher's blocks of G: one product in a program
 softmax_gradient  a tile of G from its logits, for both
+products          the matrix products with a block of G, in one launch
+gradients         from their sums to the gradients: positives, scale, rounding
+edges             how large a super-block of G is
 coefficients      what the backward pass multiplies exponentials with
 positive_entries  the gradient at every row's positive, in full precision
-online            the online softmax, for rows (columns) whose centered sums left the range of fp32
+norms, scalars    how large logits may be; a launch's numbers that only the device knows
 tiles             what the kernels share: tile order, the streamed matrix product, masks, the places of arguments
 passes            from a problem to the kernels' arguments, one pass for each teacher
-launch            what the launches share: super-blocks, precision, sums of products
+call              a launch of a kernel that costs the host little
+launch            what the launches of a problem share: super-blocks, precision, sums of products
 shapes            candidate tile shapes by architecture and problem
 tuning            which candidate a GPU runs: timed once, remembered in a file
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...stats import Statistics, StatisticsGradient
-from . import launch
+from .call import Call, ceil_div
 from .passes import Pass
 from .positive_entries import NO_TEACHER, positive_gradient
 from .tiles import BOUND, LOG2E, TEACHER_BOUND, TOP_COLUMN_BIAS, TOP_ROW_BIAS, center
@@ -29,6 +29,7 @@ HIGHEST = tl.constexpr(80.0)
 LARGEST = tl.constexpr(3.0e38)  # stands for infinity, whose last bit must stay 0
 FLAG_GROUP = tl.constexpr(16)  # rows (columns) that share a flag; divides every tile
 BLOCK = 128  # rows or columns a program
+WARPS = 8  # so that strided products of pairs fit in the registers
 
 # What the backward kernel takes for each direction.
 VECTORS = {
@@ -328,8 +329,8 @@ def prepare(
             "SOURCE": NO_TEACHER.value if teacher is None else int(teacher.source),
             "LAST": k == len(launch_passes) - 1,
         }
-        programs = sum(triton.cdiv(length, BLOCK) for length in lengths.values())
-        launch.Call(coefficients_kernel, arguments, {})(programs)
+        programs = sum(ceil_div(length, BLOCK) for length in lengths.values())
+        Call(coefficients_kernel, arguments, {"num_warps": WARPS})(programs)
         prepared.append(vectors)
     return prepared, positive
 
@@ -338,8 +339,8 @@ def _vectors(launch_pass: Pass, length: int, like: Tensor) -> dict[str, Tensor]:
     """One direction's VECTORS, in one allocation and each at a multiple of 64 bytes; those of a softmax that the pass
     does not have are read nowhere."""
     held = [launch_pass.student, launch_pass.taught] * 2
-    padded = 16 * triton.cdiv(length, 16)
+    padded = 16 * ceil_div(length, 16)
     rooms = like.new_empty(sum(held), padded).unbind()
     places = [0 if not holds else sum(held[:index]) for index, holds in enumerate(held)]
-    flags = torch.empty(triton.cdiv(length, FLAG_GROUP.value), dtype=torch.int8, device=like.device)
+    flags = torch.empty(ceil_div(length, FLAG_GROUP.value), dtype=torch.int8, device=like.device)
     return dict(zip(VECTORS, (*(rooms[place] for place in places), flags), strict=True))

@@ -1,83 +1,27 @@
-"""What the launches of all kernels have in common: super-blocks, tile shapes, precision, sums of matrix products."""
+"""What the launches of a problem have in common: super-blocks, tile shapes, precision, sums of matrix products."""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
 from ... import precision
 from ...problem import Problem
 from ...version import __version__
 from . import shapes, tuning
+from .call import ceil_div
 from .passes import Pass
 from .shapes import Shape
 
 logger = logging.getLogger("softclip_kernels")
 
-SCRATCH = 32 * 2**20  # bytes of partial sums in the forward pass, of G in the backward pass
-
-
-class Call:
-    """`Call(kernel, fixed, options)(programs, **changing)` is `kernel[(programs,)](**fixed, **changing, **options)`,
-    at little cost to the host once a launch of its kind was made. `fixed` may hold more than the kernel takes.
-
-    The ordinary launch binds, inspects and hashes every argument again, which takes longer than the GPU takes for a
-    small super-block. A later launch with arguments of the same kind hands Triton's compiled kernel its arguments in
-    order, constants included, and pointers as plain numbers, which spares a query of the driver for each (triton 3.4 to
-    3.9). Between the launches of one Call only pointers of equal alignment and numbers that the kernel does not
-    specialize on may change: a tensor stays one, None stays None.
-    """
-
-    def __init__(self, kernel: Any, fixed: dict[str, Any], options: dict[str, int]) -> None:
-        self.kernel, self.options = kernel, options
-        self.fixed = {name: fixed[name] for name in kernel.arg_names if name in fixed}
-        self.compiled: CompiledKernel | None = None
-        self.plain: dict[str, Any] = {}
-
-    def __call__(self, programs: int, **changing: Any) -> None:
-        if self.compiled is not None:
-            self.plain |= {name: _plain(value) for name, value in changing.items()}
-        else:
-            arguments = self.fixed | changing
-            kind = _kind(self.kernel, arguments, self.options)
-            self.compiled = _compiled.get(kind)
-            if self.compiled is None:
-                compiled = self.kernel[(programs,)](**arguments, **self.options)
-                if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
-                    _compiled[kind] = compiled
-                return
-            self.plain = {name: _plain(arguments[name]) for name in self.kernel.arg_names}
-        self.compiled[(programs, 1, 1)](*self.plain.values())
-
-
-_compiled: dict[Hashable, CompiledKernel] = {}
-
-
-def _kind(kernel: Any, arguments: dict[str, Any], options: dict[str, int]) -> Hashable:
-    """What decides which code a launch runs: of a tensor its dtype, alignment and device (on AMD also whether 31 bits
-    reach all of it), and the value of everything that the kernel specializes on or has as a constant."""
-    free = getattr(kernel, "do_not_specialize", ())
-    return (
-        id(kernel),
-        *options.values(),
-        *(
-            (value.dtype, value.data_ptr() % 16, value.device, torch.version.hip and value.nbytes < 2**31)
-            if isinstance(value, Tensor)
-            else (name in free and value < 2**31) or value
-            for name, value in arguments.items()
-        ),
-    )
-
-
-def _plain(value: Any) -> Any:
-    return value.data_ptr() if isinstance(value, Tensor) else value
+SCRATCH = 32 * 2**20  # bytes of partial sums in the forward pass
 
 
 def super_blocks(n: int, m: int, edge: int, mirrored: bool) -> Iterator[tuple[slice, slice]]:
@@ -97,27 +41,20 @@ def entries(i: slice, j: slice) -> int:
 
 
 def tiles(part: slice, block: int) -> int:
-    return triton.cdiv(part.stop - part.start, block)
+    return ceil_div(part.stop - part.start, block)
 
 
 def forward_edge(shape: Shape, statistics: int, mirrored: bool, longest: int) -> int:
-    """The largest super-block, in whole tiles, whose partial sums fit in the scratch."""
+    """Of super-blocks in whole tiles, as few and as equal as their partial sums in the scratch allow."""
     tile = max(shape.block_m, shape.block_n)
     per_entry = 4 * statistics * (1 + mirrored) * (1 / shape.block_m + 1 / shape.block_n)
-    return largest_edge(SCRATCH / per_entry, tile, longest)
-
-
-def backward_edge(problem: Problem, launch_passes: list[Pass]) -> int:
-    """The largest super-block, in whole tiles of every candidate, whose G fits in the scratch."""
-    every = [shape for launch_pass in launch_passes for shape in candidates("backward", launch_pass)]
-    tile = max(max(shape.block_m, shape.block_n) for shape in every)
-    buffers = problem.x.element_size() * (1 + launch_passes[0].mirrored) + 4 * len(launch_passes[:-1][:2])
-    return largest_edge(SCRATCH / buffers, tile, max(problem.rows, problem.columns))
+    number = ceil_div(longest, largest_edge(SCRATCH / per_entry, tile, longest))
+    return tile * ceil_div(ceil_div(longest, number), tile)
 
 
 def largest_edge(area: float, tile: int, longest: int) -> int:
     """Of a square of `area` entries at most, in whole tiles, and not beyond the problem's longest side."""
-    return min(max(int(area**0.5) // tile, 1), triton.cdiv(longest, tile)) * tile
+    return min(max(int(area**0.5) // tile, 1), ceil_div(longest, tile)) * tile
 
 
 def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
@@ -128,13 +65,17 @@ def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
     plain = smooth and problem.row_segment is None and problem.row_threshold is None
     device = architecture(problem.x.device)
     suitable = shapes.candidates(kind, launch_pass.mode_name, plain, launch_pass.itemsize, device)
-    # A later teacher's launch has no student's part to split off.
-    return tuple(shape for shape in suitable if launch_pass.student or shape.way != shapes.SPLIT)
+    unsuitable = set()
+    if not launch_pass.student:  # a later teacher's launch, with no student's part to split off
+        unsuitable.add(shapes.SPLIT)
+    if any(operand.stride(0) < operand.shape[1] for operand in (problem.x, problem.y)):  # a descriptor's do not overlap
+        unsuitable.add(shapes.TMA)
+    return tuple(shape for shape in suitable if shape.way not in unsuitable)
 
 
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:
     problem, suitable = launch_pass.problem, candidates(kind, launch_pass)
-    key = " ".join(map(str, (*_device_and_versions(problem.x.device), *launch_pass.signature())))
+    key = _key(problem.x.device, launch_pass.signature())
     return tuning.choose(kind, key, suitable, trial, problem.rows * problem.columns, problem.x.device)
 
 
@@ -149,9 +90,10 @@ def _smooth(operand: Tensor) -> bool:
 
 
 @functools.cache
-def _device_and_versions(device: torch.device) -> tuple[str, str, str]:
+def _key(device: torch.device, case: tuple[Any, ...]) -> str:
+    """Under which the fastest shape is remembered: the GPU, the versions, and what decides beside them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return name, f"triton {triton.__version__}", f"softclip_kernels {__version__}"
+    return " ".join(map(str, (name, f"triton {triton.__version__}", f"softclip_kernels {__version__}", *case)))
 
 
 @functools.cache
@@ -163,6 +105,12 @@ def architecture(device: torch.device) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """How many programs of large tiles run at once: a GPU's multiprocessors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def constants(launch_pass: Pass, shape: Shape) -> dict[str, Any]:
@@ -233,3 +181,17 @@ def _added_in_place(dtype: torch.dtype, device: torch.device) -> bool:
         logger.info("triton backend: sums of gradients take a temporary (%s)", str(error).split("\n")[0])
         return False
     return bool((total == 2.0**24 + 144).all())
+
+
+def product_candidates(problem: Problem) -> tuple[Shape, ...]:
+    """The shapes that suit the products with G."""
+    plain = _smooth(problem.x) and _smooth(problem.y)
+    return shapes.product_candidates(plain, problem.x.element_size(), architecture(problem.x.device))
+
+
+def choose_product_shape(problem: Problem, mirrored: bool, needed: list[str], trial: tuning.Trial) -> Shape:
+    """For the products with G; `needed`: whose gradients they are, x or y or both."""
+    case = (*needed, *(["mirrored"] if mirrored else []), problem.x.dtype, problem.x.shape[1])
+    key = _key(problem.x.device, case)
+    entries, device = problem.rows * problem.columns, problem.x.device
+    return tuning.choose("products", key, product_candidates(problem), trial, entries, device)

@@ -7,13 +7,13 @@ excluded) come here. A program whose rows are all in range returns at once, so t
 direction and no synchronization with the host. Columns are the same with the operands exchanged.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...stats import SoftmaxStatistics
 from . import launch
+from .call import Call, ceil_div
 from .passes import Pass
 from .tiles import (
     EMBEDDINGS,
@@ -157,7 +157,7 @@ def online_rows_kernel(
 
 
 def recompute(launch_pass: Pass, in_range: Tensor, statistics: SoftmaxStatistics, k: int) -> None:
-    """Overwrites the statistics of the student and of teacher k at the rows where in_range (N,) is False."""
+    """Overwrites the statistics of the student and of teacher k at the rows where in_range (N,) int8 is 0."""
     launch_pass = launch_pass.unmirrored()
     rows, columns = launch_pass.problem.rows, launch_pass.problem.columns
     shape = launch.candidates("online", launch_pass)[0]
@@ -165,11 +165,11 @@ def recompute(launch_pass: Pass, in_range: Tensor, statistics: SoftmaxStatistics
     taught = launch_pass.taught
     arguments = launch_pass.arguments() | launch.constants(launch_pass, shape)
     arguments |= {
-        "in_range": in_range.to(torch.int8),
+        "in_range": in_range,
         "log_sum_exp": statistics.lse,
         "teacher_log_sum_exp": statistics.teacher_lse[k] if taught else statistics.lse,
         "teacher_mean": statistics.teacher_mean[k] if taught else statistics.lse,
         "rows": rows,
         "columns": columns,
     }
-    launch.Call(online_rows_kernel, arguments, shape.options())(triton.cdiv(rows, shape.block_m))
+    Call(online_rows_kernel, arguments, shape.options())(ceil_div(rows, shape.block_m))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...problem import PROBLEM_TENSORS, Problem, Source, TeacherOperand
-from .tiles import EMBEDDINGS, LOGITS, NONE, TOP_COLUMN_BIAS, TOP_ROW_BIAS, TRANSPOSED
+from .scalars import Scalars
+from .tiles import EMBEDDINGS, LOGITS, NONE, TRANSPOSED
 
-LOG2E = 1 / math.log(2)
 MODES = {
     "none": NONE.value,
     "embeddings": EMBEDDINGS.value,
@@ -66,9 +65,11 @@ class Pass:
     def itemsize(self) -> int:
         return max(t.element_size() for t in (self.problem.x, self.teacher_x) if t is not None)
 
-    def scalar(self, place: Any) -> Tensor:
-        """0-d, by its place in tiles.py."""
-        return self.scalars[place.value]
+    @property
+    def product_width(self) -> int:
+        """The width of all matrix products that an entry takes."""
+        own = self.problem.x.shape[1] * ((self.student or self.mode == LOGITS.value) + self.mirrored)
+        return own if self.teacher_x is None else own + self.teacher_x.shape[1]
 
     def signature(self) -> tuple[Any, ...]:
         """What decides, beside the machine, which tile shape is the fastest."""
@@ -100,21 +101,26 @@ class Pass:
         return replace(self, mode=EMBEDDINGS.value, tied=False, teacher_x=p.y, teacher_y=p.x)
 
     def exchanged(self) -> Pass:
-        """Rows and columns exchanged; for what needs neither positives nor thresholds."""
+        """Rows and columns exchanged; for what needs neither positives nor the largest biases."""
         p = self.problem
-        scalars = list(self.scalars.unbind())
-        row, column = TOP_ROW_BIAS.value, TOP_COLUMN_BIAS.value
-        scalars[row], scalars[column] = scalars[column], scalars[row]
         return replace(
             self,
-            problem=Problem(p.y, p.x, p.scale, None, p.column_segment, p.row_segment),
+            problem=replace(
+                p,
+                x=p.y,
+                y=p.x,
+                positive_column=None,
+                row_segment=p.column_segment,
+                column_segment=p.row_segment,
+                row_threshold=p.column_threshold,
+                column_threshold=p.row_threshold,
+            ),
             teacher_x=self.teacher_y,
             teacher_y=self.teacher_x,
             row_bias=self.column_bias,
             column_bias=self.row_bias,
             row_weight=self.column_weight,
             column_weight=self.row_weight,
-            scalars=torch.stack(scalars),
         )
 
     def arguments(self) -> dict[str, Any]:
@@ -146,45 +152,36 @@ class Pass:
         return arguments
 
 
-def passes(problem: Problem) -> list[Pass]:
-    """The launches that cover a problem: the first holds the student, each holds one teacher."""
+def passes(problem: Problem, known_bounds: Tensor | None = None) -> tuple[list[Pass], Tensor]:
+    """The launches that cover a problem, of which the first holds the student and each holds one teacher; and bounds of
+    the logits (1 + K,) as in Statistics, `known_bounds` where those are given."""
     problem = _with_contiguous_vectors(problem)
-    norms = _largest_norm(problem.x) * _largest_norm(problem.y)
-    return [
-        _pass(problem, teacher, index == 0, norms, alone=len(problem.teachers) == 1)
-        for index, teacher in enumerate(problem.teachers or (None,))
+    scalars = Scalars(problem, known_bounds)
+    launch_passes = [
+        _pass(problem, k, teacher, scalars, alone=len(problem.teachers) == 1)
+        for k, teacher in enumerate(problem.teachers or (None,))
     ]
+    return launch_passes, scalars.bounds
 
 
-def _pass(problem: Problem, teacher: TeacherOperand | None, student: bool, norms: Tensor, alone: bool) -> Pass:
-    scale = problem.scale.float()
-    zero = torch.zeros_like(scale)
+def _pass(problem: Problem, k: int, teacher: TeacherOperand | None, scalars: Scalars, alone: bool) -> Pass:
     mode, tied, teacher_x, teacher_y = NONE.value, False, None, None
-    factor = bound = top_row = top_column = zero
-    row_bias = column_bias = row_weight = column_weight = None
+    row_bias = column_bias = row_weight = column_weight = top_row = top_column = None
     if teacher is not None:
         tied = teacher.scale is None
-        ratio = torch.ones_like(scale) if teacher.scale is None else teacher.scale.float()
-        factor, teacher_norms = scale * ratio, norms
         if teacher.source == Source.EMBEDDINGS:
-            assert teacher.x is not None and teacher.y is not None
             mode, tied, teacher_x, teacher_y = EMBEDDINGS.value, False, teacher.x, teacher.y
-            factor, teacher_norms = ratio, _largest_norm(teacher.x) * _largest_norm(teacher.y)
         elif teacher.source == Source.LOGITS:
             mode = LOGITS.value
         elif alone:
             mode = TRANSPOSED.value
         else:  # beside other teachers the transposed logits are a product of their own
             mode, tied, teacher_x, teacher_y = EMBEDDINGS.value, False, problem.y, problem.x
-        bound = factor.abs() * teacher_norms
-        row_bias, row_weight, top_row = _centered(teacher.row_bias, zero)
-        column_bias, column_weight, top_column = _centered(teacher.column_bias, zero)
-    # In the order of tiles.py, all but the first in units of log 2.
-    scalars = torch.stack([scale, scale * LOG2E, scale.abs() * norms * LOG2E])
-    teacher_scalars = torch.stack([factor, bound, top_row, top_column]) * LOG2E
+        row_bias, row_weight, top_row = _centered(teacher.row_bias)
+        column_bias, column_weight, top_column = _centered(teacher.column_bias)
     return Pass(
         problem=problem,
-        student=student,
+        student=k == 0,
         mode=mode,
         tied=tied,
         teacher_x=teacher_x,
@@ -193,26 +190,26 @@ def _pass(problem: Problem, teacher: TeacherOperand | None, student: bool, norms
         column_bias=column_bias,
         row_weight=row_weight,
         column_weight=column_weight,
-        scalars=torch.cat([scalars, teacher_scalars]),
+        scalars=scalars.of(k, top_row, top_column),
     )
 
 
-def _centered(bias: Tensor | None, zero: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor]:
+def _centered(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """A bias, its weights `exp(bias - top)`, and its largest entry, 0 where there is none above -inf."""
     if bias is None:
-        return None, None, zero
+        return None, None, None
     bias = bias.float().contiguous()
     top = bias.max()
-    top = torch.where(top == -torch.inf, zero, top)
+    top = torch.where(top == -torch.inf, 0.0, top)
     return bias, (bias - top).exp(), top
 
 
 def _with_contiguous_vectors(problem: Problem) -> Problem:
     """The kernels take matrices of any strides, vectors with stride 1."""
     given = {name: getattr(problem, name) for name in PROBLEM_TENSORS}
-    vectors = {name: value.contiguous() for name, value in given.items() if value is not None and value.dim() == 1}
-    return replace(problem, **vectors)
-
-
-def _largest_norm(embeddings: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float32).max()
+    vectors = {
+        name: value.contiguous()
+        for name, value in given.items()
+        if value is not None and value.dim() == 1 and not value.is_contiguous()
+    }
+    return replace(problem, **vectors) if vectors else problem

@@ -7,14 +7,15 @@ guess.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 GROUP = 8  # tile rows that advance together, for L2
-
-
+LIBRARY = "library"  # the way of a product that torch makes
 # Ways to a block of G with a teacher, beside a program that holds both products of a tile:
 EXCHANGE = "exchange"  # transposed: each of the mirrored tiles by itself, what it brings to the other by scratch
 SPLIT = "split"  # embeddings: the student's part, then the teacher's added to it
+TMA = "tma"  # the way of a forward pass without a teacher whose programs stay and take boxes of the operands
 # Bytes that a thread may spill: little beside what larger tiles save, and whether it pays the clock tells. Else none.
 SPILLED = {EXCHANGE: 512, SPLIT: 256}
 
@@ -44,6 +45,7 @@ class Shape:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+@functools.cache
 def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: str) -> tuple[Shape, ...]:
     """kind          forward, online or backward
     mode          where a teacher's logits come from: none, logits, embeddings, or transposed, where tiles (I, J) and
@@ -55,7 +57,7 @@ def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: s
     taught, mirrored = mode != "none", mode == "transposed"  # a teacher's tile is alive beside the student's
     if architecture == "interpreter":  # small, so that small problems have inner, edge and corner tiles
         usual = Shape(64, 32, 32, 4, 1) if mirrored else Shape(32, 64, 32, 4, 1)
-        return (usual, *(replace(Shape(32, 64, 32, 4, 1), way=way) for way in _other_ways(kind, mode)))
+        return (usual, *(replace(Shape(32, 64, 32, 4, 1), way=way) for way in _other_ways(kind, mode, plain)))
     amd = architecture.startswith("gfx")
     stages = 2 if amd else 3
     warps = 4 if amd else 8
@@ -75,19 +77,38 @@ def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: s
             return (Shape(64, 64, 64, 8, 3),) if taught else (small,)
         deep = replace(medium if taught else large, stages=4)
         if taught:
-            return medium, deep, small, *(replace(large, way=way) for way in _other_ways(kind, mode))
+            return medium, deep, small, *(replace(large, way=way) for way in _other_ways(kind, mode, plain))
         tall = (Shape(256, 128, 64, 8, 3),) if kind == "forward" else ()
-        return large, deep, *tall, Shape(128, 128, 64, 4, 3), medium
+        shared = Shape(128, 128, 64, 4, 3)  # two programs of a multiprocessor
+        persistent = (replace(shape, way=way) for way in _other_ways(kind, mode, plain) for shape in (large, shared))
+        return large, deep, *tall, shared, medium, *persistent
     if plain and taught and architecture == "sm_120":
         return (Shape(64, 64, 64, 8, stages),)
     if plain and not (mirrored and architecture == "sm_100"):
-        ways = _other_ways(kind, mode) if architecture == "sm_90" else ()
+        ways = _other_ways(kind, mode, plain) if architecture == "sm_90" else ()
         exchanged = tuple(replace(medium, way=way) for way in ways)
         return (small, *exchanged) if taught else (medium, small)
     return (Shape(64, 32, 64, 4 if (kind, architecture) == ("backward", "sm_100") else warps, stages),)
 
 
-def _other_ways(kind: str, mode: str) -> tuple[str, ...]:
+def _other_ways(kind: str, mode: str, plain: bool) -> tuple[str, ...]:
     if kind != "backward":
-        return ()
+        return (TMA,) if (kind, mode, plain) == ("forward", "none", True) else ()
     return {"transposed": (EXCHANGE,), "embeddings": (SPLIT,)}.get(mode, ())
+
+
+@functools.cache
+def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[Shape, ...]:
+    """For the products with G, of which block_d steps along the sum; the arguments as in `candidates`. Torch's own is
+    among them: the only one for fp32, whose settings it follows, and for rows that do not stream."""
+    library = Shape(128, 128, 64, 8, 3, LIBRARY)
+    if architecture == "interpreter":
+        return Shape(32, 32, 32, 4, 1), library
+    if itemsize > 2 or not plain:
+        return (library,)
+    stages = 2 if architecture.startswith("gfx") or architecture == "sm_120" else 3
+    medium = Shape(128, 128, 64, 8, stages)
+    if architecture in ("sm_90", "sm_100"):
+        large = replace(medium, block_n=256)
+        return large, replace(large, stages=4), medium, library
+    return medium, library

@@ -26,9 +26,11 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...stats import InputGradients, Statistics, StatisticsGradient, Wanted
-from ..finish import gradients
 from . import coefficients, launch, tuning
+from .call import Call
 from .coefficients import HEADROOM, all_in_range
+from .edges import Work, best_edge, memory_for_scratch
+from .gradients import Gradients
 from .passes import Pass, passes
 from .shapes import EXCHANGE, GROUP, SPLIT, Shape
 from .softmax_exchange import Exchange
@@ -248,41 +250,50 @@ def backward(
     """The block operation of the Backend protocol."""
     if not any(wanted.products):
         return InputGradients(None, None, None)
+    known = statistics.bounds if len(statistics.bounds) else None  # of a larger problem's parts there are none
+    launch_passes, _ = passes(problem, known)
     unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
-    gx, gy = problem.zero_gradients(wanted.products)
-    launch_passes = passes(problem)
-    vectors, _ = coefficients.prepare(launch_passes, statistics, gradient, unit)
-    blocks = _Blocks(problem, launch_passes, vectors)
+    vectors, positive = coefficients.prepare(launch_passes, statistics, gradient, unit)
+    blocks = _Blocks(problem, launch_passes, vectors, _edge(problem, launch_passes, wanted))
+    gradients = Gradients(problem, wanted, blocks.scratch, positive, unit)
     for i, j in launch.super_blocks(problem.rows, problem.columns, blocks.edge, blocks.mirrored):
         blocks.compute(i, j)
-        _add_products(blocks.g, problem, i, j, gx, gy)
-        if blocks.mirrored and i != j:
-            _add_products(blocks.mirror_g, problem, j, i, gx, gy)
-    if unit is not None:
-        gx, gy = (None if total is None else total.mul_(unit) for total in (gx, gy))
-    return gradients(problem, statistics, gradient, wanted, (gx, gy))
+        gradients.add(i, j)
+    del blocks, vectors  # their memory serves the last gradient
+    return gradients.result()
 
 
-def _add_products(g: Tensor, problem: Problem, i: slice, j: slice, gx: Tensor | None, gy: Tensor | None) -> None:
-    """`gx[i] += g @ y[j]` and `gy[j] += g.T @ x[i]`, for the (rows i, columns j) corner of the scratch."""
-    block = g[: i.stop - i.start, : j.stop - j.start]
-    if gx is not None:
-        launch.add_product(gx[i], block, problem.y[j])
-    if gy is not None:
-        launch.add_product(gy[j], block.T, problem.x[i])
+def _edge(problem: Problem, launch_passes: list[Pass], wanted: Wanted) -> int:
+    """Of a super-block."""
+    mirrored, (x_product, y_product) = launch_passes[0].mirrored, wanted.products
+    itemsize, width, rounds = problem.x.element_size(), problem.x.shape[1], wanted.rounded and problem.x.itemsize < 4
+    work = Work(
+        problem.rows,
+        problem.columns,
+        width,
+        g_width=sum(launch_pass.product_width for launch_pass in launch_passes),
+        products=x_product + y_product,
+        mirrored=mirrored,
+        entry_bytes=itemsize * (1 + mirrored) + 4 * len(launch_passes[:-1][:2]),
+        row_bytes=4 * width if x_product and rounds and not mirrored else 0,
+    )
+    every = tuple(shape for launch_pass in launch_passes for shape in launch.candidates("backward", launch_pass))
+    last = problem.columns * width * itemsize if y_product and rounds else 0
+    kept = last + (problem.rows * width * itemsize if mirrored and x_product and rounds else 0)
+    memory = memory_for_scratch(kept, last)
+    return best_edge(work, every, launch.product_candidates(problem), launch.processors(problem.x.device), memory)
 
 
 class _Blocks:
-    """One super-block of G at a time, in the same scratch: `g` (edge, edge) in the embeddings' dtype and, where passes
-    are mirrored, `mirror_g` for the mirror of a super-block beside the diagonal."""
+    """One super-block of G at a time, in the same scratch (edge, edge) in the embeddings' dtype; where passes are
+    mirrored (2, edge, edge), with the mirror of a super-block beside the diagonal."""
 
-    def __init__(self, problem: Problem, launch_passes: list[Pass], vectors: list[dict[str, Any]]) -> None:
-        self.mirrored = launch_passes[0].mirrored
-        self.edge = launch.backward_edge(problem, launch_passes)
-        self.g = problem.x.new_empty(self.edge, self.edge)
-        self.mirror_g = torch.empty_like(self.g) if self.mirrored else self.g
+    def __init__(self, problem: Problem, launch_passes: list[Pass], vectors: list[dict[str, Any]], edge: int) -> None:
+        self.mirrored, self.edge = launch_passes[0].mirrored, edge
+        self.scratch = problem.x.new_empty(2, edge, edge) if self.mirrored else problem.x.new_empty(edge, edge)
+        g, mirror_g = self.scratch if self.mirrored else (self.scratch, self.scratch)
         # Several teachers add up in fp32, from one buffer to the next, and are rounded once.
-        wide = [torch.empty_like(self.g, dtype=torch.float32) for _ in launch_passes[:-1][:2]]
+        wide = [torch.empty_like(g, dtype=torch.float32) for _ in launch_passes[:-1][:2]]
         # The second of mirrored ones: the first is on the diagonal.
         blocks = itertools.islice(launch.super_blocks(problem.rows, problem.columns, self.edge, self.mirrored), 2)
         *_, typical = blocks
@@ -291,12 +302,12 @@ class _Blocks:
             arguments = launch_pass.arguments() | vectors[k]
             arguments |= {
                 "previous": wide[(k - 1) % 2] if k > 0 else None,
-                "g": self.g if k == len(launch_passes) - 1 else wide[k % 2],
+                "g": g if k == len(launch_passes) - 1 else wide[k % 2],
                 "edge": self.edge,
                 "TIED": launch_pass.tied,
                 "GROUP": GROUP,
             }
-            self.launches.append(_tuned_launch(launch_pass, arguments, self.mirror_g, typical))
+            self.launches.append(_tuned_launch(launch_pass, arguments, mirror_g, typical))
 
     def compute(self, i: slice, j: slice) -> None:
         for block_launch in self.launches:
@@ -314,11 +325,11 @@ class _BlockLaunch:
         mirror_g = self.mirror_g if self.mirrored and i != j else self.g
         self._launch(self.call, i, j, mirror_g=mirror_g)
 
-    def _call(self, launch_pass: Pass, arguments: dict[str, Any], **others: Any) -> launch.Call:
+    def _call(self, launch_pass: Pass, arguments: dict[str, Any], **others: Any) -> Call:
         arguments = arguments | launch.constants(launch_pass, self.shape) | others
-        return launch.Call(softmax_backward_kernel, arguments, self.shape.options())
+        return Call(softmax_backward_kernel, arguments, self.shape.options())
 
-    def _launch(self, call: launch.Call, i: slice, j: slice, **changing: Any) -> None:
+    def _launch(self, call: Call, i: slice, j: slice, **changing: Any) -> None:
         programs = launch.tiles(i, self.shape.block_m) * launch.tiles(j, self.shape.block_n)
         call(programs, **changing, **launch.bounds(i, j))
 

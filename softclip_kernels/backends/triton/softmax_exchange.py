@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .call import Call
 from .coefficients import HEADROOM, all_in_range
 from .passes import Pass
 from .shapes import GROUP, Shape
@@ -216,7 +217,7 @@ class Exchange:
         self.g, self.mirror_g, self.shape = arguments["g"], mirror_g, shape
         arguments = arguments | launch.constants(launch_pass, shape) | {"GROUP": GROUP}
         self.calls = {
-            part.value: launch.Call(softmax_exchange_kernel, arguments | {"PART": part.value}, shape.options())
+            part.value: Call(softmax_exchange_kernel, arguments | {"PART": part.value}, shape.options())
             for part in (STORE, ADD, STORE_OWN, ADD_MIRROR)
         }
 

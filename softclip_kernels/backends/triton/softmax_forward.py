@@ -7,12 +7,12 @@ For a tile of logits z (units of log 2, z = product * scale) and its teacher's l
     f = 2^(t - reference_t)    rows: sum_j f u_j, sum_j f u_j product  columns: sum_i f v_i, sum_i f v_i product
 
 with the bias weights u = 2^(column_bias - top), v = 2^(row_bias - top) from passes.py. The references are common to
-the whole problem, so one exponential serves both directions and the sums of tiles simply add. A sum that left fp32's
-range is recomputed by online.py.
+the whole problem, so one exponential serves both directions and the sums of tiles simply add (sums.py). A sum that left
+fp32's range is recomputed by online.py.
 """
 
 import functools
-import math
+from typing import Any
 
 import torch
 import triton
@@ -22,8 +22,11 @@ from torch import Tensor
 from ...problem import Problem
 from ...stats import SoftmaxStatistics, Statistics
 from . import launch, online, tuning
+from .call import Call
 from .passes import Pass, passes
-from .shapes import GROUP, Shape
+from .shapes import GROUP, TMA, Shape
+from .softmax_forward_persistent import PersistentCall
+from .sums import BLOCK, HEADROOM, sums_kernel
 from .tiles import (
     BOUND,
     EMBEDDINGS,
@@ -36,20 +39,15 @@ from .tiles import (
     SUPER_BLOCK,
     TEACHER_BOUND,
     TEACHER_FACTOR,
-    TOP_COLUMN_BIAS,
     TRANSPOSED,
     center,
     grouped_tile,
     positives,
     product,
     relation,
+    sum_rows,
     visible,
 )
-
-# How far (72 nats) the reference lies below the largest logit that the norms allow: 2^20 entries at the top sum to less
-# than 2^124, and the smallest normal exponential is 230 (159 nats) below the top.
-HEADROOM = tl.constexpr(103.87)
-LN2 = math.log(2)
 
 ARGUMENTS = {
     **MATRICES,
@@ -98,9 +96,9 @@ def write_sums(tile, weight_i, weight_j, out_i, out_j, at):
     else:
         tl.store(out_i, tl.sum(tile, 1), mask=inside_i)
     if weight_i is not None:
-        tl.store(out_j, tl.sum(tile * tl.load(weight_i + i, mask=inside_i, other=0.0)[:, None], 0), mask=inside_j)
+        tl.store(out_j, sum_rows(tile * tl.load(weight_i + i, mask=inside_i, other=0.0)[:, None]), mask=inside_j)
     else:
-        tl.store(out_j, tl.sum(tile, 0), mask=inside_j)
+        tl.store(out_j, sum_rows(tile), mask=inside_j)
 
 
 @triton.jit
@@ -112,7 +110,7 @@ def write_ranks(dot, scale, at, segment_i, segment_j, threshold_i, threshold_j, 
     above_i = seen & (z > tl.load(threshold_i + i, mask=inside_i, other=0.0)[:, None])
     tl.store(out_i, tl.sum(above_i.to(tl.float32), 1), mask=inside_i)
     above_j = seen & (z > tl.load(threshold_j + j, mask=inside_j, other=0.0)[None, :])
-    tl.store(out_j, tl.sum(above_j.to(tl.float32), 0), mask=inside_j)
+    tl.store(out_j, sum_rows(above_j.to(tl.float32)), mask=inside_j)
 
 
 @triton.jit(do_not_specialize=["row_start", "row_end", "column_start", "column_end"])
@@ -168,7 +166,7 @@ def softmax_forward_kernel(
     slot a tile, indexed within the super-block. A slot holds the student's sum (with STUDENT), the teacher's two (with
     a teacher), the ranks (with thresholds). TRANSPOSED works on the tiles (I, J) and (J, I) together: the mirror's sums
     go to mirror_row_sums (tile rows, STATISTICS, edge) and mirror_column_sums (tile columns, STATISTICS, edge). On the
-    diagonal some slots are left alone, so all four buffers come zeroed. Without TRANSPOSED the mirror's are not used.
+    diagonal some slots are left alone, as sums_kernel knows. Without TRANSPOSED the mirror's are not used.
     """
     tiles_m = tl.cdiv(row_end - row_start, BLOCK_M)
     tiles_n = tl.cdiv(column_end - column_start, BLOCK_N)
@@ -287,114 +285,95 @@ def forward(problem: Problem) -> Statistics:
     """The block operation of the Backend protocol."""
     n, m, teachers = problem.rows, problem.columns, len(problem.teachers)
     like = problem.x.new_empty(0, dtype=torch.float32)
-    rows, columns = (SoftmaxStatistics(like.new_empty(1 + 2 * teachers, length)) for length in (n, m))
+    rows, columns = (like.new_empty(1 + 2 * teachers, length) for length in (n, m))
     positive_logit = like.new_zeros(n if problem.positive_column is not None else 0)
-    ranks: list[Tensor] = []
-    for k, launch_pass in enumerate(passes(problem)):
-        sums = _tuned_sums(launch_pass, positive_logit)
+    ranked = problem.row_threshold is not None
+    row_ranks, column_ranks = (like.new_empty(length if ranked else 0, dtype=torch.int64) for length in (n, m))
+    in_range = [like.new_empty(length, dtype=torch.int8) for length in (n, m)]
+    results = {
+        "row_statistics": rows,
+        "column_statistics": columns,
+        "row_in_range": in_range[0],
+        "column_in_range": in_range[1],
+        "row_ranks": row_ranks if ranked else None,
+        "column_ranks": column_ranks if ranked else None,
+    }
+    launch_passes, bounds = passes(problem)
+    for k, launch_pass in enumerate(launch_passes):
+        sums = _tuned_sums(launch_pass, positive_logit, results | {"teacher": k})
         for i, j in launch.super_blocks(n, m, sums.edge, launch_pass.mirrored):
             sums.call(**sums.at(i, j))
             sums.add(i, j)
-        if launch_pass.ranked:
-            ranks = [sums.rows[-1].to(torch.int64), sums.columns[-1].to(torch.int64)]
-        _finish(launch_pass, sums.rows, rows, k)
-        _finish(launch_pass.exchanged(), sums.columns, columns, k)
-    return Statistics.of(rows.packed, columns.packed, positive_logit, *ranks)
+        for direction, statistics, inside in zip(
+            (launch_pass, launch_pass.exchanged()), (rows, columns), in_range, strict=True
+        ):
+            online.recompute(direction, inside, SoftmaxStatistics(statistics), k)
+    return Statistics.of(rows, columns, positive_logit, row_ranks, column_ranks, bounds)
 
 
 class _Sums:
     """A pass's sums over every row and every column, one super-block after the other: `call` fills the super-block's
-    partial sums, and those of its mirror where the pass is mirrored; `add` takes them in a fixed order.
+    partial sums, and those of its mirror where the pass is mirrored; `add` takes them in a fixed order, and with the
+    last ones writes the statistics to `results`, arguments of sums_kernel. `edge`: of a super-block."""
 
-    rows, columns  (statistics, N) and (statistics, M) fp32, as a slot of the kernel holds them
-    edge           of a super-block
-    """
-
-    def __init__(self, launch_pass: Pass, positive_logit: Tensor, shape: Shape) -> None:
+    def __init__(self, launch_pass: Pass, positive_logit: Tensor, results: dict[str, Any], shape: Shape) -> None:
         problem, self.mirrored, self.shape = launch_pass.problem, launch_pass.mirrored, shape
         statistics = int(launch_pass.student) + 2 * int(launch_pass.taught) + int(launch_pass.ranked)
         self.edge = launch.forward_edge(shape, statistics, self.mirrored, max(problem.rows, problem.columns))
-        self.rows = positive_logit.new_zeros(statistics, problem.rows)
-        self.columns = positive_logit.new_zeros(statistics, problem.columns)
 
         def slots(block: int) -> Tensor:
             return positive_logit.new_empty(self.edge // block, statistics, self.edge)
 
-        self.row_sums, self.column_sums = slots(shape.block_n), slots(shape.block_m)
-        self.mirror_row_sums, self.mirror_column_sums = self.row_sums, self.column_sums
+        partial = {"row_sums": slots(shape.block_n), "column_sums": slots(shape.block_m)}
         if self.mirrored:
-            self.mirror_row_sums, self.mirror_column_sums = slots(shape.block_m), slots(shape.block_n)
-        arguments = launch_pass.arguments() | launch.constants(launch_pass, shape)
+            partial |= {"mirror_row_sums": slots(shape.block_m), "mirror_column_sums": slots(shape.block_n)}
+        else:
+            partial |= {f"mirror_{name}": sums for name, sums in partial.items()}
+        constants = launch.constants(launch_pass, shape) | {"STATISTICS": statistics, "edge": self.edge}
+        arguments = launch_pass.arguments() | constants | partial
         arguments |= {
             "positive_column": problem.positive_column if launch_pass.student else None,  # once is enough
             "positive_logit": positive_logit,
-            "row_sums": self.row_sums,
-            "column_sums": self.column_sums,
-            "mirror_row_sums": self.mirror_row_sums,
-            "mirror_column_sums": self.mirror_column_sums,
-            "edge": self.edge,
-            "STATISTICS": statistics,
             "TIED": launch_pass.tied,
             "GROUP": GROUP,
         }
-        self.call = launch.Call(softmax_forward_kernel, arguments, shape.options())
+        self.call: Call | PersistentCall
+        if shape.way == TMA:
+            self.call = PersistentCall(arguments, shape, launch.processors(problem.x.device))
+        else:
+            self.call = Call(softmax_forward_kernel, arguments, shape.options())
+        arguments = constants | partial | results
+        arguments |= {
+            "row_totals": positive_logit.new_empty(statistics, problem.rows),
+            "column_totals": positive_logit.new_empty(statistics, problem.columns),
+            "scalars": launch_pass.scalars,
+            "rows": problem.rows,
+            "columns": problem.columns,
+            "TAUGHT": launch_pass.taught,
+            "RANKED": launch_pass.ranked,
+            "MIRRORED": self.mirrored,
+            "COLUMN_SLOTS": 1,
+            "BLOCK": BLOCK,
+        }
+        self.add_call = Call(sums_kernel, arguments, {})
 
     def at(self, i: slice, j: slice) -> dict[str, int]:
         """What `call` takes for the super-block (i, j)."""
-        if self.mirrored and i == j:  # on the diagonal some slots are left alone
-            for buffer in (self.row_sums, self.column_sums, self.mirror_row_sums, self.mirror_column_sums):
-                buffer.zero_()
-        return {"programs": self._tiles_m(i) * self._tiles_n(j), **launch.bounds(i, j)}
+        programs = launch.tiles(i, self.shape.block_m) * launch.tiles(j, self.shape.block_n)
+        return {"programs": programs, **launch.bounds(i, j)}
 
     def add(self, i: slice, j: slice) -> None:
-        _add_partial(self.rows, self.row_sums, i, self._tiles_n(j))
-        _add_partial(self.columns, self.column_sums, j, self._tiles_m(i))
-        if self.mirrored:
-            _add_partial(self.rows, self.mirror_row_sums, j, self._tiles_m(i))
-            _add_partial(self.columns, self.mirror_column_sums, i, self._tiles_n(j))
-
-    def _tiles_m(self, i: slice) -> int:
-        return launch.tiles(i, self.shape.block_m)
-
-    def _tiles_n(self, j: slice) -> int:
-        return launch.tiles(j, self.shape.block_n)
+        directions = 2 if self.mirrored and i != j else 1  # beside the diagonal the mirror's too
+        programs = directions * (launch.tiles(i, BLOCK) + launch.tiles(j, BLOCK))
+        self.add_call(programs, **launch.bounds(i, j))
 
 
-def _tuned_sums(launch_pass: Pass, positive_logit: Tensor) -> _Sums:
+def _tuned_sums(launch_pass: Pass, positive_logit: Tensor, results: dict[str, Any]) -> _Sums:
     """With the shape that is the fastest on the first super-block. The first pass fills `positive_logit` (N,)."""
 
     def trial(shape: Shape) -> tuple[tuning.Launch, int]:
-        sums, problem = _Sums(launch_pass, positive_logit, shape), launch_pass.problem
+        sums, problem = _Sums(launch_pass, positive_logit, results, shape), launch_pass.problem
         i, j = next(launch.super_blocks(problem.rows, problem.columns, sums.edge, launch_pass.mirrored))
         return functools.partial(sums.call, **sums.at(i, j)), launch.entries(i, j)
 
-    return _Sums(launch_pass, positive_logit, launch.choose_shape("forward", launch_pass, trial))
-
-
-def _add_partial(sums: Tensor, partial: Tensor, part: slice, slots: int) -> None:
-    sums[:, part] += partial[:slots, :, : part.stop - part.start].sum(0)
-
-
-def _finish(launch_pass: Pass, sums: Tensor, statistics: SoftmaxStatistics, k: int) -> None:
-    """A pass's sums over every row become the statistics of the student and of teacher k, in place."""
-    # Exponentials below fp32's smallest normal number vanish. All of them together are below half an ulp of a sum that
-    # is at least this.
-    smallest = max(launch_pass.problem.columns, 1) * 2.0**-102
-    in_range = torch.ones(sums.shape[1], dtype=torch.bool, device=sums.device)
-    if launch_pass.student:
-        total, sums = sums[0], sums[1:]
-        reference = _reference(launch_pass.scalar(BOUND))
-        statistics.lse.copy_((reference + total.log2()) * LN2)
-        in_range &= (total >= smallest) & (total < torch.inf)
-    if launch_pass.taught:
-        total, weighted = sums[:2]
-        reference = _reference(launch_pass.scalar(TEACHER_BOUND)) + launch_pass.scalar(TOP_COLUMN_BIAS)
-        statistics.teacher_lse[k].copy_((reference + total.log2()) * LN2)
-        statistics.teacher_mean[k].copy_(weighted / total * launch_pass.scalar(SCALE))
-        in_range &= (total >= smallest) & (total < torch.inf) & weighted.isfinite()
-    online.recompute(launch_pass, in_range, statistics, k)
-
-
-def _reference(bound: Tensor) -> Tensor:
-    """`center` of tiles.py, on the host's side."""
-    return (bound - HEADROOM.value).clamp(min=0)
+    return _Sums(launch_pass, positive_logit, results, launch.choose_shape("forward", launch_pass, trial))

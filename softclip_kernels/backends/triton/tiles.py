@@ -12,6 +12,7 @@ compiled with ahead of time, and the tests hold it against what a launch passes:
     *fp32 *i64 *i8           pointers as Triton names them; *fp32? may be None
     *student *teacher *grad  pointers to the dtype of the student's embeddings, of the teacher's, of G
     *previous                one to fp32, where several teachers add up, or to the dtype of G
+    box rows, box columns    descriptors of the student's embeddings by boxes of a tile's rows or columns and a step
     i32                      an integer
     i32 stride, i32 width    one that is divisible by 16 in the usual case
     i32 step                 the stride along the width, 1 in the usual case and then a constant of the code
@@ -115,6 +116,26 @@ def product(
         a_tile += a_advance
         b_tile += b_advance
     return total
+
+
+@triton.jit
+def sum_rows(tile):
+    """`tl.sum(tile, 0)` of a product's tile, with its entries moved once instead of shuffled column by column.
+
+    Of eight neighbouring rows each thread of a warp holds one, at many columns: the tree of shuffles that a plain sum
+    becomes takes three for each of them, more than anything else of an epilogue. `split` wants its pair in one thread,
+    so these eight come to one thread all at once, through shared memory, and what is left are additions. The order of
+    the axes (rows 16 r + 8 h + g, columns 8 c + 2 q + p) lets them come by stmatrix and ldmatrix on sm_90.
+    """
+    ROWS: tl.constexpr = tile.shape[0] // 16
+    COLUMNS: tl.constexpr = tile.shape[1] // 8
+    part = tl.sum(tl.reshape(tile, (ROWS, 2, 8, tile.shape[1])), 1)  # (r, g, columns), from a thread's own entries
+    part = tl.permute(tl.reshape(part, (ROWS, 8, COLUMNS, 4, 2)), (0, 2, 4, 3, 1))  # (r, c, p, q, g)
+    part = tl.reshape(part, (ROWS, COLUMNS, 2, 4, 2, 2, 2))
+    for _ in tl.static_range(3):
+        even, odd = tl.split(part)
+        part = even + odd
+    return tl.reshape(tl.permute(tl.sum(part, 0), (0, 2, 1)), (tile.shape[1],))
 
 
 @triton.jit

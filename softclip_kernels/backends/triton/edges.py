@@ -1,0 +1,95 @@
+"""How long the edge of a super-block of the backward pass is: by a model of the time that its launches take.
+
+A super-block is two launches, the one that fills G and the one of the products with it. A launch runs its tiles in
+waves, one tile on each multiprocessor, and a wave that is not full takes as long as one that is. So the longest edge
+that the memory holds is not always the best: with a width of 512, products of an edge of 3456 have 108 tiles of 128 x
+256 for 132 multiprocessors, and the next edge may leave a narrow range of rows over.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .shapes import Shape
+
+# What the two ends of a tile cost, in entries along its sum: the first loads, the sums read and written, the launch.
+# Estimated from the code, not measured; a larger one favours longer edges.
+ENDS = 512
+# What an entry costs that streams in along a tile's side, in products: on sm_90, tiles of 128 x 256 stream about as
+# fast as they multiply, and tiles of 128 x 128 a fifth slower.
+STREAM = 80
+# Bytes that matrices take beyond operands and gradients, where it can be: a MiB less than the backward pass is allowed
+# (docs/triton.md), for the vectors of several teachers.
+MOST = 63 * 2**20
+
+
+def memory_for_scratch(kept: int, last: int) -> int:
+    """The bytes that a super-block may take. kept: how much larger the sums that are whole are than the gradients that
+    they become. last: of the gradient that is rounded last, and allocated when the scratch is free again: a scratch as
+    large as that raises no peak."""
+    return min(max(MOST - kept, last), MOST)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the backward pass of a problem computes, as far as the edge depends on it.
+
+    rows, columns, width   N, M and D
+    g_width      the width of all matrix products of an entry of G: D, 2 D for an entry and its mirror's, D + E, ...
+    products     with each block of G: 1 or 2
+    mirrored     super-blocks beside the diagonal come with their mirror
+    entry_bytes  of memory for every entry of a super-block
+    row_bytes    of memory for every row of a super-block
+    """
+
+    rows: int
+    columns: int
+    width: int
+    g_width: int
+    products: int
+    mirrored: bool
+    entry_bytes: int
+    row_bytes: int
+
+    def memory(self, edge: int) -> int:
+        return edge * (edge * self.entry_bytes + self.row_bytes)
+
+
+@functools.cache
+def best_edge(
+    work: Work, g_shapes: tuple[Shape, ...], product_shapes: tuple[Shape, ...], processors: int, memory: int
+) -> int:
+    """In whole tiles of every shape, within `memory` bytes unless a single tile is more; of edges that are as good the
+    longest. The shapes are the candidates for the two launches."""
+    step = max(max(shape.block_m, shape.block_n) for shape in g_shapes)
+    step = max(step, *(shape.block_m for shape in product_shapes))
+    longest = -(-max(work.rows, work.columns) // step) * step
+    edges = [edge for edge in range(step, longest + 1, step) if work.memory(edge) <= memory] or [step]
+    return min(reversed(edges), key=lambda edge: modelled_time(work, edge, g_shapes, product_shapes, processors))
+
+
+def modelled_time(
+    work: Work, edge: int, g_shapes: Sequence[Shape], product_shapes: Sequence[Shape], processors: int
+) -> int:
+    """Of all super-blocks, those at the ends taken as whole, each launch with the shape that suits it best. In products
+    of two numbers on one multiprocessor."""
+
+    def launch(shapes: Sequence[Shape], height: int, width: int, depth: int) -> int:
+        times = []
+        for shape in shapes:
+            tiles = -(-height // shape.block_m) * -(-width // shape.block_n)
+            step = max(shape.block_m * shape.block_n, STREAM * (shape.block_m + shape.block_n))
+            times.append(-(-tiles // processors) * step * (depth + ENDS))
+        return min(times)
+
+    def super_block(g_height: int, products: int) -> int:
+        g = launch(g_shapes, g_height, edge, work.g_width)
+        return g + launch(product_shapes, products * edge, work.width, edge)
+
+    rows, columns = -(-work.rows // edge), -(-work.columns // edge)
+    if not work.mirrored:
+        return rows * columns * super_block(edge, work.products)
+    beside = rows * (rows - 1) // 2
+    return beside * super_block(edge, 2 * work.products) + rows * super_block(edge // 2, work.products)
