@@ -4,6 +4,7 @@ python -m bench gpu                     everything; rows go to $OUT or bench/res
 python -m bench gpu --n 32768 --d 512   some sizes
 python -m bench gpu --candidate NAME    with one tile shape, in rows of its own
 python -m bench gpu --rehearse          every step on a machine without a GPU
+python -m bench gpu --kernels           a tool's table alone, likewise --probe, --breakdown, --ab, --ncu, --sanitize
 
 A run is a list of steps (`plan`), most important first. Each runs in another process (short_run) with a limit of its
 own; one that fails is recorded with its error, one for which no time is left as such, and the run goes on. The record
@@ -25,6 +26,7 @@ import torch
 from . import rehearsal
 from .plan import Scale, plan, schedule
 from .run import Run, device_row
+from .tools import add_flags, run_tools, wanted
 
 CANNOT_RUN = 2  # exit code
 REHEARSE = "--rehearse"
@@ -44,6 +46,7 @@ def parse(arguments: Sequence[str], scale: Scale) -> argparse.Namespace:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     folder = os.environ.get("OUT") or (tempfile.gettempdir() if REHEARSE in arguments else None)
     parser.add_argument("--results", type=Path, default=folder, help="(default: $OUT, else bench/results/)")
+    add_flags(parser)
     options = parser.parse_args(arguments)
     if min(*options.n, *options.d, options.rounds) < 1:
         parser.error(f"--n {options.n}, --d {options.d} and --rounds {options.rounds} must be at least 1")
@@ -70,5 +73,5 @@ def main(arguments: Sequence[str]) -> None:
     if not options.rehearse and not torch.cuda.is_available():
         print("no CUDA device: this benchmark needs a GPU", file=sys.stderr)
         raise SystemExit(CANNOT_RUN)
-    if code := run(options, scale):
+    if code := (run_tools if wanted(options) else run)(options, scale):
         raise SystemExit(code)

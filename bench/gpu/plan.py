@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import ROOT, Row
+from ..gpu_tools.probe import Sizes
 from ..problems import LOSSES, Case
 from ..records import table
 from ..short_run import run_tests
@@ -46,6 +47,7 @@ class Scale:
     minutes: float = 8.5
     patience: float = 1.0  # how much longer than on an H100 a step may take
     gemm: int = 8192  # edge of the matrix products
+    probe: Sizes | None = None  # the tool's own where None
     suite: Path = SUITE
     prepare: Callable[[], object] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -97,7 +99,7 @@ def plan(options: argparse.Namespace, scale: Scale) -> Iterator[Step]:
     if scale.first in sizes:
         yield from (speed(scale.first, loss) for loss in LOSSES)
         for loss in LOSSES:
-            yield Step("products", case(scale.first, loss), 6, products.breakdown, {"gemm": scale.gemm})
+            yield Step("breakdown", case(scale.first, loss), 6, products.breakdown, {"gemm": scale.gemm})
     if not options.no_tests:
         yield Step("tests", None, 80, run_tests, {"suite": options.suite}, "here")
     for dtype, loss in product(scale.dtypes, LOSSES):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
 from .. import Row, timing
+from ..gpu_tools.breakdown import breakdown as by_kernel
 from ..problems import Case
 from .goals import phase_goals, phases_reached
 from .steps import GEMMS, gemm_run
@@ -17,7 +16,7 @@ def breakdown(case: Case, gemm: int) -> Row:
     (gemm, gemm) matrices, timed right before."""
     run = gemm_run(case, gemm)
     seconds = timing.interleaved({"gemm": run}, 3, 1, 0.0, timing.device_seconds)["gemm"].median
-    row: Row = importlib.import_module("bench.gpu_tools.breakdown").breakdown(case)
+    row: Row = by_kernel(case)
     rate = GEMMS * 2 * gemm**3 / seconds
     allowed = phase_goals(case, rate)
     torch.cuda.synchronize()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .. import ROOT
+from ..gpu_tools.probe import Sizes
 from .plan import Scale
 
 FREE = 150_000  # bytes: of the rehearsal's losses some fit in it and some do not
@@ -70,6 +71,7 @@ SMALL = Scale(
     minutes=60.0,
     patience=10.0,
     gemm=32,
+    probe=Sizes(gemm=32, block=16, width=8, copied=4096, cached=1024),
     suite=ROOT / "tests" / "benchmarks" / "test_gpu_suite.py",  # the GPU's tests, on small sizes
     prepare=install,
     environment={"TRITON_INTERPRET": "1"},

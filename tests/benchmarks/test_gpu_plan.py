@@ -3,8 +3,9 @@ with stand-ins for what only a GPU has."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
-import types
 import zipfile
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from helpers.backends import needs_triton
 
 from bench import gpu
-from bench.gpu import compilation, goals, products, rehearsal, rivals
+from bench.gpu import compilation, goals, products, rehearsal, rivals, tools
 from bench.gpu.plan import SIZES, WIDTHS, Scale, plan, schedule
 from bench.gpu.run import tuning_lines
 from bench.problems import LOSSES, Case
@@ -35,7 +36,7 @@ def _planned(*arguments):
 
 def test_a_run_begins_with_what_finds_errors_soonest():
     kinds = list(dict.fromkeys(step.kind for step in _planned("--rivals", "wheels")))
-    assert kinds == ["smoke", "compilation", "speed", "products", "tests", "correctness", "memory", "rivals",
+    assert kinds == ["smoke", "compilation", "speed", "breakdown", "tests", "correctness", "memory", "rivals",
                      "compiled", "million", "first call"]  # fmt: skip
     assert "compilation" not in {step.kind for step in _planned("--candidate", "128x256x64w8s3")}
 
@@ -101,9 +102,7 @@ def test_the_phases_goals_add_up_to_the_loss_own(loss):
 
 def test_the_phases_stand_beside_their_goals(on_a_processor, monkeypatch):
     phases = {"statistics": 0.0, "G": 1e9, "products": 0.0, "rest": 0.0}
-    tool = types.SimpleNamespace(breakdown=lambda case: {"phases": phases, "told": case.loss})
-    monkeypatch.setitem(sys.modules, "bench.gpu_tools", types.ModuleType("bench.gpu_tools"))
-    monkeypatch.setitem(sys.modules, "bench.gpu_tools.breakdown", tool)
+    monkeypatch.setattr(products, "by_kernel", lambda case: {"phases": phases, "told": case.loss})
     row = products.breakdown(SMALL, 16)
     assert row["told"] == "hard" and row["gemm TFLOP/s"] > 0
     assert list(row["goals"].values()) == [True, False, True, True]
@@ -180,3 +179,42 @@ def test_the_candidates_are_those_the_library_asks_its_tuner_for(monkeypatch):
         compilation.run_candidate(SMALL, forced)
     with pytest.raises(ValueError, match="does not suit"):
         compilation.run_candidate(SMALL, "forward=9x9x9w9s9")
+
+
+def _tooled(tmp_path, *arguments, **changes):
+    """The exit code of some tools, with small sizes, and their rows in the record."""
+    scale = dataclasses.replace(rehearsal.SMALL, seconds=0.0, **changes)
+    code = tools.run_tools(gpu.parse([*arguments, "--results", str(tmp_path)], scale), scale)
+    (path,) = (tmp_path / "gpu_tools").glob("*.json")
+    return code, json.loads(path.read_text())["rows"]
+
+
+@needs_triton
+def test_tools_have_tables_and_a_record_of_their_own(tmp_path, capsys):
+    code, rows = _tooled(tmp_path, "--probe", "--breakdown")
+    assert code == 0 and not (tmp_path / "gpu").exists()
+    assert {row["loss"] for row in rows if row["kind"] == "breakdown"} == set(LOSSES)
+    assert len({row["what"] for row in rows if row["kind"] == "probe"}) == len(rows) - 3 > 0
+    assert "statistics ms" in capsys.readouterr().out
+
+
+def test_a_tool_that_fails_is_a_row(tmp_path, monkeypatch):
+    code, rows = _tooled(tmp_path, "--breakdown", prepare=None, first=(2**40, 2**40))
+    assert code == 1 and len(rows) == 3 and all(row["passed"] is False and row["error"] for row in rows)
+
+
+def test_what_starts_processes_is_told_what_the_flags_say(tmp_path, monkeypatch):
+    told = {}
+
+    def tell(name):
+        return lambda **arguments: told.setdefault(name, []).append(arguments) or [{"kind": name}]
+
+    monkeypatch.setattr(tools.external, "ncu", tell("ncu"))
+    monkeypatch.setattr(tools.external, "sanitize", tell("sanitize"))
+    monkeypatch.setattr(tools.ab, "ab", tell("ab"))
+    code, _ = _tooled(tmp_path, "--ncu", "softmax.*", "--sanitize", "--ab", "64x64x64w4s2", f"old={tmp_path}")
+    assert code == 0
+    (ncu,), (sanitize,), (first, *_) = told["ncu"], told["sanitize"], told["ab"]
+    assert ncu["kernel"] == "softmax.*" and ncu["folder"] == sanitize["folder"] == tmp_path / "gpu_tools"
+    assert first["base"].environment == {"SOFTCLIP_CANDIDATE": "64x64x64w4s2"} and first["against"].path == tmp_path
+    assert [one["case"].loss for one in told["ab"]] == list(LOSSES)

@@ -79,14 +79,14 @@ def test_a_rehearsal_takes_every_step(tmp_path):
         rows.setdefault(row["kind"], []).append(row)
     losses = list(problems.LOSSES)
     assert {kind: len(found) for kind, found in rows.items()} == {
-        "device": 1, "smoke": 3, "compilation": 1, "speed": 6, "products": 3, "tests": 1, "correctness": 3,
+        "device": 1, "smoke": 3, "compilation": 1, "speed": 6, "breakdown": 3, "tests": 1, "correctness": 3,
         "memory": 4, "compiled": 3, "million": 1, "first call": 1
     }  # fmt: skip
     assert rows["device"][0]["driver_version"] == "580.1"
     assert rows["tests"][0]["outcome"] == "1 passed"
     assert [row["loss"] for row in rows["speed"]] == 2 * losses
     assert all(set(row["phases"]) == set(row["phase goals ms"]) == {"statistics", "G", "products", "rest"}
-               for row in rows["products"])  # fmt: skip
+               for row in rows["breakdown"])  # fmt: skip
     assert rows["compilation"][0]["left out"] == {} and rows["compilation"][0]["outcome"] != "0 candidates"
     assert len(run["sources"]) == 12 and "s of 3600 s; if time is left, 2 more" in done.stdout
     assert all(row["fused"]["median"] > 0 and row["clocks.sm under load"] == 1755 for row in rows["speed"])

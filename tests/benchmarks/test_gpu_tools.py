@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import rehearsal
 import torch
 from helpers import ROOT
 from helpers.backends import needs_cpu_kernels, needs_triton
 
 from bench import compare
+from bench.gpu import rehearsal
 from bench.gpu_tools import ab, breakdown, external, kernels, probe
 from bench.problems import Case
 from bench.short_run import Worker
