@@ -38,7 +38,8 @@ def _case(scale: Scale, loss: str = "hard") -> Case:
 
 
 def _probe(options: argparse.Namespace, scale: Scale) -> Calls:
-    yield probe.probe, {"device": scale.device, "dtype": scale.dtypes[0], "sizes": scale.probe}
+    on = {"device": scale.device, "dtype": scale.dtypes[0], "sizes": scale.probe}
+    yield probe.probe, on | {"seconds": 10 * scale.seconds}
 
 
 def _kernels(options: argparse.Namespace, scale: Scale) -> Calls:
