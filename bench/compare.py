@@ -55,24 +55,23 @@ class Tree:
 def save(case: Case, path: Path) -> None:
     """What compare_worker.py makes its problem of."""
     x, y, scale = (leaf.detach() for leaf in case.operands())
-    a, b = problems.teacher_embeddings(case.n, case.d, case.dtype)
-    soft = problems.soft_rows(case.n).float()
+    a, b = problems.teacher_embeddings(case.n, case.d, case.dtype, case.device)
+    soft = problems.soft_rows(case.n).float().to(case.device)
     teacher = {"a": a, "b": b, "teacher_scale": problems.TEACHER_SCALE}
     torch.save({"loss": case.loss, "x": x, "y": y, "scale": scale, "soft": soft, **teacher}, path)
 
 
 class Side:
-    """A tree's process; `folder` is for what is exchanged with it."""
+    """A tree's process, which has `environment` beside this one's own; `folder` is for what is exchanged with it."""
 
-    def __init__(self, tree: Tree, threads: int, folder: Path) -> None:
+    def __init__(self, tree: Tree, environment: Mapping[str, str], folder: Path) -> None:
         self.tree, self._folder = tree, folder
         self._errors = (folder / f"{tree.path.name}.txt").open("w+")
-        # With -c the tree's folder, in which it runs, is the first that Python looks for packages in. Threads that wait
-        # must not spin: the other tree's turn follows.
+        # With -c the tree's folder, in which it runs, is the first that Python looks for packages in.
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER.read_text()],
             cwd=tree.path,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
+            env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -170,12 +169,14 @@ def measure(sides: Sequence[Side], case: Case, rounds: int) -> Row:
 
 def compare(base: Tree, against: Tree, cases: Sequence[Case], rounds: int, threads: int) -> list[Row]:
     """A row for every case: checked all of them, then timed."""
+    # Threads that wait must not spin: the other tree's turn follows.
+    environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         sides = []
         for name, tree in (("base", base), ("against", against)):
             check_built(tree)
             (Path(folder) / name).mkdir()
-            sides.append(stack.enter_context(Side(tree, threads, Path(folder) / name)))
+            sides.append(stack.enter_context(Side(tree, environment, Path(folder) / name)))
         same = [check(sides, case) for case in cases]
         names: Row = {"base": base.name, "against": against.name}
         rows = []

@@ -1,5 +1,6 @@
-"""One tree's side of `python -m bench compare`. It runs in that tree's folder, with whatever softclip_kernels is there,
-and so knows the public functions only. It takes a command a line and answers in a line, all in JSON:
+"""One tree's side of `python -m bench compare` and of gpu_tools/ab.py. It runs in that tree's folder, with whatever
+softclip_kernels is there, and so knows the public functions only. It takes a command a line and answers in a line, all
+in JSON:
 
     {"problem": file}   read x, y, scale and what the target is made of; {} in return
     {"result": file}    write the loss and its gradients; {}
@@ -34,9 +35,13 @@ class Side:
             loss, gradients = self.step()
             torch.save([loss.detach(), *gradients], command["result"])
             return {}
+        if self.operands[0].is_cuda:
+            torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(command["calls"]):
             self.step()
+        if self.operands[0].is_cuda:
+            torch.cuda.synchronize()
         return {"seconds": (time.perf_counter() - start) / command["calls"]}
 
     def step(self) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -54,7 +59,7 @@ def target(problem: dict[str, Any]) -> Target:
 
 
 def main() -> None:
-    if hasattr(softclip_kernels, "SlowerBackendWarning"):  # what is measured is the CPU backend, not another
+    if hasattr(softclip_kernels, "SlowerBackendWarning"):  # what is measured is the device's own backend, not another
         warnings.simplefilter("error", softclip_kernels.SlowerBackendWarning)
     side = Side()
     print(json.dumps({"file": softclip_kernels.__file__}), flush=True)

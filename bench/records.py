@@ -8,6 +8,7 @@ measured it. {"kind": ..., "machine": ..., "runs": {run: commit, versions, ...},
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -109,14 +110,15 @@ def _plain(value: Any) -> Any:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on beside the machine: the time, the commit, whether the tree differed from it, threads and
-    versions. A copy without .git (a machine lent for a run) takes the commit from SOFTCLIP_COMMIT and cannot tell
-    whether it was modified (None)."""
+    """What a figure depends on beside the machine: the time, the commit, whether the tree differed from it, the
+    package's sources, threads and versions. A copy without .git (a machine lent for a run) takes the commit from
+    SOFTCLIP_COMMIT and cannot tell whether it was modified (None)."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("SOFTCLIP_COMMIT", "unknown"),
         "modified": None if status is None else bool(status),
+        "sources": sources(Path(softclip_kernels.__file__).parent),
         "threads": torch.get_num_threads(),
         "versions": {
             "softclip_kernels": softclip_kernels.__version__,
@@ -124,6 +126,14 @@ def environment() -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def sources(package: Path) -> str:
+    """A hash of the package's Python files: which code ran, where no commit or a modified one says it."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 @functools.cache  # so that a device that is lost later still has its name in the record

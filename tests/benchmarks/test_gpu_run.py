@@ -13,12 +13,14 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import rehearsal
 import torch
 from helpers import ROOT
 from helpers.backends import needs_triton
 
-from bench import gpu, problems, short_run, triton
+from bench import gpu, problems, short_run
+from bench.gpu import goals, rehearsal, steps
+from bench.gpu.plan import Step
+from bench.gpu.run import NO_TIME, Run
 from bench.short_run import Failed, Worker
 from softclip_kernels import softclip_loss
 
@@ -66,29 +68,34 @@ def test_a_rehearsal_takes_every_step(tmp_path):
     options = ("--rounds", 2, "--minutes", 60, "--suite", suite, "--results", results)
     path = f"{tmp_path}:{os.environ['PATH']}"
     environment = {"PATH": path, "SOFTCLIP_COMMIT": "0123456789ab", "GIT_DIR": str(tmp_path), "TRITON_INTERPRET": "1"}
-    done = _run("-m", "tests.benchmarks.rehearsal", *options, **environment)
+    done = _run("-m", "bench", "gpu", "--rehearse", *options, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (record,) = (results / "gpu").glob("*.json")
     (run,) = json.loads(record.read_text())["runs"].values()
     assert run["commit"] == "0123456789ab" and run["modified"] is None
     rows = {}
     for row in _rows(results):
-        assert row.get("passed") is not False and row.get("outcome") != gpu.NO_TIME
+        assert row.get("passed") is not False and row.get("outcome") != NO_TIME
         rows.setdefault(row["kind"], []).append(row)
     losses = list(problems.LOSSES)
     assert {kind: len(found) for kind, found in rows.items()} == {
-        "device": 1, "correctness": 3, "tests": 1, "speed": 6, "compiled": 3, "memory": 3, "million": 1, "first call": 1
+        "device": 1, "smoke": 3, "compilation": 1, "speed": 6, "breakdown": 3, "tests": 1, "correctness": 3,
+        "memory": 4, "compiled": 3, "million": 1, "first call": 1
     }  # fmt: skip
     assert rows["device"][0]["driver_version"] == "580.1"
     assert rows["tests"][0]["outcome"] == "1 passed"
     assert [row["loss"] for row in rows["speed"]] == 2 * losses
+    assert all(set(row["phases"]) == set(row["phase goals ms"]) == {"statistics", "G", "products", "rest"}
+               for row in rows["breakdown"])  # fmt: skip
+    assert rows["compilation"][0]["left out"] == {} and rows["compilation"][0]["outcome"] != "0 candidates"
+    assert len(run["sources"]) == 12 and "s of 3600 s; if time is left, 2 more" in done.stdout
     assert all(row["fused"]["median"] > 0 and row["clocks.sm under load"] == 1755 for row in rows["speed"])
     assert {row["checked against"] for row in rows["speed"]} == {"dense float32", "chunked tf32"}
     assert all("over hard" in row for row in rows["speed"] if row["loss"] != "hard")
-    for rival in triton.RIVALS["psd_teacher"]:
+    for rival in steps.RIVALS["psd_teacher"]:
         assert rows["speed"][-1][f"over {rival}"] > 0
-    assert rows["speed"][1][triton.EAGER] == "does not fit"
-    assert rows["compiled"][0][f"over {triton.COMPILED}"] > 0
+    assert rows["speed"][1][goals.EAGER] == "does not fit"
+    assert rows["compiled"][0][f"over {goals.COMPILED}"] > 0
     assert rows["first call"][0]["first call s"] > 0
     assert rows["million"][0]["outcome"] == "completed"
     assert record.with_suffix(".png").exists()
@@ -204,14 +211,14 @@ def _caches(case):
 def test_a_failure_is_recorded_and_the_run_goes_on(tmp_path, capsys):
     """The record after a failed step, the next one, and those without time; psd is not measured against a wrong hard. A
     later run with no time at all leaves what was measured."""
-    options = Namespace(minutes=1, results=tmp_path)
-    run = gpu.Run(options, rehearsal.SMALL)
+    options = Namespace(minutes=1, results=tmp_path, candidate="")
+    run = Run(options, rehearsal.SMALL)
     hard, psd = (problems.Case(loss, torch.float32, 8, 4) for loss in ("hard", "psd"))
-    speed = gpu.Step("speed", psd, 1, _told, {"with_hard": True})
-    run.perform(gpu.Step("speed", hard, 1, _wrong, {"with_hard": True}))
+    speed = Step("speed", psd, 1, _told, {"with_hard": True})
+    run.perform(Step("speed", hard, 1, _wrong, {"with_hard": True}))
     run.perform(speed)
-    run.perform(gpu.Step("million", hard, 100, _told))
-    run.perform(gpu.Step("tests", None, 100, _told, place="here"))
+    run.perform(Step("million", hard, 100, _told))
+    run.perform(Step("tests", None, 100, _told, place="here"))
     rows = _rows(tmp_path)
     failed, told, late, tests = rows
     assert failed["passed"] is False and "dx differs" in failed["error"] and "_wrong" in failed["details"]
@@ -221,14 +228,14 @@ def test_a_failure_is_recorded_and_the_run_goes_on(tmp_path, capsys):
     assert run.finish() == 1
     assert "FAILED: speed hard float32 8 4; tests" in capsys.readouterr().out
     options.minutes = 0
-    gpu.Run(options, rehearsal.SMALL).perform(speed)
+    Run(options, rehearsal.SMALL).perform(speed)
     assert _rows(tmp_path) == rows
 
 
 def test_a_fresh_step_has_empty_caches_of_its_own(tmp_path):
-    run = gpu.Run(Namespace(minutes=1, results=tmp_path), rehearsal.SMALL)
+    run = Run(Namespace(minutes=1, results=tmp_path, candidate=""), rehearsal.SMALL)
     for _ in range(2):
-        run.perform(gpu.Step("first call", None, 1, _caches, place="fresh"))
+        run.perform(Step("first call", None, 1, _caches, place="fresh"))
     first, second = ([row[name] for name in ("process", "triton", "tiles")] for row in run.rows)
     assert not set(first) & set(second)
     assert os.environ.get("TRITON_CACHE_DIR") not in first and not Path(first[1]).exists()
@@ -244,10 +251,10 @@ def test_a_rival_that_does_not_fit_or_fails_is_no_failure_of_the_library(monkeyp
 
         return run
 
-    assert triton.why_not_timed(lambda: None, rehearsal.FREE - 1) is None
-    assert triton.why_not_timed(lambda: pytest.fail("attempted"), rehearsal.FREE) == "does not fit"
-    assert triton.why_not_timed(raises(torch.OutOfMemoryError("2 GiB")), 0) == "does not fit"
-    assert triton.why_not_timed(raises(RuntimeError("no kernel")), 0) == "failed: RuntimeError: no kernel"
+    assert steps.why_not_timed(lambda: None, rehearsal.FREE - 1) is None
+    assert steps.why_not_timed(lambda: pytest.fail("attempted"), rehearsal.FREE) == "does not fit"
+    assert steps.why_not_timed(raises(torch.OutOfMemoryError("2 GiB")), 0) == "does not fit"
+    assert steps.why_not_timed(raises(RuntimeError("no kernel")), 0) == "failed: RuntimeError: no kernel"
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -257,29 +264,8 @@ def test_sampled_rows_of_a_million_are_really_checked(dtype):
     rows, columns = softclip_loss(x, y, scale, reduction="none", backend="chunked")
     dx, dy = torch.autograd.grad(0.5 * (rows.mean() + columns.mean()), (x, y))
     with torch.no_grad():
-        triton.check_some_rows(x, y, scale, rows, columns, dx)
-        triton.check_some_rows(y, x, scale, columns, rows, dy)
+        steps.check_some_rows(x, y, scale, rows, columns, dx)
+        steps.check_some_rows(y, x, scale, columns, rows, dy)
         for wrong in ((1.03 * rows, columns, dx), (rows, columns, 1.03 * dx), (rows, columns + 0.1, dx)):
             with pytest.raises(AssertionError, match="differs from float32"):
-                triton.check_some_rows(x, y, scale, *wrong)
-
-
-def test_goals_are_those_of_the_issue():
-    row = {"share of gemm": 0.75, "over hard": 1.2, "over eager autocast": 6.0, "over compiled autocast": 2.4}
-    assert triton.goals("hard", 32768, 512, row) == {
-        "share of gemm >= 0.8": False,
-        "over eager autocast >= 5.0": True,
-        "over compiled autocast >= 2.5": False,
-    }
-    assert triton.goals("psd", 16384, 1024, row) == {"over hard <= 1.15": False}
-    assert triton.goals("psd_teacher", 16384, 512, row) == {"share of gemm >= 0.7": True}
-    assert triton.goals("hard", 4096, 512, row) == {}
-
-
-def test_the_plan_fits_in_its_time_up_to_the_goals_and_leaves_no_size_out():
-    options = Namespace(n=gpu.SIZES, d=gpu.WIDTHS, rounds=7, no_tests=False, no_compile=False, suite=gpu.SUITE)
-    steps = list(gpu.plan(options, gpu.Scale()))
-    others = [step.kind for step in steps].index("first call") + 1
-    assert sum(step.estimate for step in steps[:others]) < 60 * 8.5
-    timed = [(step.case.loss, step.case.n, step.case.d) for step in steps if step.kind == "speed"]
-    assert len(timed) == len(set(timed)) == 3 * len(gpu.SIZES) * len(gpu.WIDTHS)
+                steps.check_some_rows(x, y, scale, *wrong)

@@ -6,10 +6,10 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-import rehearsal
 import torch
 from backends import test_triton_gpu
 
+from bench.gpu import rehearsal
 from softclip_kernels import softclip_loss
 from softclip_kernels.testing import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS, dense_loss
 

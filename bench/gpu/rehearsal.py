@@ -1,35 +1,19 @@
 """`python -m bench gpu` on a CPU, with tiny sizes: Triton's interpreter, and stand-ins for what only a GPU has. Times
 are the CPU's, memory is made up.
-
-TRITON_INTERPRET=1 python -m tests.benchmarks.rehearsal [the command's options]
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench import gpu
+from .. import ROOT
+from ..gpu_tools.probe import Sizes
+from .plan import Scale
 
-SMALL = gpu.Scale(
-    device="cpu",
-    dtypes=(torch.float32,),  # the interpreter takes no other
-    n=(64, 40),
-    d=(32,),
-    first=(64, 32),
-    checked=(65, 24),
-    repeats=2,
-    memory=(64, 32),
-    million=(40, 16),
-    first_call=(40, 16),
-    seconds=0.0,
-    patience=10.0,
-    gemm=32,
-)
 FREE = 150_000  # bytes: of the rehearsal's losses some fit in it and some do not
 
 
@@ -70,5 +54,25 @@ def _uncompiled(function: Callable[..., Any], **options: Any) -> Callable[..., A
     return function
 
 
-if __name__ == "__main__":
-    raise SystemExit(gpu.run(gpu.parse(sys.argv[1:], SMALL), SMALL, install))
+SMALL = Scale(
+    device="cpu",
+    dtypes=(torch.float32,),  # the interpreter takes no other
+    n=(64, 40),
+    d=(32,),
+    first=(64, 32),
+    standing=(40, 32),
+    smoke=(65, 32),
+    checked=(65, 24),
+    repeats=2,
+    memory=(64, 32),
+    million=(40, 16),
+    first_call=(40, 16),
+    seconds=0.0,
+    minutes=60.0,
+    patience=10.0,
+    gemm=32,
+    probe=Sizes(gemm=32, block=16, width=8, copied=4096, cached=1024),
+    suite=ROOT / "tests" / "benchmarks" / "test_gpu_suite.py",  # the GPU's tests, on small sizes
+    prepare=install,
+    environment={"TRITON_INTERPRET": "1"},
+)

@@ -1,5 +1,6 @@
 """What `python -m bench gpu` checks and measures of the Triton kernels: correctness and repeats, speed beside rivals,
-memory, a million rows, the first call. Each function but `goals` and `estimate` is one step and returns a row.
+memory, a million rows, the first call. `correctness`, `speed`, `memory`, `million` and `first_call` are steps: each
+returns a row.
 
 A row's rivals, all on the same bfloat16 operands:
 
@@ -23,10 +24,11 @@ from torch import Tensor
 from softclip_kernels import softclip_loss
 from softclip_kernels.testing import FIELDS, Result
 
-from . import Row, problems, timing
-from .problems import PRODUCTS, Case
+from .. import Row, problems, timing
+from ..problems import PRODUCTS, Case
+from .goals import COMPILED, EAGER, MEMORY, goals
 
-EAGER, COMPILED, OPEN_CLIP, EAGER_BF16 = "eager autocast", "compiled autocast", "open_clip autocast", "eager bf16"
+OPEN_CLIP, EAGER_BF16 = "open_clip autocast", "eager bf16"
 RIVALS = {
     "hard": (EAGER, OPEN_CLIP, EAGER_BF16),
     "psd": (EAGER, EAGER_BF16),  # open_clip has no loss that teaches itself
@@ -35,16 +37,6 @@ RIVALS = {
 # Bytes an entry of the N x N matrix that a dense loss, hard or soft, holds at its peak: larger ones are not attempted.
 BYTES = {EAGER: (26, 48), COMPILED: (26, 48), OPEN_CLIP: (28, 60), EAGER_BF16: (14, 28), "float32": (28, 48)}
 GEMMS = 10  # products a measurement, about as long as a fused pass
-
-# What the project asks for on an H100.
-GOAL_SIZE = (32768, 512)  # of the multiples of the rivals
-GEMM_SHARE = {"hard": 0.80, "psd_teacher": 0.70}  # of the matrix multiplication rate, N >= 16384
-PSD_OVER_HARD = 1.15
-OVER_EAGER = {"hard": 5.0, "psd": 8.0, "psd_teacher": 8.0}
-OVER_COMPILED = 2.5
-# "Memory beyond inputs and gradients", both in their own dtype: bytes, and bytes a row. 16-bit gradients are summed in
-# fp32 before they are rounded; these sums are memory beyond, and the row says how much of it they are.
-MEMORY = (64 * 2**20, 64)
 
 
 def correctness(case: Case, repeats: int) -> Row:
@@ -63,7 +55,10 @@ def correctness(case: Case, repeats: int) -> Row:
 
 def speed(case: Case, rivals: Sequence[str], with_hard: bool, rounds: int, seconds: float, gemm: int) -> Row:
     """Checked, then timed beside its rivals, the hard loss and products of (gemm, gemm) matrices, interleaved.
-    `with_hard` is False where the hard loss is wrong at this size."""
+    `with_hard` is False where the hard loss is wrong at this size. What the tuner measured meanwhile is in the row."""
+    from softclip_kernels.backends.triton import tuning  # here, for processes without triton
+
+    known = tuning.measurements()
     x, y, scale = case.operands()
     fused = case.fused("triton")
     row: Row = {"checked against": _check(case, fused, x, y, scale)}
@@ -73,8 +68,7 @@ def speed(case: Case, rivals: Sequence[str], with_hard: bool, rounds: int, secon
     }
     if with_hard and case.loss != "hard":
         contenders["hard"] = timing.forward_backward(replace(case, loss="hard").fused("triton"), x, y, scale)
-    a, b, out = (torch.randn(gemm, gemm, device=case.device).to(case.dtype) for _ in range(3))
-    contenders["gemm"] = lambda: [torch.mm(a, b, out=out) for _ in range(GEMMS)]
+    contenders["gemm"] = gemm_run(case, gemm)
     for rival in rivals:
         run = timing.forward_backward(_rival(rival, case), x, y, scale)
         start = time.monotonic()
@@ -87,7 +81,14 @@ def speed(case: Case, rivals: Sequence[str], with_hard: bool, rounds: int, secon
     torch.cuda.synchronize()
     with timing.Clocks() as clocks:
         timings = timing.interleaved(contenders, rounds, 1, seconds, timing.device_seconds)
-    return row | _figures(case, gemm, timings) | clocks.summary()
+    tuned = {key: measured for key, measured in tuning.measurements().items() if key not in known}
+    return row | _figures(case, gemm, timings) | clocks.summary() | ({"tuning": tuned} if tuned else {})
+
+
+def gemm_run(case: Case, edge: int) -> Callable[[], object]:
+    """GEMMS products of (edge, edge) matrices."""
+    a, b, out = (torch.randn(edge, edge, device=case.device).to(case.dtype) for _ in range(3))
+    return lambda: [torch.mm(a, b, out=out) for _ in range(GEMMS)]
 
 
 def _check(case: Case, fused: problems.Loss, x: Tensor, y: Tensor, scale: Tensor) -> str:
@@ -163,29 +164,6 @@ def _figures(case: Case, gemm: int, timings: Mapping[str, timing.Timing]) -> Row
     for rival in BYTES.keys() & timings.keys():
         row[f"over {rival}"] = timings[rival].median / fused
     return row | {"goals": goals(case.loss, case.n, case.d, row)}
-
-
-def goals(loss: str, n: int, d: int, row: Row) -> dict[str, bool]:
-    """Which of the project's goals apply to a row, and whether it reaches them."""
-    reached = {}
-    if n >= 16384:
-        if loss in GEMM_SHARE:
-            reached[f"share of gemm >= {GEMM_SHARE[loss]}"] = row["share of gemm"] >= GEMM_SHARE[loss]
-        if loss == "psd" and "over hard" in row:
-            reached[f"over hard <= {PSD_OVER_HARD}"] = row["over hard"] <= PSD_OVER_HARD
-    if (n, d) == GOAL_SIZE:
-        for rival, goal in ((EAGER, OVER_EAGER[loss]), (COMPILED, OVER_COMPILED)):
-            if f"over {rival}" in row:
-                reached[f"over {rival} >= {goal}"] = row[f"over {rival}"] >= goal
-    return reached
-
-
-def estimate(case: Case, rounds: int, compiled: bool) -> float:
-    """Seconds that a step of speed takes on an H100, roughly: preparation, the check, the rounds."""
-    pairs = case.n**2
-    fused = PRODUCTS[case.loss] * pairs * case.d / 5e14
-    rivals = 3 * 75e-12 * pairs if case.n <= GOAL_SIZE[0] else 0.0
-    return 2 + 25 * compiled + 2e-10 * pairs + 2 * fused + max(1.0, (rounds + 3) * (2.5 * fused + rivals))
 
 
 def memory(case: Case) -> Row:

@@ -1,0 +1,220 @@
+"""What a run of `python -m bench gpu` consists of: its order, its estimates and goals, and the steps before the timing,
+with stand-ins for what only a GPU has."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import zipfile
+
+import pytest
+import torch
+from helpers.backends import needs_triton
+
+from bench import gpu
+from bench.gpu import compilation, goals, products, rehearsal, rivals, tools
+from bench.gpu.plan import SIZES, WIDTHS, Scale, plan, schedule
+from bench.gpu.run import tuning_lines
+from bench.problems import LOSSES, Case
+from bench.records import sources
+from bench.short_run import Failed
+from bench.timing import Timing
+
+SMALL = Case("hard", torch.float32, 33, 16)
+
+
+@pytest.fixture
+def on_a_processor(monkeypatch):
+    for name, value in rehearsal.stand_ins().items():
+        monkeypatch.setattr(torch.cuda, name, value)
+
+
+def _planned(*arguments):
+    return list(plan(gpu.parse(arguments, Scale()), Scale()))
+
+
+def test_a_run_begins_with_what_finds_errors_soonest():
+    kinds = list(dict.fromkeys(step.kind for step in _planned("--rivals", "wheels")))
+    assert kinds == ["smoke", "compilation", "speed", "breakdown", "tests", "correctness", "memory", "rivals",
+                     "compiled", "million", "first call"]  # fmt: skip
+    assert "compilation" not in {step.kind for step in _planned("--candidate", "128x256x64w8s3")}
+
+
+def test_the_plan_fits_in_its_time_and_leaves_no_size_out():
+    planned = _planned("--rivals", "wheels")
+    assert sum(step.estimate for step in planned if not step.spare) < 60 * Scale.minutes
+    assert schedule(planned, 510).splitlines()[-1].startswith("4") and "s of 510 s" in schedule(planned, 510)
+    spare = [step.spare for step in planned]
+    assert spare == sorted(spare)
+    timed = [(step.case.loss, step.case.n, step.case.d) for step in planned if step.kind == "speed"]
+    assert len(timed) == len(set(timed)) == 3 * len(SIZES) * len(WIDTHS)
+    assert timed[3] == ("hard", *goals.STANDING_SIZE)
+
+
+def test_results_go_where_the_machine_takes_them_from(monkeypatch, tmp_path):
+    monkeypatch.delenv("OUT", raising=False)
+    assert gpu.parse([], Scale()).results is None
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert gpu.parse([], Scale()).results == tmp_path
+    assert gpu.parse(["--results", "x"], Scale()).results.name == "x"
+
+
+def test_the_hash_is_of_the_sources_alone(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    before = sources(tmp_path)
+    (tmp_path / "cache.pyc").write_text("anything")
+    assert sources(tmp_path) == before
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert sources(tmp_path) != before
+
+
+def test_the_tuners_choice_is_printed_first():
+    measured = {"chosen": "b", "ps an entry": {"a": 2.0, "b": 1.0}, "left out": {"c": "too large"}}
+    (line,) = tuning_lines({"forward sm_90": measured})
+    assert line == {"kernel and problem": "forward sm_90", "candidates, ps an entry": "b 1, a 2, c left out"}
+
+
+def test_goals_are_those_of_the_issue():
+    row = {"share of gemm": 0.75, "over hard": 1.2, "over eager autocast": 6.0, "over compiled autocast": 2.4}
+    assert goals.goals("hard", 32768, 512, row) == {
+        "share of gemm >= 0.8": False,
+        "over eager autocast >= 5.0": True,
+        "over compiled autocast >= 2.5": False,
+    }
+    assert goals.goals("psd", 16384, 1024, row) == {"over hard <= 1.15": False}
+    assert goals.goals("psd_teacher", 16384, 512, row) == {"share of gemm >= 0.7": True}
+    assert goals.goals("hard", 4096, 512, row) == {}
+    standing = row | {"fused": Timing.of((0.05,))}
+    assert goals.goals("hard", *goals.STANDING_SIZE, standing)["fused <= 44 ms"] is False
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_phases_goals_add_up_to_the_loss_own(loss):
+    case, rate = Case(loss, torch.bfloat16, 32768, 512), 8e14
+    allowed = goals.phase_goals(case, rate)
+    hard = 8 * 32768**2 * 512 / (0.80 * rate)
+    whole = {"hard": hard, "psd": 1.15 * hard, "psd_teacher": 12 * 32768**2 * 512 / (0.70 * rate)}[loss]
+    assert sum(allowed.values()) == pytest.approx(1e3 * whole)
+    slow = allowed | {"G": 1.01 * allowed["G"]}
+    assert list(goals.phases_reached(slow, allowed).values()) == [True, False, True, True]
+
+
+def test_the_phases_stand_beside_their_goals(on_a_processor, monkeypatch):
+    phases = {"statistics": 0.0, "G": 1e9, "products": 0.0, "rest": 0.0}
+    monkeypatch.setattr(products, "by_kernel", lambda case: {"phases": phases, "told": case.loss})
+    row = products.breakdown(SMALL, 16)
+    assert row["told"] == "hard" and row["gemm TFLOP/s"] > 0
+    assert list(row["goals"].values()) == [True, False, True, True]
+
+
+class _Compiler:
+    """A worker whose candidates are two kinds' good ones, one that does not compile and one that is wrong."""
+
+    def __init__(self, prepare, environment):
+        pass
+
+    def call(self, function, arguments, seconds):
+        if function is compilation.candidates_of:
+            return ["forward=good", "forward=large", f"backward={arguments['case'].loss}"]
+        if arguments["forced"] == "forward=large":
+            raise Failed("out of resource")
+        if arguments["forced"] == "backward=psd":
+            raise Failed("AssertionError: dx differs", assertion=True)
+
+    def end(self):
+        pass
+
+
+def test_a_candidate_that_does_not_compile_is_told_and_one_that_is_wrong_fails(monkeypatch):
+    monkeypatch.setattr(compilation, "Worker", _Compiler)
+    hard, psd = (Case(loss, torch.float32, 33, 16) for loss in ("hard", "psd"))
+    row = compilation.compile_candidates([hard], None, {}, 60)
+    assert row["passed"] and row["outcome"] == "3 candidates, 1 left out"
+    assert row["left out"] == {"hard forward=large": "out of resource"}
+    row = compilation.compile_candidates([hard, psd], None, {}, 60)
+    assert not row["passed"] and row["left out"]["psd backward=psd"] == "wrong: AssertionError: dx differs"
+
+
+def _wheel(folder, package, source):
+    with zipfile.ZipFile(folder / f"{package}-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{package}.py", source)
+
+
+def test_rivals_come_from_their_wheels_and_fail_alone(on_a_processor, monkeypatch, tmp_path):
+    monkeypatch.setattr(Case, "fused", lambda case, backend: case.dense())
+    for name in ("inf_cl", "siglip_kernel"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    row = rivals.compare(SMALL, tmp_path, 1)
+    assert all(row[name].startswith("failed: ModuleNotFoundError") for name in rivals.RIVALS)
+    _wheel(tmp_path, "inf_cl", "def cal_flash_loss(x, y, scale): raise RuntimeError('no kernel')\n")
+    _wheel(tmp_path, "siglip_kernel", "def fused_siglip_loss(x, y, t, b): return (t.exp() * x * y + b).sum()\n")
+    row = rivals.compare(SMALL, tmp_path, 1)
+    assert row["inf-cl"] == "failed: RuntimeError: no kernel"
+    assert row["over siglip-kernel"] > 0 and row["fused"].median > 0
+    for name in ("inf_cl", "siglip_kernel"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@needs_triton
+def test_the_candidates_are_those_the_library_asks_its_tuner_for(monkeypatch):
+    """A pass without kernels stands for one on a GPU."""
+    from softclip_kernels.backends.triton import tuning
+    from softclip_kernels.backends.triton.shapes import Shape
+
+    shapes = (Shape(32, 64, 32, 4, 1), Shape(64, 64, 32, 4, 1))
+
+    def fused(case, backend):
+        def loss(x, y, scale):
+            for kind in ("forward", "backward"):
+                tuning.choose(kind, "", shapes, None, 0, x.device)
+            return case.dense()(x, y, scale)
+
+        return loss
+
+    monkeypatch.setattr(Case, "fused", fused)
+    found = compilation.candidates_of(SMALL)
+    assert found == [f"{kind}={shape.name}" for kind in ("forward", "backward") for shape in shapes]
+    for forced in found:
+        compilation.run_candidate(SMALL, forced)
+    with pytest.raises(ValueError, match="does not suit"):
+        compilation.run_candidate(SMALL, "forward=9x9x9w9s9")
+
+
+def _tooled(tmp_path, *arguments, **changes):
+    """The exit code of some tools, with small sizes, and their rows in the record."""
+    scale = dataclasses.replace(rehearsal.SMALL, seconds=0.0, **changes)
+    code = tools.run_tools(gpu.parse([*arguments, "--results", str(tmp_path)], scale), scale)
+    (path,) = (tmp_path / "gpu_tools").glob("*.json")
+    return code, json.loads(path.read_text())["rows"]
+
+
+@needs_triton
+def test_tools_have_tables_and_a_record_of_their_own(tmp_path, capsys):
+    code, rows = _tooled(tmp_path, "--probe", "--breakdown")
+    assert code == 0 and not (tmp_path / "gpu").exists()
+    assert {row["loss"] for row in rows if row["kind"] == "breakdown"} == set(LOSSES)
+    assert len({row["what"] for row in rows if row["kind"] == "probe"}) == len(rows) - 3 > 0
+    assert "statistics ms" in capsys.readouterr().out
+
+
+def test_a_tool_that_fails_is_a_row(tmp_path, monkeypatch):
+    code, rows = _tooled(tmp_path, "--breakdown", prepare=None, first=(2**40, 2**40))
+    assert code == 1 and len(rows) == 3 and all(row["passed"] is False and row["error"] for row in rows)
+
+
+def test_what_starts_processes_is_told_what_the_flags_say(tmp_path, monkeypatch):
+    told = {}
+
+    def tell(name):
+        return lambda **arguments: told.setdefault(name, []).append(arguments) or [{"kind": name}]
+
+    monkeypatch.setattr(tools.external, "ncu", tell("ncu"))
+    monkeypatch.setattr(tools.external, "sanitize", tell("sanitize"))
+    monkeypatch.setattr(tools.ab, "ab", tell("ab"))
+    code, _ = _tooled(tmp_path, "--ncu", "softmax.*", "--sanitize", "--ab", "64x64x64w4s2", f"old={tmp_path}")
+    assert code == 0
+    (ncu,), (sanitize,), (first, *_) = told["ncu"], told["sanitize"], told["ab"]
+    assert ncu["kernel"] == "softmax.*" and ncu["folder"] == sanitize["folder"] == tmp_path / "gpu_tools"
+    assert first["base"].environment == {"SOFTCLIP_CANDIDATE": "64x64x64w4s2"} and first["against"].path == tmp_path
+    assert [one["case"].loss for one in told["ab"]] == list(LOSSES)
