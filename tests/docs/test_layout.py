@@ -158,12 +158,15 @@ def test_no_signature_of_more_than_four_parameters_stands_twice():
 # Names.
 
 
-@pytest.mark.parametrize("name", ("cpu", "triton", "distributed", "two_pass"))
-def test_code_test_benchmark_and_page_share_a_name(name):
+# A benchmark of one backend alone is called after its machine.
+@pytest.mark.parametrize(
+    ("name", "benchmark"), (("cpu", "cpu"), ("triton", "gpu"), ("distributed",) * 2, ("two_pass",) * 2)
+)
+def test_code_test_benchmark_and_page_share_a_name(name, benchmark):
     for folder, pattern in (
         (ROOT / "softclip_kernels", f"**/{name}*"),
         (ROOT / "tests", f"**/test_{name}*.py"),
-        (ROOT / "bench", f"{name}.py"),
+        (ROOT / "bench", f"{benchmark}*"),
         (ROOT / "docs", f"{name}.md"),
     ):
         assert [path for path in folder.glob(pattern) if path.suffix != ".pyc"], f"{folder.name}/{pattern}"

@@ -17,7 +17,7 @@ from .shapes import Shape
 # What the two ends of a tile cost, in entries along its sum: the first loads, the sums read and written, the launch.
 # Estimated from the code, not measured; a larger one favours longer edges.
 ENDS = 512
-# What an entry costs that streams in along a tile's side, in products: as others measured on an H100, tiles of 128 x 256
+# What an entry costs that streams in along the side of a tile, in products: by others on an H100, tiles of 128 x 256
 # without multicast reach 0.84 of the largest products' rate, and L2 feeds tiles of 128 x 128 at 0.63 of it.
 STREAM = 100
 # Bytes that matrices take beyond operands and gradients, where it can be: a MiB less than the backward pass is allowed
