@@ -160,13 +160,13 @@ def test_no_signature_of_more_than_four_parameters_stands_twice():
 
 # A benchmark of one backend alone is called after its machine.
 @pytest.mark.parametrize(
-    ("name", "benchmark"), (("cpu", "cpu"), ("triton", "gpu"), ("distributed",) * 2, ("two_pass",) * 2)
+    ("name", "machine"), (("cpu", "cpu"), ("triton", "gpu"), ("distributed",) * 2, ("two_pass",) * 2)
 )
-def test_code_test_benchmark_and_page_share_a_name(name, benchmark):
+def test_code_test_benchmark_and_page_share_a_name(name, machine):
     for folder, pattern in (
         (ROOT / "softclip_kernels", f"**/{name}*"),
         (ROOT / "tests", f"**/test_{name}*.py"),
-        (ROOT / "bench", f"{benchmark}*"),
+        (ROOT / "bench", f"{machine}*"),
         (ROOT / "docs", f"{name}.md"),
     ):
         assert [path for path in folder.glob(pattern) if path.suffix != ".pyc"], f"{folder.name}/{pattern}"
