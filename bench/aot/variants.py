@@ -280,7 +280,6 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "RANKED": "ranks" in variant.features,
         "MIRRORED": variant.mode == "transposed",
         "OWN_PRODUCT": variant.mode == "embeddings",
-        "COLUMN_SLOTS": 1,
         "PART": softmax_exchange.ADD if "previous" in variant.features else softmax_exchange.STORE,
         "BLOCK": sums.BLOCK if variant.kernel == "sums" else coefficients.BLOCK,
         "STATISTICS": int(variant.student) + 2 * (variant.mode != "none") + ("ranks" in variant.features),

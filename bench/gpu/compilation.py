@@ -64,17 +64,23 @@ def compile_candidates(
 
 def candidates_of(case: Case) -> list[str]:
     """What SOFTCLIP_CANDIDATE may be for this case: "kind=name" for every choice that a pass leaves to the tuner."""
+    found = choices(lambda: Result.of(case.fused("triton"), *(leaf.detach() for leaf in case.operands())))
+    return [f"{kind}={name}" for kind, names in found.items() for name in names]
+
+
+def choices(run: Callable[[], object]) -> dict[str, tuple[str, ...]]:
+    """By kind of kernel, the names of the candidates that `run` leaves to the tuner, which takes the first."""
     from softclip_kernels.backends.triton import tuning
 
-    asked: dict[str, None] = {}
+    found: dict[str, tuple[str, ...]] = {}
 
     def choose(kind: str, key: str, shapes: Sequence[tuning.Shape], *_: object) -> tuning.Shape:
-        asked.update(dict.fromkeys(f"{kind}={shape.name}" for shape in shapes))
+        found[kind] = tuple(dict.fromkeys((*found.get(kind, ()), *(shape.name for shape in shapes))))
         return shapes[0]
 
     with mock.patch.object(tuning, "choose", choose):
-        Result.of(case.fused("triton"), *(leaf.detach() for leaf in case.operands()))
-    return list(asked)
+        run()
+    return found
 
 
 def run_candidate(case: Case, forced: str) -> None:

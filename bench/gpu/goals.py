@@ -16,7 +16,7 @@ PSD_OVER_HARD = 1.15
 OVER_EAGER = {"hard": 5.0, "psd": 8.0, "psd_teacher": 8.0}
 OVER_COMPILED = 2.5
 # "Memory beyond inputs and gradients", both in their own dtype: bytes, and bytes a row. 16-bit gradients are summed in
-# fp32 before they are rounded; these sums are memory beyond, and the row says how much of it they are.
+# fp32 before they are rounded, and these sums are memory beyond.
 MEMORY = (64 * 2**20, 64)
 REST = 0.02  # of a pass: what is neither statistics, nor G, nor products
 COMPILING = 6.0  # seconds that the kernels of a forward and a backward pass take to compile

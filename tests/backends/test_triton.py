@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import interpreter
 from helpers.backends import needs_triton
 
 from softclip_kernels import backends, softclip_loss
@@ -24,13 +20,8 @@ HERE = Path(__file__).parent
 @needs_triton
 @pytest.mark.parametrize("group", ("square_targets", "mutant", "not square_targets and not mutant"))
 def test_the_kernels_pass_their_tests_interpreted(group):
-    """In a process of its own, because one either compiles or interprets; the tests are in interpreted_triton.py."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(HERE / "interpreted_triton.py"), "-k", group]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 20 and "skipped" not in done.stdout
+    """The tests are in interpreted_triton.py."""
+    interpreter.assert_kernels_pass(HERE / "interpreted_triton.py", 20, "-k", group)
 
 
 def test_without_a_gpu_it_says_why_not(monkeypatch):

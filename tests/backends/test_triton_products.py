@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import interpreter
 from helpers.allocations import Allocations
 from helpers.backends import needs_triton
 
@@ -26,14 +22,7 @@ WIDTHS = (256, 320, 512, 640, 768, 1024, 1280, 1536, 2048)
 
 
 def test_the_products_pass_their_tests_interpreted():
-    """In a process of its own, because one either compiles or interprets."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    file = Path(__file__).parent / "interpreted_triton_products.py"
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) >= 80 and "skipped" not in done.stdout
+    interpreter.assert_kernels_pass(Path(__file__).parent / "interpreted_triton_products.py", 80)
 
 
 # Memory.

@@ -1,11 +1,13 @@
-"""A function of the tests in an interpreter of its own."""
+"""A function, or a file of tests, in an interpreter of its own."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from . import PYTHONPATH, ROOT
@@ -27,3 +29,14 @@ def result_of(module: str, function: str, *arguments: Any, plant: str = "", **en
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def assert_kernels_pass(file: Path, least: int, *options: str) -> None:
+    """Tests that interpret Triton's kernels pass, so many at least, and none is skipped; in a process of their own,
+    because one either compiles or interprets."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file), *options]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) >= least and "skipped" not in done.stdout

@@ -81,3 +81,12 @@ def _plain_and_kinds(arguments: list[Any], unspecialized: frozenset[int]) -> tup
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def strides(**matrices: Tensor) -> dict[str, int]:
+    """How matrices lie in memory, as every kernel takes it: NAME_stride from row to row, NAME_step along them."""
+    return {
+        f"{name}_{which}": stride
+        for name, matrix in matrices.items()
+        for which, stride in zip(("stride", "step"), matrix.stride(), strict=True)
+    }

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...stats import Statistics, StatisticsGradient
-from .call import Call, ceil_div
+from .call import Call, ceil_div, strides
 from .passes import Pass
 from .positive_entries import NO_TEACHER, positive_gradient
 from .tiles import BOUND, LOG2E, TEACHER_BOUND, TOP_COLUMN_BIAS, TOP_ROW_BIAS, center
@@ -311,18 +311,14 @@ def prepare(
             for name, vector in _vectors(launch_pass, length, like).items()
         }
         teacher = problem.teachers[k] if launch_pass.taught else None
-        own = teacher is not None and teacher.x is not None and teacher.y is not None
-        left, right = (teacher.x, teacher.y) if own and teacher is not None else (problem.x, problem.y)
-        assert left is not None and right is not None
-        arguments = launch_pass.arguments() | shared | vectors
+        left, right = problem.x, problem.y
+        if teacher is not None and teacher.x is not None and teacher.y is not None:
+            left, right = teacher.x, teacher.y
+        arguments = launch_pass.arguments() | shared | vectors | strides(left=left, right=right)
         arguments |= {
             "teacher_scale": None if teacher is None else teacher.scale,
             "left": left,
             "right": right,
-            "left_stride": left.stride(0),
-            "left_step": left.stride(1),
-            "right_stride": right.stride(0),
-            "right_step": right.stride(1),
             "width": left.shape[1],
             "teacher": k,
             "STUDENT": launch_pass.student,

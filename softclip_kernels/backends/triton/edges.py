@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .call import ceil_div
 from .shapes import Shape
 
 # What the two ends of a tile cost, in entries along its sum: the first loads, the sums read and written, the launch.
@@ -65,7 +66,7 @@ def best_edge(
     longest. The shapes are the candidates for the two launches."""
     step = max(max(shape.block_m, shape.block_n) for shape in g_shapes)
     step = max(step, *(shape.block_m for shape in product_shapes))
-    longest = -(-max(work.rows, work.columns) // step) * step
+    longest = ceil_div(max(work.rows, work.columns), step) * step
     edges = [edge for edge in range(step, longest + 1, step) if work.memory(edge) <= memory] or [step]
     return min(reversed(edges), key=lambda edge: modelled_time(work, edge, g_shapes, product_shapes, processors))
 
@@ -79,16 +80,16 @@ def modelled_time(
     def launch(shapes: Sequence[Shape], height: int, width: int, depth: int) -> int:
         times = []
         for shape in shapes:
-            tiles = -(-height // shape.block_m) * -(-width // shape.block_n)
+            tiles = ceil_div(height, shape.block_m) * ceil_div(width, shape.block_n)
             step = max(shape.block_m * shape.block_n, STREAM * (shape.block_m + shape.block_n))
-            times.append(-(-tiles // processors) * step * (depth + ENDS))
+            times.append(ceil_div(tiles, processors) * step * (depth + ENDS))
         return min(times)
 
     def super_block(g_height: int, products: int) -> int:
         g = launch(g_shapes, g_height, edge, work.g_width)
         return g + launch(product_shapes, products * edge, work.width, edge)
 
-    rows, columns = -(-work.rows // edge), -(-work.columns // edge)
+    rows, columns = ceil_div(work.rows, edge), ceil_div(work.columns, edge)
     if not work.mirrored:
         return rows * columns * super_block(edge, work.products)
     beside = rows * (rows - 1) // 2

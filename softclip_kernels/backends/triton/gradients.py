@@ -20,7 +20,7 @@ from ... import positives
 from ...problem import Problem
 from ...stats import InputGradients, Wanted
 from . import launch
-from .call import Call, ceil_div
+from .call import Call, ceil_div, strides
 from .products import Operands, Products
 
 ROWS, WIDTH = 16, 128  # of a program's tile, which walks along the width
@@ -156,7 +156,7 @@ class Gradients:
             self.dx = self._finished(self.gx, columns=False)
         self.gx = dy = None
         if self.gy is not None:
-            if self.coefficient is not None and self._positive_row() is None:
+            if self.coefficient is not None and self.problem.positive_row is None:  # rows may share a column
                 coefficient = self.coefficient if self.unit is None else self.coefficient / self.unit
                 positives.add_gradient(self.problem, coefficient, None, self.gy)
             dy = self._finished(self.gy, columns=True)
@@ -165,10 +165,6 @@ class Gradients:
 
     def _empty(self, length: int, dtype: torch.dtype) -> Tensor:
         return self.problem.x.new_empty(length, self.problem.x.shape[1], dtype=dtype)
-
-    def _positive_row(self) -> Tensor | None:
-        """Of each column, where no two rows share one: then their positives are read, and not scattered."""
-        return self.problem.positive_row
 
     def _finished(self, total: Tensor, columns: bool) -> Tensor | None:
         """The gradient of the whole of one side, in place where it is fp32."""
@@ -182,7 +178,7 @@ class Gradients:
         """The kernel on one side, to be launched on ranges of it."""
         p = self.problem
         own, other = (p.y, p.x) if columns else (p.x, p.y)
-        positive, coefficient = self._positive_row() if columns else p.positive_column, self.coefficient
+        positive, coefficient = p.positive_row if columns else p.positive_column, self.coefficient
         if positive is None or coefficient is None:
             positive = coefficient = None
         else:
@@ -202,9 +198,8 @@ class Gradients:
             "COLUMNS": columns,
             "BLOCK_M": ROWS,
             "BLOCK_N": WIDTH,
+            **strides(own=own, other=other),
         }
-        for name, matrix in (("own", own), ("other", other)):
-            arguments[f"{name}_stride"], arguments[f"{name}_step"] = matrix.stride()
         return Call(finish_kernel, arguments, {"num_warps": 4})
 
 

@@ -44,6 +44,11 @@ def tiles(part: slice, block: int) -> int:
     return ceil_div(part.stop - part.start, block)
 
 
+def over(shape: Shape, i: slice, j: slice) -> dict[str, int]:
+    """What a kernel with a program for every tile takes of the super-block (i, j)."""
+    return {"programs": tiles(i, shape.block_m) * tiles(j, shape.block_n), **bounds(i, j)}
+
+
 def forward_edge(shape: Shape, statistics: int, mirrored: bool, longest: int) -> int:
     """Of super-blocks in whole tiles, as few and as equal as their partial sums in the scratch allow."""
     tile = max(shape.block_m, shape.block_n)

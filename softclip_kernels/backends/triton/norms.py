@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .call import Call, ceil_div
+from .call import Call, ceil_div, strides
 
 ROWS, WIDTH = 16, 128  # of a program's tile of embeddings, which walks along the width
 
@@ -78,9 +78,8 @@ def largest_squares(x: Tensor, y: Tensor) -> Tensor:
         "columns": len(y),
         "BLOCK_M": ROWS,
         "BLOCK_N": WIDTH,
+        **strides(x=x, y=y),
     }
-    for name, matrix in (("x", x), ("y", y)):
-        arguments[f"{name}_stride"], arguments[f"{name}_step"] = matrix.stride()
     Call(norms_kernel, arguments, {})(len(largest))
     return largest
 

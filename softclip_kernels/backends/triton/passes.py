@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...problem import PROBLEM_TENSORS, Problem, Source, TeacherOperand
+from .call import strides
 from .scalars import Scalars
 from .tiles import EMBEDDINGS, LOGITS, NONE, TRANSPOSED
 
@@ -132,7 +133,7 @@ class Pass:
             "teacher_x": p.x if self.teacher_x is None else self.teacher_x,
             "teacher_y": p.y if self.teacher_y is None else self.teacher_y,
         }
-        arguments: dict[str, Any] = {
+        return {
             **matrices,
             "width": p.x.shape[1],
             "teacher_width": matrices["teacher_x"].shape[1],
@@ -146,10 +147,8 @@ class Pass:
             "row_weight": self.row_weight,
             "column_weight": self.column_weight,
             "scalars": self.scalars,
+            **strides(**matrices),
         }
-        for name, matrix in matrices.items():
-            arguments[f"{name}_stride"], arguments[f"{name}_step"] = matrix.stride()
-        return arguments
 
 
 def passes(problem: Problem, known_bounds: Tensor | None = None) -> tuple[list[Pass], Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...problem import Problem
 from . import launch, tuning
-from .call import Call, ceil_div
+from .call import Call, ceil_div, strides
 from .shapes import LIBRARY, Shape
 
 AddBlock = Callable[[slice, slice], None]
@@ -245,9 +245,8 @@ class Operands:
             "edge": self.g.shape[-1],
             "EVEN": x.shape[1] % shape.block_n == 0,
             **shape.constants(),
+            **strides(x=x, y=y),
         }
-        for name, matrix in (("x", x), ("y", y)):
-            arguments[f"{name}_stride"], arguments[f"{name}_step"] = matrix.stride()
         call = Call(products_kernel, arguments, shape.options())
 
         def tiles(part: slice) -> int:

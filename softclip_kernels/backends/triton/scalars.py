@@ -70,8 +70,8 @@ def scalars_kernel(
     OWN_PRODUCT: tl.constexpr,
     TAUGHT: tl.constexpr,
 ):
-    """One program: a pass's `scalars`, and of `bounds` (1 + K,) the student's and the teacher's, the teacher-th. They
-    follow from what norms_kernel found of the student's embeddings and of the teacher's, or from `known_bounds`.
+    """One program: a pass's `scalars`, by `known_bounds`, or by what norms_kernel found of the student's embeddings and
+    of the teacher's; the student's bound and the teacher-th teacher's then go to `bounds` (1 + K,).
     OWN_PRODUCT: the teacher's logits are a product of its own, not the student's times a ratio."""
     student_scale = tl.load(scale)
     if known_bounds is not None:
@@ -79,7 +79,7 @@ def scalars_kernel(
     else:
         student_norms = norms_product(largest, row_programs, programs)
         student_bound = tl.abs(student_scale) * student_norms
-    tl.store(bounds, student_bound)
+        tl.store(bounds, student_bound)
     tl.store(scalars + SCALE, student_scale)
     tl.store(scalars + FACTOR, student_scale * LOG2E)
     tl.store(scalars + BOUND, student_bound * LOG2E)
@@ -92,11 +92,11 @@ def scalars_kernel(
         if known_bounds is not None:
             bound = tl.load(known_bounds + 1 + teacher)
         else:
+            norms = student_norms
             if OWN_PRODUCT:
-                bound = tl.abs(factor) * norms_product(teacher_largest, row_programs, programs)
-            else:
-                bound = tl.abs(factor) * student_norms
-        tl.store(bounds + 1 + teacher, bound)
+                norms = norms_product(teacher_largest, row_programs, programs)
+            bound = tl.abs(factor) * norms
+            tl.store(bounds + 1 + teacher, bound)
         tl.store(scalars + TEACHER_FACTOR, factor * LOG2E)
         tl.store(scalars + TEACHER_BOUND, bound * LOG2E)
         row_bias = 0.0

@@ -36,24 +36,20 @@ from .shapes import EXCHANGE, GROUP, SPLIT, Shape
 from .softmax_exchange import Exchange
 from .softmax_gradient import finish
 from .tiles import (
-    BOUND,
     EMBEDDINGS,
-    FACTOR,
     LAYOUT,
     LOGITS,
     MATRICES,
     NONE,
     SUPER_BLOCK,
-    TEACHER_BOUND,
-    TEACHER_FACTOR,
     TRANSPOSED,
-    center,
+    exponents,
     grouped_tile,
-    positives,
     product,
     relation,
     store,
     visible,
+    without_positives,
 )
 
 ARGUMENTS = {
@@ -166,14 +162,7 @@ def softmax_backward_kernel(
         in_range &= mirror_in_range
 
     safe_i, safe_j = tl.minimum(i, row_end - 1), tl.minimum(j, column_end - 1)
-    factor = tl.load(scalars + FACTOR)
-    reference = center(tl.load(scalars + BOUND), HEADROOM)
-    if TIED:
-        teacher_factor = factor
-        teacher_reference = reference
-    else:
-        teacher_factor = tl.load(scalars + TEACHER_FACTOR)
-        teacher_reference = center(tl.load(scalars + TEACHER_BOUND), HEADROOM)
+    factor, reference, teacher_factor, teacher_reference = exponents(scalars, HEADROOM, TIED)
     matrix_x = (x, x_stride, x_step)
     matrix_y = (y, y_stride, y_step)
     student = (
@@ -217,9 +206,7 @@ def softmax_backward_kernel(
         value, mirror_value = finish(dot, t, student, teacher, at, in_range, STUDENT, TEACHER)
 
     if positive_column is not None:
-        column = positives(positive_column, i, inside_i, column_start + tile_n * BLOCK_N, column_end, BLOCK_N)
-        if tl.max(column) >= 0:
-            value = tl.where(tl.arange(0, BLOCK_N)[None, :] == column[:, None], 0.0, value)
+        value = without_positives(value, positive_column, i, inside_i, first_j, column_end, 1)
     if row_segment is not None:
         value = tl.where(visible(at, row_segment, column_segment), value, 0.0)
     entry = local_i.to(tl.int64)[:, None] * edge + local_j[None, :]
@@ -231,9 +218,7 @@ def softmax_backward_kernel(
     if TEACHER == TRANSPOSED:
         mirror_inside_j = j < tl.where(related > 0, column_end, 0)
         if positive_column is not None:
-            row = positives(positive_column, j, mirror_inside_j, row_start + tile_m * BLOCK_M, row_end, BLOCK_M)
-            if tl.max(row) >= 0:
-                mirror_value = tl.where(tl.arange(0, BLOCK_M)[:, None] == row[None, :], 0.0, mirror_value)
+            mirror_value = without_positives(mirror_value, positive_column, j, mirror_inside_j, first_i, row_end, 0)
         if row_segment is not None:
             mirror_value = tl.where(visible(at, column_segment, row_segment), mirror_value, 0.0)
         mirror_entry = local_j.to(tl.int64)[:, None] * edge + local_i[None, :]
@@ -330,8 +315,7 @@ class _BlockLaunch:
         return Call(softmax_backward_kernel, arguments, self.shape.options())
 
     def _launch(self, call: Call, i: slice, j: slice, **changing: Any) -> None:
-        programs = launch.tiles(i, self.shape.block_m) * launch.tiles(j, self.shape.block_n)
-        call(programs, **changing, **launch.bounds(i, j))
+        call(**changing, **launch.over(self.shape, i, j))
 
 
 class _Split(_BlockLaunch):

@@ -21,19 +21,15 @@ from .passes import Pass
 from .shapes import GROUP, Shape
 from .softmax_gradient import coefficient_sum, through_softmax
 from .tiles import (
-    BOUND,
-    FACTOR,
     LAYOUT,
     MATRICES,
     SUPER_BLOCK,
-    TEACHER_BOUND,
-    TEACHER_FACTOR,
-    center,
+    exponents,
     grouped_tile,
-    positives,
     product,
     store,
     visible,
+    without_positives,
 )
 
 # What a launch does with its tiles' own part and with their mirrors'.
@@ -78,16 +74,6 @@ def put(tile, pointers, ADDS: tl.constexpr, whole, mask):
         else:
             tile += tl.load(pointers, mask=mask, other=0.0)
     store(pointers, tile, whole, mask)
-
-
-@triton.jit
-def without_positives(tile, positive_column, index, inside, start, end, ALONG: tl.constexpr):
-    """The tile with 0 at the positives of its rows, ALONG = 1, or of its columns, ALONG = 0."""
-    place = positives(positive_column, index, inside, start, end, tile.shape[ALONG])
-    if tl.max(place) >= 0:
-        along = tl.expand_dims(tl.arange(0, tile.shape[ALONG]), 1 - ALONG)
-        tile = tl.where(along == tl.expand_dims(place, ALONG), 0.0, tile)
-    return tile
 
 
 @triton.jit
@@ -161,14 +147,7 @@ def softmax_exchange_kernel(
     in_range &= all_in_range(column_in_range, first_j, column_end, BLOCK_N)
     in_range &= all_in_range(column_in_range, first_i, row_end, BLOCK_M)
     in_range &= all_in_range(row_in_range, first_j, column_end, BLOCK_N)
-    factor = tl.load(scalars + FACTOR)
-    reference = center(tl.load(scalars + BOUND), HEADROOM)
-    if TIED:
-        teacher_factor = factor
-        teacher_reference = reference
-    else:
-        teacher_factor = tl.load(scalars + TEACHER_FACTOR)
-        teacher_reference = center(tl.load(scalars + TEACHER_BOUND), HEADROOM)
+    factor, reference, teacher_factor, teacher_reference = exponents(scalars, HEADROOM, TIED)
     student = (
         factor,
         reference,
@@ -229,6 +208,5 @@ class Exchange:
             self._launch(STORE, i, j, g=self.g, mirror_g=self.mirror_g)
             self._launch(ADD, j, i, g=self.mirror_g, mirror_g=self.g)
 
-    def _launch(self, part: tl.constexpr, i: slice, j: slice, **scratch: Tensor) -> None:
-        programs = launch.tiles(i, self.shape.block_m) * launch.tiles(j, self.shape.block_n)
-        self.calls[part.value](programs, **scratch, **launch.bounds(i, j))
+    def _launch(self, part: tl.constexpr, i: slice, j: slice, **scratch: Any) -> None:
+        self.calls[part.value](**scratch, **launch.over(self.shape, i, j))

@@ -28,19 +28,15 @@ from .shapes import GROUP, TMA, Shape
 from .softmax_forward_persistent import PersistentCall
 from .sums import BLOCK, HEADROOM, sums_kernel
 from .tiles import (
-    BOUND,
     EMBEDDINGS,
-    FACTOR,
     LAYOUT,
     LOGITS,
     MATRICES,
     NONE,
     SCALE,
     SUPER_BLOCK,
-    TEACHER_BOUND,
-    TEACHER_FACTOR,
     TRANSPOSED,
-    center,
+    exponents,
     grouped_tile,
     positives,
     product,
@@ -190,14 +186,7 @@ def softmax_forward_kernel(
     teacher = edge * STUDENT
 
     scale = tl.load(scalars + SCALE)
-    factor = tl.load(scalars + FACTOR)
-    reference = center(tl.load(scalars + BOUND), HEADROOM)
-    if TIED:
-        teacher_factor = factor
-        teacher_reference = reference
-    else:
-        teacher_factor = tl.load(scalars + TEACHER_FACTOR)
-        teacher_reference = center(tl.load(scalars + TEACHER_BOUND), HEADROOM)
+    factor, reference, teacher_factor, teacher_reference = exponents(scalars, HEADROOM, TIED)
     matrix_x = (x, x_stride, x_step)
     matrix_y = (y, y_stride, y_step)
 
@@ -302,7 +291,7 @@ def forward(problem: Problem) -> Statistics:
     for k, launch_pass in enumerate(launch_passes):
         sums = _tuned_sums(launch_pass, positive_logit, results | {"teacher": k})
         for i, j in launch.super_blocks(n, m, sums.edge, launch_pass.mirrored):
-            sums.call(**sums.at(i, j))
+            sums.call(**launch.over(sums.shape, i, j))
             sums.add(i, j)
         for direction, statistics, inside in zip(
             (launch_pass, launch_pass.exchanged()), (rows, columns), in_range, strict=True
@@ -352,15 +341,9 @@ class _Sums:
             "TAUGHT": launch_pass.taught,
             "RANKED": launch_pass.ranked,
             "MIRRORED": self.mirrored,
-            "COLUMN_SLOTS": 1,
             "BLOCK": BLOCK,
         }
         self.add_call = Call(sums_kernel, arguments, {})
-
-    def at(self, i: slice, j: slice) -> dict[str, int]:
-        """What `call` takes for the super-block (i, j)."""
-        programs = launch.tiles(i, self.shape.block_m) * launch.tiles(j, self.shape.block_n)
-        return {"programs": programs, **launch.bounds(i, j)}
 
     def add(self, i: slice, j: slice) -> None:
         directions = 2 if self.mirrored and i != j else 1  # beside the diagonal the mirror's too
@@ -374,6 +357,6 @@ def _tuned_sums(launch_pass: Pass, positive_logit: Tensor, results: dict[str, An
     def trial(shape: Shape) -> tuple[tuning.Launch, int]:
         sums, problem = _Sums(launch_pass, positive_logit, results, shape), launch_pass.problem
         i, j = next(launch.super_blocks(problem.rows, problem.columns, sums.edge, launch_pass.mirrored))
-        return functools.partial(sums.call, **sums.at(i, j)), launch.entries(i, j)
+        return functools.partial(sums.call, **launch.over(shape, i, j)), launch.entries(i, j)
 
     return _Sums(launch_pass, positive_logit, results, launch.choose_shape("forward", launch_pass, trial))

@@ -128,20 +128,20 @@ def add_direction(
     others,
     teacher,
     TOP_BIAS: tl.constexpr,
-    STATISTICS: tl.constexpr,
     STUDENT: tl.constexpr,
     TAUGHT: tl.constexpr,
     RANKED: tl.constexpr,
     MIRRORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """BLOCK positions of one direction. slots, and with MIRRORED mirror_slots: those of slot_sum; results: (totals,
-    statistics, in_range, ranks); positions: (of the super-block's start, within it, its end, of the direction in
-    all)."""
+    """BLOCK positions of one direction. slots, and with MIRRORED mirror_slots: as slot_sum takes them; results:
+    (totals, statistics, in_range, ranks); positions: (of the super-block's start, within it, its end, of the direction
+    in all)."""
     totals, statistics, in_range, ranks = results
     start, local, end, length = positions
     i = start + local
     inside = i < end
+    STATISTICS: tl.constexpr = STUDENT + 2 * TAUGHT + RANKED
     none = tl.zeros((BLOCK,), tl.float32)
     of_student = none
     of_teacher = none
@@ -206,12 +206,10 @@ def sums_kernel(
     rows,
     columns,
     teacher,
-    STATISTICS: tl.constexpr,
     STUDENT: tl.constexpr,
     TAUGHT: tl.constexpr,
     RANKED: tl.constexpr,
     MIRRORED: tl.constexpr,
-    COLUMN_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -219,8 +217,8 @@ def sums_kernel(
     """BLOCK positions: programs go over the super-block's rows, then its columns, then, beside the diagonal of a
     mirrored problem, its columns as the mirror's rows and its rows as the mirror's columns.
 
-    row_sums, column_sums, mirror_...   as softmax_forward_kernel leaves them, COLUMN_SLOTS for each tile along the rows
-    row_totals, column_totals           (STATISTICS, rows) and (STATISTICS, columns), of earlier super-blocks
+    row_sums, column_sums, mirror_...   as softmax_forward_kernel leaves them
+    row_totals, column_totals           (statistics, rows) and (statistics, columns), of earlier super-blocks
     row_statistics, column_statistics   (1 + 2K, rows) and (1 + 2K, columns) as in stats.py; `teacher`: which of the K
     row_in_range, column_in_range       (rows,) and (columns,), 0 where the sums left fp32's range
     row_ranks, column_ranks             (rows,) and (columns,), None without RANKED
@@ -229,7 +227,7 @@ def sums_kernel(
     height, width = row_end - row_start, column_end - column_start
     along_rows, along_columns = tl.cdiv(height, BLOCK), tl.cdiv(width, BLOCK)
     row_slots = tl.cdiv(width, BLOCK_N)
-    column_slots = tl.cdiv(height, BLOCK_M) * COLUMN_SLOTS
+    column_slots = tl.cdiv(height, BLOCK_M)
     row_results = (row_totals, row_statistics, row_in_range, row_ranks)
     column_results = (column_totals, column_statistics, column_in_range, column_ranks)
     on_diagonal = (row_start == column_start).to(tl.int32)
@@ -240,8 +238,8 @@ def sums_kernel(
     # other positions, so these have none of them.
     group: tl.constexpr = BLOCK_M // BLOCK_N if MIRRORED else 1
     of_rows = (row_sums, row_slots, (on_diagonal, 0, group, BLOCK_M, 1))
-    of_columns = (column_sums, column_slots, (on_diagonal, 0, COLUMN_SLOTS, BLOCK_M, -1))
-    mirror_of_rows = (mirror_row_sums, column_slots * on_diagonal, (on_diagonal, 1, COLUMN_SLOTS, BLOCK_M, -1))
+    of_columns = (column_sums, column_slots, (on_diagonal, 0, 1, BLOCK_M, -1))
+    mirror_of_rows = (mirror_row_sums, column_slots * on_diagonal, (on_diagonal, 1, 1, BLOCK_M, -1))
     mirror_of_columns = (mirror_column_sums, row_slots * on_diagonal, (on_diagonal, 1, group, BLOCK_M, 1))
     if index < along_rows:
         add_direction(
@@ -256,7 +254,6 @@ def sums_kernel(
             columns,
             teacher,
             TOP_COLUMN_BIAS,
-            STATISTICS,
             STUDENT,
             TAUGHT,
             RANKED,
@@ -276,7 +273,6 @@ def sums_kernel(
             rows,
             teacher,
             TOP_ROW_BIAS,
-            STATISTICS,
             STUDENT,
             TAUGHT,
             RANKED,
@@ -285,11 +281,10 @@ def sums_kernel(
         )
     elif MIRRORED:
         index -= along_rows + along_columns
-        none = (row_sums, 0, (0, 0, 1, 1, 1))
         if index < along_columns:
             add_direction(
-                (mirror_row_sums, column_slots, (0, 0, 1, 1, 1)),
-                none,
+                (mirror_row_sums, column_slots, None),
+                None,
                 row_results,
                 (column_start, index * BLOCK + tl.arange(0, BLOCK), column_end, rows),
                 row_start == 0,
@@ -299,17 +294,16 @@ def sums_kernel(
                 columns,
                 teacher,
                 TOP_COLUMN_BIAS,
-                STATISTICS,
                 STUDENT,
                 TAUGHT,
                 RANKED,
-                MIRRORED,
+                False,
                 BLOCK,
             )
         else:
             add_direction(
-                (mirror_column_sums, row_slots, (0, 0, 1, 1, 1)),
-                none,
+                (mirror_column_sums, row_slots, None),
+                None,
                 column_results,
                 (row_start, (index - along_columns) * BLOCK + tl.arange(0, BLOCK), row_end, columns),
                 False,
@@ -319,10 +313,9 @@ def sums_kernel(
                 rows,
                 teacher,
                 TOP_ROW_BIAS,
-                STATISTICS,
                 STUDENT,
                 TAUGHT,
                 RANKED,
-                MIRRORED,
+                False,
                 BLOCK,
             )

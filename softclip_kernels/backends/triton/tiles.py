@@ -148,10 +148,35 @@ def positives(positive_column, index, inside, start, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def without_positives(tile, positive_column, index, inside, start, end, ALONG: tl.constexpr):
+    """The tile with 0 at the positives of its rows, ALONG = 1, or of its columns, ALONG = 0."""
+    place = positives(positive_column, index, inside, start, end, tile.shape[ALONG])
+    if tl.max(place) >= 0:
+        along = tl.expand_dims(tl.arange(0, tile.shape[ALONG]), 1 - ALONG)
+        tile = tl.where(along == tl.expand_dims(place, ALONG), 0.0, tile)
+    return tile
+
+
+@triton.jit
 def center(bound, HEADROOM: tl.constexpr):
     """The common reference of a problem whose logits are at most `bound`: HEADROOM below it, or 0 where none is needed.
     Subtracting a reference costs the digits that its size takes; at usual scales there is none to subtract."""
     return tl.maximum(bound - HEADROOM, 0.0)
+
+
+@triton.jit
+def exponents(scalars, HEADROOM: tl.constexpr, TIED: tl.constexpr):
+    """What makes a product the exponent of a power of 2, `product * factor - reference`: the factor and the reference
+    of the student's, then the teacher's, which are the same where it is TIED."""
+    factor = tl.load(scalars + FACTOR)
+    reference = center(tl.load(scalars + BOUND), HEADROOM)
+    if TIED:
+        teacher_factor = factor
+        teacher_reference = reference
+    else:
+        teacher_factor = tl.load(scalars + TEACHER_FACTOR)
+        teacher_reference = center(tl.load(scalars + TEACHER_BOUND), HEADROOM)
+    return factor, reference, teacher_factor, teacher_reference
 
 
 @triton.jit
