@@ -2,6 +2,7 @@
 
 python -m bench host               time and PyTorch's operators, a line for each loss and size
 
+`passes` is the backend's forward and backward together (goal: 0.4 ms), `whole` with the loss and autograd around them.
 On the CPU's tensors, whose vectors PyTorch really computes on, so small sizes tell most. The driver's own time for a
 launch comes on top of it.
 """
@@ -9,7 +10,10 @@ launch comes on top of it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -25,9 +29,9 @@ from softclip_kernels.stats import InputGradients, Statistics, StatisticsGradien
 from . import Row, stubbed
 from .problems import LOSSES, Case
 from .records import Record, table
-from .timing import forward_backward, interleaved
+from .timing import Timing, forward_backward
 
-SIZES = ((1024, 512), (4096, 512))
+SIZES = ((256, 512), (1024, 512), (4096, 512))
 LABELS = ("loss", "n", "d", "dtype")
 # Those that only give a tensor another shape cost a GPU nothing.
 VIEWS = frozenset(
@@ -74,50 +78,85 @@ class Operators(TorchDispatchMode):
         return result
 
 
-class Counted:
-    """The Triton backend; counts each of its operations."""
+class Watched:
+    """The Triton backend, with something around each of its two operations."""
 
-    def __init__(self) -> None:
-        self.forward_operators, self.backward_operators = Operators(), Operators()
+    def __init__(self, forward: Around, backward: Around) -> None:
+        self._around_forward, self._around_backward = forward, backward
         self._backend = TritonBackend()
 
     def forward(self, problem: Problem) -> Statistics:
-        with self.forward_operators:
+        with self._around_forward:
             return self._backend.forward(problem)
 
     def backward(
         self, problem: Problem, known: Statistics, gradient: StatisticsGradient, wanted: Wanted
     ) -> InputGradients:
-        with self.backward_operators:
+        with self._around_backward:
             return self._backend.backward(problem, known, gradient, wanted)
 
 
-def counted(case: Case) -> tuple[Counted, list[str]]:
-    """The operators of a forward and a backward pass, and the kernels that they launch."""
+class Stopwatch:
+    """The seconds within, added up."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
+Around = AbstractContextManager[Any]
+
+
+@contextlib.contextmanager
+def watched(forward: Around, backward: Around, note: Callable[[stubbed.Launch], object]) -> Iterator[None]:
+    """Within, the loss runs on a GPU that is none, with something around each operation; launches go to `note`."""
+    with stubbed.gpu(note), mock.patch.object(backends, "select", lambda *_: backend):  # noqa: PT008
+        backend = Watched(forward, backward)
+        yield
+
+
+def counted(case: Case) -> tuple[Operators, Operators, list[str]]:
+    """The operators of a forward and of a backward pass, and the kernels that they launch."""
     launched: list[str] = []
-    wrapped = Counted()
+    forward, backward = Operators(), Operators()
     run = forward_backward(case.fused("triton"), *case.operands())
-    with stubbed.gpu(lambda launch: launched.append(launch[0])), mock.patch.object(backends, "select") as select:
-        select.return_value = wrapped
+    with watched(forward, backward, lambda launch: launched.append(launch[0])):
         run()
-    return wrapped, launched
+    return forward, backward, launched
+
+
+def timed(case: Case, rounds: int, calls: int) -> dict[str, Timing]:
+    """The seconds of a call: of each operation, of the two, and of the whole loss with autograd around them."""
+    run = forward_backward(case.fused("triton"), *case.operands())
+    measured: dict[str, list[float]] = {"forward": [], "backward": [], "passes": [], "whole": []}
+    forward, backward, loss = stopwatches = Stopwatch(), Stopwatch(), Stopwatch()
+    with watched(forward, backward, lambda launch: None):
+        for done in range(-1, rounds):  # one to warm up
+            for stopwatch in stopwatches:
+                stopwatch.seconds = 0.0
+            with loss:
+                for _ in range(calls):
+                    run()
+            each = (forward.seconds, backward.seconds, forward.seconds + backward.seconds, loss.seconds)
+            for values, seconds in zip(measured.values(), each, strict=True):
+                values.extend([seconds / calls] * (done >= 0))
+    return {name: Timing.of(values) for name, values in measured.items()}
 
 
 def measure(case: Case, rounds: int, calls: int) -> Row:
-    counts, launched = counted(case)
-    run = forward_backward(case.fused("triton"), *case.operands())
-    with stubbed.gpu(lambda launch: None):
-        run()
-        timing = interleaved({"run": lambda: [run() for _ in range(calls)]}, rounds)["run"]
+    forward, backward, launched = counted(case)
     return {
         **case.labels(),
-        "host ms": 1e3 * timing.median / calls,
-        "low ms": 1e3 * timing.low / calls,
-        "high ms": 1e3 * timing.high / calls,
+        **timed(case, rounds, calls),
         "launches": len(launched),
-        "forward operators": len(counts.forward_operators.names),
-        "backward operators": len(counts.backward_operators.names),
-        "backward MB": counts.backward_operators.bytes / 1e6,
+        "forward operators": len(forward.names),
+        "backward operators": len(backward.names),
+        "backward MB": backward.bytes / 1e6,
     }
 
 

@@ -57,8 +57,8 @@ class SoftmaxStatisticsFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         result = ops.forward(*ops.pack(tensors, sources), backend)
         ctx.backend, ctx.sources, ctx.problem_tensors = backend, sources, len(tensors)
-        *differentiable, row_ranks, column_ranks, bounds = result
-        ctx.save_for_backward(x, y, scale, *tensors, *differentiable, bounds)
+        *differentiable, row_ranks, column_ranks, scalars = result
+        ctx.save_for_backward(x, y, scale, *tensors, *differentiable, scalars)
         ctx.mark_non_differentiable(row_ranks, column_ranks)
         return tuple(result[:5])
 

@@ -26,7 +26,7 @@ _PROBLEM += ", Tensor?[] teacher_tensors, int[] teacher_sources"
 _PROBLEM_ARGUMENTS = len(PROBLEM_TENSORS) + 2
 _FORWARD = f"({_PROBLEM}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _BACKWARD = (
-    f"({_PROBLEM}, str backend, Tensor rows, Tensor columns, Tensor positive_logit, Tensor bounds, Tensor grad_rows, "
+    f"({_PROBLEM}, str backend, Tensor rows, Tensor columns, Tensor positive_logit, Tensor scalars, Tensor grad_rows, "
     "Tensor grad_columns, Tensor grad_positive_logit, bool[] wanted) "
     "-> (Tensor, Tensor, Tensor)"
 )
@@ -59,8 +59,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op("softclip::backward", mutates_args=(), schema=_BACKWARD)
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of Backend.backward; one that is not wanted is empty, (0,)."""
-    problem, (backend, rows, columns, positive_logit, bounds, *gradients, wanted) = unpack(arguments)
-    statistics, gradient = Statistics.of(rows, columns, positive_logit, bounds=bounds), StatisticsGradient(*gradients)
+    problem, (backend, rows, columns, positive_logit, scalars, *gradients, wanted) = unpack(arguments)
+    statistics, gradient = Statistics.of(rows, columns, positive_logit, scalars=scalars), StatisticsGradient(*gradients)
     results = block_backward(problem, statistics, gradient, Wanted(*wanted), backend)
     return tuple(problem.scale.new_empty(0) if result is None else result for result in results)
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .problem import Problem
 
+SCALARS = 8  # numbers that a pass may hand to the next, for each teacher
+
 
 @dataclass(frozen=True)
 class SoftmaxStatistics:
@@ -77,8 +79,7 @@ class Statistics(NamedTuple):
     positive_logit  (N,) the positive's logit as this block computed it, 0 where it is not in the block; (0,) without
     row_ranks       (N,) int64, how many logits exceed row_threshold; (0,) without thresholds
     column_ranks    (M,) int64
-    bounds          (1 + K,) no logit of the student's, of each teacher's (without biases) is larger in size; (0,) where
-                    the backend's own backward pass has no use for it
+    scalars         (max(1, K), 8) numbers that the backend's own backward pass takes again; (0, 8) where there are none
     """
 
     rows: SoftmaxStatistics
@@ -86,11 +87,15 @@ class Statistics(NamedTuple):
     positive_logit: Tensor
     row_ranks: Tensor
     column_ranks: Tensor
-    bounds: Tensor
+    scalars: Tensor
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """As operators return them: (1 + 2K, N), (1 + 2K, M), (N,), (N,), (M,), (1 + K,). `of` takes them back."""
-        return self.rows.packed, self.columns.packed, *self[2:]
+        """As operators return them, of shapes that do not depend on the backend: (1 + 2K, N), (1 + 2K, M), (N,), (N,),
+        (M,), (max(1, K), 8). `of` takes them back."""
+        *others, scalars = self[2:]
+        if len(scalars) == 0:
+            scalars = scalars.new_zeros(max(1, len(self.rows.teacher_lse)), SCALARS)
+        return self.rows.packed, self.columns.packed, *others, scalars
 
     @staticmethod
     def empty(problem: Problem) -> Statistics:
@@ -103,7 +108,7 @@ class Statistics(NamedTuple):
             like.new_zeros(0 if problem.positive_column is None else problem.rows),
             like.new_zeros(problem.rows if ranked else 0, dtype=torch.int64),
             like.new_zeros(problem.columns if ranked else 0, dtype=torch.int64),
-            like.new_empty(0),
+            like.new_empty(0, SCALARS),
         )
 
     @staticmethod
@@ -113,18 +118,17 @@ class Statistics(NamedTuple):
         positive_logit: Tensor,
         row_ranks: Tensor | None = None,
         column_ranks: Tensor | None = None,
-        bounds: Tensor | None = None,
+        scalars: Tensor | None = None,
     ) -> Statistics:
-        """Without ranks where none are counted or a backward pass has no use for them, without bounds where none are
+        """Without ranks where none are counted or a backward pass has no use for them, without scalars where none are
         known."""
-        none = rows.new_empty(0, dtype=torch.int64)
         return Statistics(
             SoftmaxStatistics(rows),
             SoftmaxStatistics(columns),
             positive_logit,
-            none if row_ranks is None else row_ranks,
-            none.clone() if column_ranks is None else column_ranks,
-            rows.new_empty(0) if bounds is None else bounds,
+            rows.new_empty(0, dtype=torch.int64) if row_ranks is None else row_ranks,
+            rows.new_empty(0, dtype=torch.int64) if column_ranks is None else column_ranks,
+            rows.new_empty(0, SCALARS) if scalars is None else scalars,
         )
 
 

@@ -42,7 +42,7 @@ KERNELS: dict[str, tuple[ModuleType, str]] = {
     "persistent": (softmax_forward_persistent, "softmax_forward_persistent_kernel"),
     "backward": (softmax_backward, "softmax_backward_kernel"),
     "coefficients": (coefficients, "coefficients_kernel"),
-    "online": (online, "online_rows_kernel"),
+    "online": (online, "online_kernel"),
     "exchange": (softmax_exchange, "softmax_exchange_kernel"),
     "sums": (sums, "sums_kernel"),
     "norms": (norms, "norms_kernel"),
@@ -78,7 +78,6 @@ FEATURES = {
     "column_weight": "biases",
     "previous": "previous",
     "teacher_scale": "teacher's scale",
-    "known_bounds": "known bounds",
     "row_ranks": "ranks",
     "column_ranks": "ranks",
     "top_row_bias": "biases",
@@ -207,7 +206,7 @@ def variants(architecture: str) -> list[Variant]:
 def _vector_variants() -> list[Variant]:
     """Of the kernels whose tiles are no matrix product's, in the modes that they distinguish; plain, and with
     everything."""
-    everything = _EVERYTHING | {"unit", "teacher's scale", "previous", "known bounds"}
+    everything = _EVERYTHING | {"unit", "teacher's scale", "previous"}
     shapes = {  # a mirrored super-block's sums know its tiles, others take any
         "coefficients": Shape(1, 1, 1, coefficients.WARPS, 3),
         "sums": Shape(128, 64, 1, 4, 3),

@@ -44,7 +44,8 @@ if sys.argv[1] == "triton":
     shapes = candidates("forward", "none", True, 2, "sm_90")
     tuning.measure = lambda launch: 1.0 + (shapes.index(launch) - 2) ** 2
     for key in ("key", *(f"key {index}" for index in range(30))):
-        chosen = tuning.choose("forward", key, shapes, lambda shape: (shape, 1), 2**30, torch.device("cuda"))
+        trial, device = lambda shape: (shape, 1), torch.device("cuda")
+        chosen = tuning.choose("forward", lambda key=key: key, shapes, trial, 2**30, device)
         tile = shapes.index(chosen)
         assert tile == 2, key
     from bench.aot import variants

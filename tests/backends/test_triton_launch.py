@@ -37,6 +37,15 @@ def tuning(monkeypatch, tmp_path):
     return tuning
 
 
+def a():
+    """A case of problems, as tuning.choose asks for it."""
+    return "a"
+
+
+def b():
+    return "b"
+
+
 def shapes():
     from softclip_kernels.backends.triton.shapes import candidates
 
@@ -66,14 +75,14 @@ class Timer:
 def test_the_fastest_shape_is_taken_and_measured_once(tuning, monkeypatch, caplog):
     timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0))
     with caplog.at_level(logging.INFO, "softclip_kernels"):
-        assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
-        assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+        assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+        assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert timer.trials == len(shapes())
     assert len(caplog.messages) == 1 and "measured" in caplog.messages[0]
     tuning._chosen.clear()  # another process
-    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert timer.trials == len(shapes())
-    assert tuning.choose("forward", "b", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert tuning.choose("forward", b, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert timer.trials == 2 * len(shapes())
     assert set(json.loads(tuning.path().read_text())["tiles"]) == {"forward a", "forward b"}
 
@@ -82,8 +91,8 @@ def test_what_was_timed_can_be_asked_for(tuning, monkeypatch):
     timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0), failing=(0,))
     names = [shape.name for shape in shapes()]
     assert tuning.measurements() == {}
-    tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU)
-    tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU)
+    tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU)
+    tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU)
     (measured,) = tuning.measurements().items()
     assert measured[0] == "forward a" and measured[1]["chosen"] == names[2]
     assert measured[1]["ps an entry"] == dict(zip(names[1:], (3e12, 1e12, 2e12, 5e12), strict=True))
@@ -113,17 +122,17 @@ def device_error(message):
 def test_shapes_that_fail_are_left_out(tuning, monkeypatch, caplog, error):
     timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0), (2, 0), error)
     with caplog.at_level(logging.INFO, "softclip_kernels"):
-        assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[3]
+        assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[3]
     assert [shapes()[2].name in message for message in caplog.messages if "left out" in message] == [False, True]
     timer.failing = range(5)
-    assert tuning.choose("forward", "b", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+    assert tuning.choose("forward", b, shapes(), timer.trial, LARGE, GPU) == shapes()[0]
 
 
 def test_an_error_that_is_not_the_shapes_own_is_raised(tuning, monkeypatch):
     """Of the host's, or one that leaves the device unusable, as every later call then says too."""
     timer = Timer(monkeypatch, tuning, (1.0,) * 5, (1,), RuntimeError("CPU dispatcher tracing NYI"))
     with pytest.raises(RuntimeError, match="tracing"):
-        tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU)
+        tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU)
 
     def unusable():
         raise device_error("an illegal memory access was encountered")
@@ -131,7 +140,7 @@ def test_an_error_that_is_not_the_shapes_own_is_raised(tuning, monkeypatch):
     timer.error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     monkeypatch.setattr(torch.cuda, "synchronize", unusable)
     with pytest.raises(RuntimeError, match="illegal memory access") as raised:
-        tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU)
+        tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU)
     assert raised.value.__context__ is timer.error
     assert tuning.measurements() == {} and not tuning.path().exists()
 
@@ -141,12 +150,12 @@ def test_a_candidate_that_is_asked_for_is_taken_without_timing(tuning, monkeypat
     third, fourth = (shapes()[index] for index in (2, 3))
 
     def choose(kind, suitable=None, entries=LARGE, device=GPU):
-        return tuning.choose(kind, "a", suitable or shapes(), timer.trial, entries, device)
+        return tuning.choose(kind, a, suitable or shapes(), timer.trial, entries, device)
 
     for kind, device, entries in (("forward", GPU, LARGE), ("backward", torch.device("cpu"), 1)):
         monkeypatch.setenv("SOFTCLIP_CANDIDATE", third.name)
         assert choose(kind, entries=entries, device=device) == third
-        monkeypatch.setenv("SOFTCLIP_CANDIDATE", f"{kind}={fourth.name}, other={third.name}")
+        monkeypatch.setenv("SOFTCLIP_CANDIDATE", f"{kind}={fourth.name}, products={third.name}")
         assert choose(kind, entries=entries, device=device) == fourth
     assert timer.trials == 0 and not tuning.path().exists()
     # A bare name means the kinds that have it; one of a kind is meant for no other.
@@ -158,20 +167,50 @@ def test_a_candidate_that_is_asked_for_is_taken_without_timing(tuning, monkeypat
         choose("backward", [fourth])
 
 
+def test_a_candidate_that_nobody_has_is_an_error(tuning, monkeypatch):
+    """A slip of the pen, not a candidate of another kind of kernel or another architecture."""
+    timer = Timer(monkeypatch, tuning, (1.0, 2.0, 3.0, 4.0, 5.0))
+    monkeypatch.setenv("SOFTCLIP_CANDIDATE", "128x64x64w8s2")  # sm_80's
+    assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+    monkeypatch.setenv("SOFTCLIP_CANDIDATE", "128x256x64w8s33")
+    with pytest.raises(ValueError, match=f"SOFTCLIP_CANDIDATE=128x256x64w8s33.*forward.*{shapes()[0].name}"):
+        tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU)
+    monkeypatch.setenv("SOFTCLIP_CANDIDATE", f"forwards={shapes()[0].name}")
+    with pytest.raises(ValueError, match="no kind 'forwards'; there are forward, backward, products"):
+        tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU)
+
+
+def test_a_choice_is_remembered_with_what_it_was_made_from(monkeypatch):
+    """Rows that overlap do not suit every candidate: the fastest of the others is not the fastest of all."""
+    from softclip_kernels.backends.triton import launch, passes, tuning
+    from softclip_kernels.problem import Problem
+
+    keys = []
+    monkeypatch.setattr(tuning, "choose", lambda kind, case, *_: keys.append(case()))
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    for module in ("scalars", "norms"):
+        monkeypatch.setattr(f"softclip_kernels.backends.triton.{module}.Call", lambda *_: lambda programs: None)
+    whole, row = torch.zeros(2, 16, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
+    for x, y in (whole, (row.expand(16, 64), whole[1])):
+        (launch_pass,), _ = passes.passes(Problem(x, y, torch.tensor(1.0)))
+        launch.choose_shape("forward", launch_pass, None)
+    assert "-tma" in keys[0] and "-tma" not in keys[1]
+
+
 def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
     timer = Timer(monkeypatch, tuning, (5.0, 4.0, 3.0, 2.0, 1.0))
-    assert tuning.choose("forward", "a", shapes(), timer.trial, 1000, GPU) == shapes()[0]
-    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, torch.device("cpu")) == shapes()[0]
+    assert tuning.choose("forward", a, shapes(), timer.trial, 1000, GPU) == shapes()[0]
+    assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, torch.device("cpu")) == shapes()[0]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+    assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[0]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setenv("SOFTCLIP_AUTOTUNE", "0")
-    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[0]
+    assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[0]
     assert timer.trials == 0 and not tuning.path().exists()
     monkeypatch.delenv("SOFTCLIP_AUTOTUNE")
-    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[4]
+    assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[4]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[4]
+    assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[4]
 
 
 @pytest.mark.parametrize(
@@ -182,9 +221,9 @@ def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
         b"[]",
         b'{"format": 99, "tiles": {}}',
         b'{"format": 1, "tiles": {"forward a": [128, 256, 64, 8, 3]}}',  # a candidate, under a key of another meaning
-        b'{"format": 3, "tiles": [1]}',
-        b'{"format": 3, "tiles": {"forward a": [1, 2, 3, 4, 5]}}',
-        b'{"format": 3, "tiles": {"forward a": {"block_m": 128}}}',
+        b'{"format": 4, "tiles": [1]}',
+        b'{"format": 4, "tiles": {"forward a": [1, 2, 3, 4, 5]}}',
+        b'{"format": 4, "tiles": {"forward a": {"block_m": 128}}}',
     ),
 )
 def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, content):
@@ -192,7 +231,7 @@ def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, co
     tuning.path().parent.mkdir()
     tuning.path().write_bytes(content)
     with caplog.at_level(logging.INFO, "softclip_kernels"):
-        assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+        assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert any("ignored" in message for message in caplog.messages)
     assert json.loads(tuning.path().read_text())["tiles"] == {"forward a": [256, 128, 64, 8, 3, ""]}
 
@@ -201,7 +240,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tuning, monkeypatch, tmp_pa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0))
-    assert tuning.choose("forward", "a", shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+    assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
 
 
 def _write_many(cache, name):
@@ -219,7 +258,7 @@ def test_two_processes_that_write_at_once_leave_a_whole_file(tuning, tmp_path):
         writer.start()
     while any(writer.is_alive() for writer in writers):
         if tuning.path().exists():
-            assert json.loads(tuning.path().read_text())["format"] == 3
+            assert json.loads(tuning.path().read_text())["format"] == 4
     assert [writer.exitcode for writer in writers] == [0, 0]
     assert len(tuning._read()) >= 50
     assert [file.name for file in tuning.path().parent.iterdir()] == ["tiles.json"]
@@ -324,7 +363,6 @@ def test_logits_whose_ranks_are_counted_are_not_rounded(monkeypatch, rounded):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(launch.precision, "rounds_operands", lambda device: rounded)
     for counts, launch_passes in expected.items():
-        both = [direction for each in launch_passes for direction in (each, each.exchanged())]
-        for launch_pass in both:
+        for launch_pass in launch_passes:
             chosen = launch.constants(launch_pass, shapes()[0])["PRECISION"]
             assert chosen == ("tf32" if rounded and not counts else "tf32x3")

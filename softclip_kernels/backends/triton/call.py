@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,21 +27,21 @@ class Call:
 
     def __init__(self, kernel: Any, fixed: dict[str, Any], options: dict[str, int]) -> None:
         self.kernel, self.fixed, self.options = kernel, fixed, options
+        self.signature = _signature(kernel)
         self.compiled: CompiledKernel | None = None
         self.plain: list[Any] = []  # the arguments in order, as the compiled kernel takes them
 
     def __call__(self, programs: int, **changing: Any) -> None:
-        places, unspecialized = _signature(self.kernel)
         if self.compiled is not None:
             for name, value in changing.items():
-                self.plain[places[name]] = value.data_ptr() if isinstance(value, Tensor) else value
+                self.plain[self.signature.places[name]] = value.data_ptr() if isinstance(value, Tensor) else value
         else:
-            arguments = [changing[name] if name in changing else self.fixed[name] for name in places]
-            self.plain, kinds = _plain_and_kinds(arguments, unspecialized)
+            arguments = self.signature.in_order(self.fixed | changing)
+            self.plain, kinds = _plain_and_kinds(arguments, self.signature.unspecialized)
             kind = (id(self.kernel), *self.options.values(), *kinds)
             self.compiled = _compiled.get(kind)
             if self.compiled is None:
-                named = dict(zip(places, arguments, strict=True))
+                named = dict(zip(self.signature.places, arguments, strict=True))
                 compiled = self.kernel[(programs,)](**named, **self.options)
                 if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
                     _compiled[kind] = compiled
@@ -50,32 +52,59 @@ class Call:
 _compiled: dict[Hashable, CompiledKernel] = {}
 
 
-@functools.cache
-def _signature(kernel: Any) -> tuple[dict[str, int], frozenset[int]]:
-    """The place of every argument, and the places of numbers that the kernel does not specialize on."""
-    places = {name: place for place, name in enumerate(kernel.arg_names)}
-    return places, frozenset(places[name] for name in getattr(kernel, "do_not_specialize", ()))
+@dataclass(frozen=True)
+class _Signature:
+    """What a launch has to know of a kernel.
+
+    kernel         itself: kept alive, since it is known by its id
+    places         of every argument
+    in_order       the arguments, out of a dict that may hold more
+    unspecialized  the places of numbers that the kernel does not specialize on
+    """
+
+    kernel: Any
+    places: dict[str, int]
+    in_order: Callable[[dict[str, Any]], tuple[Any, ...]]
+    unspecialized: tuple[int, ...]
 
 
-def _plain_and_kinds(arguments: list[Any], unspecialized: frozenset[int]) -> tuple[list[Any], list[Hashable]]:
-    """The arguments with pointers as numbers, and what decides which code they run: of a tensor its dtype, alignment
-    and device (on AMD also whether 31 bits reach all of it), of a descriptor its dtype, box and device, and of every
-    other argument that the kernel specializes on or has as a constant its value."""
-    plain: list[Any] = []
-    kinds: list[Hashable] = []
+_signatures: dict[int, _Signature] = {}
+
+
+def _signature(kernel: Any) -> _Signature:
+    signature = _signatures.get(id(kernel))  # a kernel's own hash is that of its source
+    if signature is None:
+        places = {name: place for place, name in enumerate(kernel.arg_names)}
+        unspecialized = tuple(places[name] for name in getattr(kernel, "do_not_specialize", ()))
+        signature = _signatures[id(kernel)] = _Signature(kernel, places, itemgetter(*places), unspecialized)
+    return signature
+
+
+_AMD = bool(torch.version.hip)
+_VALUES = frozenset([int, bool, str, NoneType])
+
+
+def _plain_and_kinds(arguments: Sequence[Any], unspecialized: tuple[int, ...]) -> tuple[list[Any], list[Hashable]]:
+    """The arguments with pointers as numbers, and what decides which code they run: the device, of a tensor its dtype
+    and alignment (on AMD also whether 31 bits reach all of it), of a descriptor its dtype and box, and of every other
+    argument that the kernel specializes on or has as a constant its value."""
+    plain: list[Any] = list(arguments)
+    kinds: list[Hashable] = list(arguments)
     for place, value in enumerate(arguments):
-        if isinstance(value, Tensor):
-            pointer = value.data_ptr()
-            plain.append(pointer)
-            kinds += (value.dtype, pointer % 16, value.device)
-            if torch.version.hip:
-                kinds.append(value.nbytes < 2**31)
-        elif isinstance(value, TensorDescriptor):  # handed on as it is
-            plain.append(value)
-            kinds += (value.base.dtype, *value.block_shape, value.base.device)
-        else:
-            plain.append(value)
-            kinds.append(value < 2**31 if place in unspecialized else value)
+        kind = type(value)
+        if kind in _VALUES:
+            continue
+        if kind is TensorDescriptor:  # handed on as it is
+            kinds[place] = (value.base.dtype, *value.block_shape)
+            continue
+        tensor = value
+        plain[place] = pointer = value.data_ptr()
+        kinds[place] = value.dtype if pointer % 16 == 0 else (value.dtype, "unaligned")
+        if _AMD:
+            kinds[place] = (kinds[place], value.nbytes < 2**31)
+    for place in unspecialized:
+        kinds[place] = arguments[place] < 2**31
+    kinds.append(tensor.device)  # there is no kernel without a tensor, and all of a launch are on one device
     return plain, kinds
 
 
@@ -85,8 +114,7 @@ def ceil_div(a: int, b: int) -> int:
 
 def strides(**matrices: Tensor) -> dict[str, int]:
     """How matrices lie in memory, as every kernel takes it: NAME_stride from row to row, NAME_step along them."""
-    return {
-        f"{name}_{which}": stride
-        for name, matrix in matrices.items()
-        for which, stride in zip(("stride", "step"), matrix.stride(), strict=True)
-    }
+    result = {}
+    for name, matrix in matrices.items():
+        result[f"{name}_stride"], result[f"{name}_step"] = matrix.stride()
+    return result

@@ -314,7 +314,7 @@ def prepare(
         left, right = problem.x, problem.y
         if teacher is not None and teacher.x is not None and teacher.y is not None:
             left, right = teacher.x, teacher.y
-        arguments = launch_pass.arguments() | shared | vectors | strides(left=left, right=right)
+        arguments = launch_pass.arguments | shared | vectors | strides(left=left, right=right)
         arguments |= {
             "teacher_scale": None if teacher is None else teacher.scale,
             "left": left,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .call import ceil_div
 from .shapes import Shape
@@ -33,8 +33,7 @@ def memory_for_scratch(kept: int, last: int) -> int:
     return min(max(MOST - kept, last), MOST)
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What the backward pass of a problem computes, as far as the edge depends on it.
 
     rows, columns, width   N, M and D

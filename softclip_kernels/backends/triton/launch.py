@@ -16,7 +16,7 @@ from ...problem import Problem
 from ...version import __version__
 from . import shapes, tuning
 from .call import ceil_div
-from .passes import Pass
+from .passes import Pass, smooth
 from .shapes import Shape
 
 logger = logging.getLogger("softclip_kernels")
@@ -64,41 +64,38 @@ def largest_edge(area: float, tile: int, longest: int) -> int:
 
 def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
     """The shapes that suit a pass; kind: forward, online or backward."""
-    problem = launch_pass.problem
-    operands = (problem.x, problem.y, launch_pass.teacher_x, launch_pass.teacher_y)
-    smooth = all(_smooth(operand) for operand in operands if operand is not None)
-    plain = smooth and problem.row_segment is None and problem.row_threshold is None
-    device = architecture(problem.x.device)
-    suitable = shapes.candidates(kind, launch_pass.mode_name, plain, launch_pass.itemsize, device)
+    device = architecture(launch_pass.problem.x.device)
+    return _suitable(kind, launch_pass.case, device, launch_pass.student, launch_pass.overlapping)
+
+
+@functools.cache
+def _suitable(
+    kind: str, case: tuple[str, bool, int], device: str, student: bool, overlapping: bool
+) -> tuple[Shape, ...]:
     unsuitable = set()
-    if not launch_pass.student:  # a later teacher's launch, with no student's part to split off
+    if not student:  # a later teacher's launch, with no student's part to split off
         unsuitable.add(shapes.SPLIT)
-    if any(operand.stride(0) < operand.shape[1] for operand in (problem.x, problem.y)):  # a descriptor's do not overlap
+    if overlapping:  # a descriptor's rows do not
         unsuitable.add(shapes.TMA)
-    return tuple(shape for shape in suitable if shape.way not in unsuitable)
+    return tuple(shape for shape in shapes.candidates(kind, *case, device) if shape.way not in unsuitable)
 
 
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:
     problem, suitable = launch_pass.problem, candidates(kind, launch_pass)
-    key = _key(problem.x.device, launch_pass.signature())
+
+    def key() -> str:
+        return _key(problem.x.device, launch_pass.signature(), suitable)
+
     return tuning.choose(kind, key, suitable, trial, problem.rows * problem.columns, problem.x.device)
 
 
-def _smooth(operand: Tensor) -> bool:
-    """Whether rows stream in steps of 64 entries and 16 bytes a load, without masks."""
-    return (
-        operand.shape[1] % 64 == 0
-        and operand.stride(1) == 1
-        and operand.stride(0) % 16 == 0
-        and operand.data_ptr() % 16 == 0
-    )
-
-
 @functools.cache
-def _key(device: torch.device, case: tuple[Any, ...]) -> str:
-    """Under which the fastest shape is remembered: the GPU, the versions, and what decides beside them."""
+def _key(device: torch.device, case: tuple[Any, ...], suitable: tuple[Shape, ...]) -> str:
+    """Under which the fastest shape is remembered: the GPU, the versions, what decides beside them, and among which
+    shapes it is."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return " ".join(map(str, (name, f"triton {triton.__version__}", f"softclip_kernels {__version__}", *case)))
+    versions = (f"triton {triton.__version__}", f"softclip_kernels {__version__}")
+    return " ".join(map(str, (name, *versions, *case, "of", *(shape.name for shape in suitable))))
 
 
 @functools.cache
@@ -190,13 +187,16 @@ def _added_in_place(dtype: torch.dtype, device: torch.device) -> bool:
 
 def product_candidates(problem: Problem) -> tuple[Shape, ...]:
     """The shapes that suit the products with G."""
-    plain = _smooth(problem.x) and _smooth(problem.y)
+    plain = smooth(problem.x) and smooth(problem.y)
     return shapes.product_candidates(plain, problem.x.element_size(), architecture(problem.x.device))
 
 
 def choose_product_shape(problem: Problem, mirrored: bool, needed: list[str], trial: tuning.Trial) -> Shape:
     """For the products with G; `needed`: whose gradients they are, x or y or both."""
-    case = (*needed, *(["mirrored"] if mirrored else []), problem.x.dtype, problem.x.shape[1])
-    key = _key(problem.x.device, case)
-    entries, device = problem.rows * problem.columns, problem.x.device
-    return tuning.choose("products", key, product_candidates(problem), trial, entries, device)
+    suitable = product_candidates(problem)
+
+    def key() -> str:
+        case = (*needed, *(["mirrored"] if mirrored else []), problem.x.dtype, problem.x.shape[1])
+        return _key(problem.x.device, case, suitable)
+
+    return tuning.choose("products", key, suitable, trial, problem.rows * problem.columns, problem.x.device)

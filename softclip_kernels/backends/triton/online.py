@@ -3,15 +3,15 @@
 running maximum for every row.
 
 Rows far below the largest logit that the norms allow (large scales, opposite or wildly scaled embeddings, everything
-excluded) come here. A program whose rows are all in range returns at once, so the usual cost is one empty launch a
-direction and no synchronization with the host. Columns are the same with the operands exchanged.
+excluded) come here. A program whose rows are all in range returns at once, so the usual cost is one empty launch and no
+synchronization with the host. Columns are the same with the operands exchanged.
 """
+
+from typing import Any
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...stats import SoftmaxStatistics
 from . import launch
 from .call import Call, ceil_div
 from .passes import Pass
@@ -33,16 +33,26 @@ ARGUMENTS = {
     **MATRICES,
     "row_segment": "*i64?",
     "column_segment": "*i64?",
+    "row_bias": "*fp32?",
     "column_bias": "*fp32?",
     "scalars": "*fp32",
-    "in_range": "*i8",
-    "log_sum_exp": "*fp32",
-    "teacher_log_sum_exp": "*fp32",
-    "teacher_mean": "*fp32",
+    "row_in_range": "*i8",
+    "column_in_range": "*i8",
+    "row_statistics": "*fp32",
+    "column_statistics": "*fp32",
     **LAYOUT,
     "rows": "i32",
     "columns": "i32",
+    "teacher": "i32",
 }
+
+
+@triton.jit
+def either(first, a, b):
+    """The matrix a where `first` holds, else b: (pointer, stride, step)."""
+    a_pointer, a_stride, a_step = a
+    b_pointer, b_stride, b_step = b
+    return tl.where(first, a_pointer, b_pointer), tl.where(first, a_stride, b_stride), tl.where(first, a_step, b_step)
 
 
 @triton.jit
@@ -55,20 +65,21 @@ def add_tile(total, mean, top, logits, z):
     return total * rescale + tl.sum(powers, 1), mean * rescale + tl.sum(powers * z, 1), new_top
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
-def online_rows_kernel(
+@triton.jit(do_not_specialize=["rows", "columns", "teacher"])
+def online_kernel(
     x,
     y,
     teacher_x,
     teacher_y,
     row_segment,
     column_segment,
+    row_bias,
     column_bias,
     scalars,
-    in_range,
-    log_sum_exp,
-    teacher_log_sum_exp,
-    teacher_mean,
+    row_in_range,
+    column_in_range,
+    row_statistics,
+    column_statistics,
     x_stride,
     x_step,
     y_stride,
@@ -81,6 +92,7 @@ def online_rows_kernel(
     teacher_width,
     rows,
     columns,
+    teacher,
     STUDENT: tl.constexpr,
     TEACHER: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -91,14 +103,28 @@ def online_rows_kernel(
     PRECISION: tl.constexpr,
     TEACHER_PRECISION: tl.constexpr,
 ):
-    """BLOCK_M rows against every column. in_range (rows,) int8 is 0 for the rows to recompute: log_sum_exp (rows,) and
-    the teacher's two (rows,) are overwritten there. TEACHER: NONE, LOGITS or EMBEDDINGS."""
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside_i = i < rows
-    wanted = tl.load(in_range + i, mask=inside_i, other=1) == 0
+    """BLOCK_M rows against every column; after them the columns, BLOCK_M against every row. row_in_range (rows,) int8
+    is 0 for the rows to recompute: their row_statistics (1 + 2K, rows) are overwritten, the student's, and those of the
+    teacher-th teacher; likewise of the columns. TEACHER: NONE, LOGITS or EMBEDDINGS."""
+    row_programs = tl.cdiv(rows, BLOCK_M)
+    by_row = tl.program_id(0) < row_programs
+    own_length = tl.where(by_row, rows, columns)
+    i = (tl.program_id(0) - tl.where(by_row, 0, row_programs)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside_i = i < own_length
+    wanted = tl.load(tl.where(by_row, row_in_range, column_in_range) + i, mask=inside_i, other=1) == 0
     if tl.max(wanted.to(tl.int32)) == 0:
         return
-    safe_i = tl.minimum(i, rows - 1)
+    length = tl.where(by_row, columns, rows)  # from here on i runs along the own side, j along the other one
+    matrix_x, matrix_y = (x, x_stride, x_step), (y, y_stride, y_step)
+    teacher_matrix_x = (teacher_x, teacher_x_stride, teacher_x_step)
+    teacher_matrix_y = (teacher_y, teacher_y_stride, teacher_y_step)
+    segment_i = row_segment
+    segment_j = column_segment
+    if row_segment is not None:
+        segment_i = tl.where(by_row, row_segment, column_segment)
+        segment_j = tl.where(by_row, column_segment, row_segment)
+    statistics = tl.where(by_row, row_statistics, column_statistics) + i
+    safe_i = tl.minimum(i, own_length - 1)
     scale = tl.load(scalars + SCALE)
     factor = tl.load(scalars + FACTOR)
     teacher_factor = tl.load(scalars + TEACHER_FACTOR)
@@ -107,14 +133,14 @@ def online_rows_kernel(
     teacher_top = top
     teacher_total = total
     mean = total
-    for start in range(0, columns, BLOCK_N):
+    for start in range(0, length, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        inside_j = j < columns
-        safe_j = tl.minimum(j, columns - 1)
-        seen = visible((i, j, inside_i, inside_j), row_segment, column_segment)
+        inside_j = j < length
+        safe_j = tl.minimum(j, length - 1)
+        seen = visible((i, j, inside_i, inside_j), segment_i, segment_j)
         dot = product(
-            (x, x_stride, x_step),
-            (y, y_stride, y_step),
+            either(by_row, matrix_x, matrix_y),
+            either(by_row, matrix_y, matrix_x),
             safe_i,
             safe_j,
             width,
@@ -130,8 +156,8 @@ def online_rows_kernel(
         if TEACHER != NONE:
             if TEACHER == EMBEDDINGS:
                 t = product(
-                    (teacher_x, teacher_x_stride, teacher_x_step),
-                    (teacher_y, teacher_y_stride, teacher_y_step),
+                    either(by_row, teacher_matrix_x, teacher_matrix_y),
+                    either(by_row, teacher_matrix_y, teacher_matrix_x),
                     safe_i,
                     safe_j,
                     teacher_width,
@@ -145,31 +171,26 @@ def online_rows_kernel(
                 t = dot
             t = t * teacher_factor
             if column_bias is not None:
-                t += tl.load(column_bias + j, mask=inside_j, other=0.0)[None, :] * LOG2E
+                t += tl.load(column_bias + j, mask=inside_j & by_row, other=0.0)[None, :] * LOG2E
+            if row_bias is not None:
+                t += tl.load(row_bias + j, mask=inside_j & (by_row == 0), other=0.0)[None, :] * LOG2E
             t = tl.where(seen, t, -float("inf"))
             teacher_total, mean, teacher_top = add_tile(teacher_total, mean, teacher_top, t, z)
     if STUDENT:
-        tl.store(log_sum_exp + i, (top + tl.log2(total)) * LN2, mask=wanted)
+        tl.store(statistics, (top + tl.log2(total)) * LN2, mask=wanted)
     if TEACHER != NONE:
-        tl.store(teacher_log_sum_exp + i, (teacher_top + tl.log2(teacher_total)) * LN2, mask=wanted)
+        statistics += (1 + 2 * teacher.to(tl.int64)) * own_length
+        tl.store(statistics, (teacher_top + tl.log2(teacher_total)) * LN2, mask=wanted)
         # Nothing to average where everything is excluded.
-        tl.store(teacher_mean + i, mean / tl.where(teacher_total == 0.0, 1.0, teacher_total), mask=wanted)
+        tl.store(statistics + own_length, mean / tl.where(teacher_total == 0.0, 1.0, teacher_total), mask=wanted)
 
 
-def recompute(launch_pass: Pass, in_range: Tensor, statistics: SoftmaxStatistics, k: int) -> None:
-    """Overwrites the statistics of the student and of teacher k at the rows where in_range (N,) int8 is 0."""
+def recompute(launch_pass: Pass, results: dict[str, Any]) -> None:
+    """Overwrites in `results`, arguments of sums_kernel, the statistics of the student and of a teacher at the rows and
+    columns that are not in range."""
     launch_pass = launch_pass.unmirrored()
-    rows, columns = launch_pass.problem.rows, launch_pass.problem.columns
-    shape = launch.candidates("online", launch_pass)[0]
-    # Without a teacher its arguments are written nowhere.
-    taught = launch_pass.taught
-    arguments = launch_pass.arguments() | launch.constants(launch_pass, shape)
-    arguments |= {
-        "in_range": in_range,
-        "log_sum_exp": statistics.lse,
-        "teacher_log_sum_exp": statistics.teacher_lse[k] if taught else statistics.lse,
-        "teacher_mean": statistics.teacher_mean[k] if taught else statistics.lse,
-        "rows": rows,
-        "columns": columns,
-    }
-    Call(online_rows_kernel, arguments, shape.options())(ceil_div(rows, shape.block_m))
+    problem, shape = launch_pass.problem, launch.candidates("online", launch_pass)[0]
+    lengths = {"rows": problem.rows, "columns": problem.columns}
+    arguments = launch_pass.arguments | launch.constants(launch_pass, shape) | results | lengths
+    programs = sum(ceil_div(length, shape.block_m) for length in lengths.values())
+    Call(online_kernel, arguments, shape.options())(programs)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...problem import PROBLEM_TENSORS, Problem, Source, TeacherOperand
 from .call import strides
-from .scalars import Scalars
+from .scalars import scalars
 from .tiles import EMBEDDINGS, LOGITS, NONE, TRANSPOSED
 
 MODES = {
@@ -19,6 +20,7 @@ MODES = {
     "logits": LOGITS.value,
     "transposed": TRANSPOSED.value,
 }
+MODE_NAMES = {value: name for name, value in MODES.items()}
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,6 @@ class Pass:
         return self.mode == TRANSPOSED.value
 
     @property
-    def mode_name(self) -> str:
-        """A key of MODES."""
-        return next(name for name, value in MODES.items() if value == self.mode)
-
-    @property
     def taught(self) -> bool:
         return self.mode != NONE.value
 
@@ -62,9 +59,18 @@ class Pass:
         """Ranks are counted in this pass."""
         return self.student and self.problem.row_threshold is not None
 
+    @cached_property
+    def case(self) -> tuple[str, bool, int]:
+        """What shapes.candidates has to know of it: mode, plain and itemsize."""
+        p, plain = self.problem, self.problem.row_segment is None and self.problem.row_threshold is None
+        operands = [operand for operand in (p.x, p.y, self.teacher_x, self.teacher_y) if operand is not None]
+        plain = plain and all(smooth(operand) for operand in operands)
+        return MODE_NAMES[self.mode], plain, max(operand.element_size() for operand in operands)
+
     @property
-    def itemsize(self) -> int:
-        return max(t.element_size() for t in (self.problem.x, self.teacher_x) if t is not None)
+    def overlapping(self) -> bool:
+        """Rows of the student's embeddings share memory, as expanded ones do."""
+        return any(operand.stride(0) < operand.shape[1] for operand in (self.problem.x, self.problem.y))
 
     @property
     def product_width(self) -> int:
@@ -78,7 +84,7 @@ class Pass:
         teacher = () if self.teacher_x is None else (self.teacher_x.dtype, self.teacher_x.shape[1])
         vectors = (p.row_segment, p.row_threshold, self.row_bias, self.column_bias)
         return (
-            f"teacher {self.mode_name}",
+            f"teacher {MODE_NAMES[self.mode]}",
             *(name for name, holds in (("student", self.student), ("tied", self.tied)) if holds),
             *(
                 name
@@ -101,29 +107,7 @@ class Pass:
         p = self.problem
         return replace(self, mode=EMBEDDINGS.value, tied=False, teacher_x=p.y, teacher_y=p.x)
 
-    def exchanged(self) -> Pass:
-        """Rows and columns exchanged; for what needs neither positives nor the largest biases."""
-        p = self.problem
-        return replace(
-            self,
-            problem=replace(
-                p,
-                x=p.y,
-                y=p.x,
-                positive_column=None,
-                row_segment=p.column_segment,
-                column_segment=p.row_segment,
-                row_threshold=p.column_threshold,
-                column_threshold=p.row_threshold,
-            ),
-            teacher_x=self.teacher_y,
-            teacher_y=self.teacher_x,
-            row_bias=self.column_bias,
-            column_bias=self.row_bias,
-            row_weight=self.column_weight,
-            column_weight=self.row_weight,
-        )
-
+    @cached_property
     def arguments(self) -> dict[str, Any]:
         """What the kernels take of a pass; each takes a part."""
         p = self.problem
@@ -151,33 +135,62 @@ class Pass:
         }
 
 
-def passes(problem: Problem, known_bounds: Tensor | None = None) -> tuple[list[Pass], Tensor]:
-    """The launches that cover a problem, of which the first holds the student and each holds one teacher; and bounds of
-    the logits (1 + K,) as in Statistics, `known_bounds` where those are given."""
+def passes(problem: Problem, known: Tensor | None = None) -> tuple[list[Pass], Tensor]:
+    """The launches that cover a problem, of which the first holds the student and each holds one teacher; and their
+    scalars as in Statistics: `known` where those are given."""
     problem = _with_contiguous_vectors(problem)
-    scalars = Scalars(problem, known_bounds)
-    launch_passes = [
-        _pass(problem, k, teacher, scalars, alone=len(problem.teachers) == 1)
-        for k, teacher in enumerate(problem.teachers or (None,))
-    ]
-    return launch_passes, scalars.bounds
+    biases = [_Biases.of(teacher) for teacher in problem.teachers or (None,)]
+    if known is None:
+        known = scalars(problem, [(of.top_row, of.top_column) for of in biases])
+    return [_pass(problem, k, of, known[k]) for k, of in enumerate(biases)], known
 
 
-def _pass(problem: Problem, k: int, teacher: TeacherOperand | None, scalars: Scalars, alone: bool) -> Pass:
+def smooth(operand: Tensor) -> bool:
+    """Whether rows stream in steps of 64 entries and 16 bytes a load, without masks."""
+    row, step = operand.stride()
+    return operand.shape[1] % 64 == 0 and step == 1 and row % 16 == 0 and operand.data_ptr() % 16 == 0
+
+
+class _Biases(NamedTuple):
+    """A teacher's biases, their weights `exp(bias - top)`, and their largest entries, 0 where there is none above -inf.
+    None where there is no bias."""
+
+    row_bias: Tensor | None
+    row_weight: Tensor | None
+    top_row: Tensor | None
+    column_bias: Tensor | None
+    column_weight: Tensor | None
+    top_column: Tensor | None
+
+    @staticmethod
+    def of(teacher: TeacherOperand | None) -> _Biases:
+        given = (None, None) if teacher is None else (teacher.row_bias, teacher.column_bias)
+        rows, columns = (_centered(bias) for bias in given)
+        return _Biases(*rows, *columns)
+
+
+def _centered(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if bias is None:
+        return None, None, None
+    bias = bias.float().contiguous()
+    top = bias.max()
+    top = torch.where(top == -torch.inf, 0.0, top)
+    return bias, (bias - top).exp(), top
+
+
+def _pass(problem: Problem, k: int, biases: _Biases, own_scalars: Tensor) -> Pass:
     mode, tied, teacher_x, teacher_y = NONE.value, False, None, None
-    row_bias = column_bias = row_weight = column_weight = top_row = top_column = None
-    if teacher is not None:
+    if problem.teachers:
+        teacher = problem.teachers[k]
         tied = teacher.scale is None
         if teacher.source == Source.EMBEDDINGS:
             mode, tied, teacher_x, teacher_y = EMBEDDINGS.value, False, teacher.x, teacher.y
         elif teacher.source == Source.LOGITS:
             mode = LOGITS.value
-        elif alone:
+        elif len(problem.teachers) == 1:
             mode = TRANSPOSED.value
         else:  # beside other teachers the transposed logits are a product of their own
             mode, tied, teacher_x, teacher_y = EMBEDDINGS.value, False, problem.y, problem.x
-        row_bias, row_weight, top_row = _centered(teacher.row_bias)
-        column_bias, column_weight, top_column = _centered(teacher.column_bias)
     return Pass(
         problem=problem,
         student=k == 0,
@@ -185,22 +198,12 @@ def _pass(problem: Problem, k: int, teacher: TeacherOperand | None, scalars: Sca
         tied=tied,
         teacher_x=teacher_x,
         teacher_y=teacher_y,
-        row_bias=row_bias,
-        column_bias=column_bias,
-        row_weight=row_weight,
-        column_weight=column_weight,
-        scalars=scalars.of(k, top_row, top_column),
+        row_bias=biases.row_bias,
+        column_bias=biases.column_bias,
+        row_weight=biases.row_weight,
+        column_weight=biases.column_weight,
+        scalars=own_scalars,
     )
-
-
-def _centered(bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """A bias, its weights `exp(bias - top)`, and its largest entry, 0 where there is none above -inf."""
-    if bias is None:
-        return None, None, None
-    bias = bias.float().contiguous()
-    top = bias.max()
-    top = torch.where(top == -torch.inf, 0.0, top)
-    return bias, (bias - top).exp(), top
 
 
 def _with_contiguous_vectors(problem: Problem) -> Problem:

@@ -8,16 +8,20 @@ guess.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 
+TIMED = ("forward", "backward", "products")  # kinds of kernel with candidates that the clock chooses from
+ARCHITECTURES = ("interpreter", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 GROUP = 8  # tile rows that advance together, for L2
 LIBRARY = "library"  # the way of a product that torch makes
 # Ways to a block of G with a teacher, beside a program that holds both products of a tile:
 EXCHANGE = "exchange"  # transposed: each of the mirrored tiles by itself, what it brings to the other by scratch
 SPLIT = "split"  # embeddings: the student's part, then the teacher's added to it
+PAIR = "pair"  # the way of a forward pass, transposed: as the others, both tiles in one program, but larger
 TMA = "tma"  # the way of a forward pass without a teacher whose programs stay and take boxes of the operands
 # Bytes that a thread may spill: little beside what larger tiles save, and whether it pays the clock tells. Else none.
-SPILLED = {EXCHANGE: 512, SPLIT: 256}
+SPILLED = {EXCHANGE: 512, SPLIT: 256, PAIR: 128}
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: s
     taught, mirrored = mode != "none", mode == "transposed"  # a teacher's tile is alive beside the student's
     if architecture == "interpreter":  # small, so that small problems have inner, edge and corner tiles
         usual = Shape(64, 32, 32, 4, 1) if mirrored else Shape(32, 64, 32, 4, 1)
-        return (usual, *(replace(Shape(32, 64, 32, 4, 1), way=way) for way in _other_ways(kind, mode, plain)))
+        other = Shape(64, 64, 32, 4, 1) if mirrored and kind == "forward" else Shape(32, 64, 32, 4, 1)
+        return (usual, *(replace(other, way=way) for way in _other_ways(kind, mode, plain)))
     amd = architecture.startswith("gfx")
     stages = 2 if amd else 3
     warps = 4 if amd else 8
@@ -86,14 +91,15 @@ def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: s
         return (Shape(64, 64, 64, 8, stages),)
     if plain and not (mirrored and architecture == "sm_100"):
         ways = _other_ways(kind, mode, plain) if architecture == "sm_90" else ()
-        exchanged = tuple(replace(medium, way=way) for way in ways)
-        return (small, *exchanged) if taught else (medium, small)
+        return (small, *(replace(medium, way=way) for way in ways)) if taught else (medium, small)
     return (Shape(64, 32, 64, 4 if (kind, architecture) == ("backward", "sm_100") else warps, stages),)
 
 
 def _other_ways(kind: str, mode: str, plain: bool) -> tuple[str, ...]:
+    if kind == "forward" and plain:
+        return {"none": (TMA,), "transposed": (PAIR,)}.get(mode, ())
     if kind != "backward":
-        return (TMA,) if (kind, mode, plain) == ("forward", "none", True) else ()
+        return ()
     return {"transposed": (EXCHANGE,), "embeddings": (SPLIT,)}.get(mode, ())
 
 
@@ -112,3 +118,12 @@ def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[S
         large = replace(medium, block_n=256)
         return large, replace(large, stages=4), medium, library
     return medium, library
+
+
+@functools.cache
+def every_name() -> frozenset[str]:
+    """Of every candidate that the clock may choose, for whatever problem and architecture."""
+    cases = itertools.product(("none", "logits", "embeddings", "transposed"), (True, False), (2, 4), ARCHITECTURES)
+    tiles = (candidates(kind, *case) for case in cases for kind in ("forward", "backward"))
+    products = itertools.starmap(product_candidates, itertools.product((True, False), (2, 4), ARCHITECTURES))
+    return frozenset(shape.name for group in itertools.chain(tiles, products) for shape in group)

@@ -235,7 +235,7 @@ def backward(
     """The block operation of the Backend protocol."""
     if not any(wanted.products):
         return InputGradients(None, None, None)
-    known = statistics.bounds if len(statistics.bounds) else None  # of a larger problem's parts there are none
+    known = statistics.scalars if len(statistics.scalars) else None  # of a larger problem's parts there are none
     launch_passes, _ = passes(problem, known)
     unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
     vectors, positive = coefficients.prepare(launch_passes, statistics, gradient, unit)
@@ -284,7 +284,7 @@ class _Blocks:
         *_, typical = blocks
         self.launches = []
         for k, launch_pass in enumerate(launch_passes):
-            arguments = launch_pass.arguments() | vectors[k]
+            arguments = launch_pass.arguments | vectors[k]
             arguments |= {
                 "previous": wide[(k - 1) % 2] if k > 0 else None,
                 "g": g if k == len(launch_passes) - 1 else wide[k % 2],

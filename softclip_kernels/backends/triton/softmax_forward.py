@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...problem import Problem
-from ...stats import SoftmaxStatistics, Statistics
+from ...stats import Statistics
 from . import launch, online, tuning
 from .call import Call
 from .passes import Pass, passes
@@ -278,26 +278,24 @@ def forward(problem: Problem) -> Statistics:
     positive_logit = like.new_zeros(n if problem.positive_column is not None else 0)
     ranked = problem.row_threshold is not None
     row_ranks, column_ranks = (like.new_empty(length if ranked else 0, dtype=torch.int64) for length in (n, m))
-    in_range = [like.new_empty(length, dtype=torch.int8) for length in (n, m)]
+    row_in_range, column_in_range = (like.new_empty(length, dtype=torch.int8) for length in (n, m))
     results = {
         "row_statistics": rows,
         "column_statistics": columns,
-        "row_in_range": in_range[0],
-        "column_in_range": in_range[1],
+        "row_in_range": row_in_range,
+        "column_in_range": column_in_range,
         "row_ranks": row_ranks if ranked else None,
         "column_ranks": column_ranks if ranked else None,
     }
-    launch_passes, bounds = passes(problem)
+    launch_passes, scalars = passes(problem)
     for k, launch_pass in enumerate(launch_passes):
-        sums = _tuned_sums(launch_pass, positive_logit, results | {"teacher": k})
+        own_results = results | {"teacher": k}
+        sums = _tuned_sums(launch_pass, positive_logit, own_results)
         for i, j in launch.super_blocks(n, m, sums.edge, launch_pass.mirrored):
             sums.call(**launch.over(sums.shape, i, j))
             sums.add(i, j)
-        for direction, statistics, inside in zip(
-            (launch_pass, launch_pass.exchanged()), (rows, columns), in_range, strict=True
-        ):
-            online.recompute(direction, inside, SoftmaxStatistics(statistics), k)
-    return Statistics.of(rows, columns, positive_logit, row_ranks, column_ranks, bounds)
+        online.recompute(launch_pass, own_results)
+    return Statistics.of(rows, columns, positive_logit, row_ranks, column_ranks, scalars)
 
 
 class _Sums:
@@ -319,7 +317,7 @@ class _Sums:
         else:
             partial |= {f"mirror_{name}": sums for name, sums in partial.items()}
         constants = launch.constants(launch_pass, shape) | {"STATISTICS": statistics, "edge": self.edge}
-        arguments = launch_pass.arguments() | constants | partial
+        arguments = launch_pass.arguments | constants | partial
         arguments |= {
             "positive_column": problem.positive_column if launch_pass.student else None,  # once is enough
             "positive_logit": positive_logit,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ...problem import Source
+from ...stats import SCALARS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -41,6 +42,7 @@ TEACHER_FACTOR = tl.constexpr(3)  # on the teacher's own product, with LOGITS an
 TEACHER_BOUND = tl.constexpr(4)
 TOP_ROW_BIAS = tl.constexpr(5)  # the largest bias of the teacher's
 TOP_COLUMN_BIAS = tl.constexpr(6)
+ALL_SCALARS = tl.constexpr(SCALARS)  # of which the last ones are 0, and without a teacher the teacher's
 
 # The part of ARGUMENTS that all kernels with tiles have in common: embeddings, and how they lie in memory.
 MATRICES = {"x": "*student", "y": "*student", "teacher_x": "*teacher", "teacher_y": "*teacher"}

@@ -23,25 +23,26 @@ from typing import Any
 import torch
 from triton.runtime.errors import TritonError
 
-from .shapes import Shape
+from .shapes import TIMED, Shape, every_name
 
 logger = logging.getLogger("softclip_kernels")
 
-FORMAT = 3  # raised with every change of what a key or a shape means: older files are replaced
+FORMAT = 4  # raised with every change of what a key or a shape means: older files are replaced
 WORTHWHILE = 4096**2  # entries of a problem; below, no choice is worth the wait for a measurement
 LAUNCHES, ROUNDS = 4, 3
 
 Launch = Callable[[], object]
 Trial = Callable[[Shape], tuple[Launch, int]]
+Key = Callable[[], str]  # made only where something is timed
 
 _chosen: dict[str, Shape] = {}
 _measurements: dict[str, dict[str, Any]] = {}
 
 
-def choose(kind: str, key: str, shapes: Sequence[Shape], trial: Trial, entries: int, device: torch.device) -> Shape:
-    """The shape of a kind of kernel (forward, backward, ...) for problems of this key, of `entries` entries. `trial`
-    makes a launch of a shape, to be timed, and says how many entries it covers. Small problems and unknown keys under
-    CUDA graph capture take the first shape."""
+def choose(kind: str, case: Key, shapes: Sequence[Shape], trial: Trial, entries: int, device: torch.device) -> Shape:
+    """The shape of a kind of kernel (forward, backward, ...) for problems of this case, of `entries` entries. `trial`
+    makes a launch of a shape, to be timed, and says how many entries it covers. Small problems and unknown
+    cases under CUDA graph capture take the first shape."""
     forced = _forced(kind, shapes)
     if forced is not None:
         return forced
@@ -49,7 +50,7 @@ def choose(kind: str, key: str, shapes: Sequence[Shape], trial: Trial, entries: 
         return shapes[0]
     if os.environ.get("SOFTCLIP_AUTOTUNE", "1") == "0":
         return shapes[0]
-    key = f"{kind} {key}"
+    key = f"{kind} {case()}"
     if _chosen.get(key) not in shapes:
         recorded = _from_file(key, shapes)
         if recorded is not None:
@@ -89,11 +90,20 @@ def measure(launch: Launch) -> float:
 
 
 def _forced(kind: str, shapes: Sequence[Shape]) -> Shape | None:
-    """The candidate that SOFTCLIP_CANDIDATE asks for. One that is named for this very kind must be there."""
-    wanted, named = os.environ.get("SOFTCLIP_CANDIDATE", ""), {shape.name: shape for shape in shapes}
+    """The candidate that SOFTCLIP_CANDIDATE asks for. One that is named for this very kind must be there, a bare name
+    for some kind."""
+    wanted = os.environ.get("SOFTCLIP_CANDIDATE", "")
+    if not wanted:
+        return None
+    named = {shape.name: shape for shape in shapes}
     if "=" not in wanted:
+        if wanted not in named and wanted not in every_name():
+            raise ValueError(f"SOFTCLIP_CANDIDATE={wanted}: no such candidate; of {kind} there are {', '.join(named)}")
         return named.get(wanted)
-    name = dict(part.strip().partition("=")[::2] for part in wanted.split(",")).get(kind)
+    names = dict(part.strip().partition("=")[::2] for part in wanted.split(","))
+    for other in names.keys() - set(TIMED):
+        raise ValueError(f"SOFTCLIP_CANDIDATE={wanted}: no kind {other!r}; there are {', '.join(TIMED)}")
+    name = names.get(kind)
     if name is not None and name not in named:
         suitable = ", ".join(named)
         raise ValueError(f"SOFTCLIP_CANDIDATE={wanted}: {name!r} does not suit this problem's {kind}, but {suitable}")
