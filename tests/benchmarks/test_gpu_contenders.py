@@ -145,10 +145,14 @@ def test_without_a_gpu_the_row_says_what_stands_for_the_graph(on_a_processor, mo
 
 
 def test_a_clock_is_the_median_over_those_multiprocessors_that_answered_twice():
-    before = torch.tensor([[0, 0], [100, 50], [7, 50], [0, 0], [400, 50], [900, 50]])
-    after = torch.tensor([[0, 0], [1900, 1050], [1507, 1050], [5000, 1050], [0, 0], [2900, 1050]])
-    assert clock.megahertz(before, after) == [1800]
-    assert clock.megahertz(before[:1], after[:1]) == []
+    twice = ([100, 50], [1900, 1050]), ([7, 50], [1707, 1050]), ([900, 50], [2900, 1050])  # 1800, 1700 and 2000 MHz
+    late = 3 * (([0, 0], [9000, 1050]),)
+    early = 3 * (([9000, 50], [0, 0]),)
+    started_again = 3 * (([9000, 50], [1000, 1050]),)
+    for others in (late, early, started_again):
+        before, after = (torch.tensor(counters) for counters in zip(*twice, *others, strict=True))
+        assert clock.megahertz(before, after) == [1800]
+        assert clock.megahertz(before[3:], after[3:]) == []
 
 
 def _ticking(monkeypatch, rates):
