@@ -72,4 +72,4 @@ def estimate(case: Case, rounds: int, compiled: bool) -> float:
 
 def estimate_graph(case: Case) -> float:
     """The same of a step of graphs, at a width whose kernels are compiled and whose tile shapes are chosen."""
-    return 3 + 2e-10 * case.n**2
+    return 2 + 2e-10 * case.n**2
