@@ -25,9 +25,9 @@ from softclip_kernels.testing import Result
 
 from . import Row, problems
 from . import memory as resident
-from .problems import FORWARD_PRODUCTS, LOSSES, PRODUCTS, Case
+from .problems import BUILT_IN, FORWARD_PRODUCTS, LOSSES, PRODUCTS, Case
 from .records import Record, table
-from .timing import forward_backward, forward_only, interleaved
+from .timing import Timing, forward_backward, forward_only, interleaved
 
 LABELS = ("table", "loss", "dtype", "pass", "n", "d", "scale", "threads")
 F32, BF16 = DTYPES = torch.float32, torch.bfloat16
@@ -50,7 +50,8 @@ GROWTH_GOAL, GROWTH_UP_TO = 1.10, 32768  # time over N², relative to the first 
 
 
 def speed(n: int, d: int, rounds: int) -> list[Row]:
-    """Goals 1 to 3: every loss and dtype, cpu and dense, interleaved; correctness first."""
+    """Goals 1 to 3: every loss and dtype, cpu and dense, interleaved; beside hard torch's own. Correctness first."""
+    no_built_in = problems.why_no_built_in()
     contenders: dict[str, Callable[[], object]] = {}
     timed: list[tuple[Case, str, float, str]] = []
     for case in (Case(loss, dtype, n, d) for loss in LOSSES for dtype in DTYPES):
@@ -66,6 +67,8 @@ def speed(n: int, d: int, rounds: int) -> list[Row]:
                 timed.append((case, name, scale, key))
                 if scale == SCALES[0]:  # dense time does not depend on the scale
                     contenders[f"dense {case.loss} {case.dtype} {name}"] = run(dense, *operands)
+                    if case.loss == "hard" and not no_built_in:
+                        contenders[f"{BUILT_IN} {case.dtype} {name}"] = run(problems.built_in, *operands)
     peaks: dict[torch.dtype, list[float]] = {dtype: [] for dtype in DTYPES}
     contenders |= {f"peak {dtype}": partial(_measure_peak, dtype, peaks[dtype]) for dtype in DTYPES}
     timings = interleaved(contenders, rounds)
@@ -90,11 +93,19 @@ def speed(n: int, d: int, rounds: int) -> list[Row]:
             "goal": goal,
             "reached": goal is None or over_float32 >= goal,
         }
+        if case.loss == "hard":
+            row |= _built_in(timings.get(f"{BUILT_IN} {case.dtype} {name}"), timings[key], no_built_in)
         if case.loss == "psd":
             over_hard = timings[key].median / timings[f"hard {case.dtype} {name} {scale}"].median
             row |= {"over hard": over_hard, "at most": PSD_OVER_HARD, "within": over_hard <= PSD_OVER_HARD}
         rows.append(row)
     return rows
+
+
+def _built_in(built_in: Timing | None, fused: Timing, why_not: str | None) -> Row:
+    if built_in is None:
+        return {BUILT_IN: why_not}
+    return {BUILT_IN: built_in, f"over {BUILT_IN}": built_in.median / fused.median}
 
 
 def frozen(n: int, d: int, rounds: int) -> list[Row]:

@@ -64,5 +64,12 @@ def estimate(case: Case, rounds: int, compiled: bool) -> float:
     pairs = case.n**2
     fused = PRODUCTS[case.loss] * pairs * case.d / 5e14
     rivals = 3 * 75e-12 * pairs if case.n <= GOAL_SIZE[0] else 0.0
+    if case.loss == "hard":  # linear_cross_entropy: six products, and an fp32 matrix read and written many times
+        rivals += 12 * pairs * case.d / 5e14 + 40e-12 * pairs
     timed = max(1.0, (rounds + 3) * (2.5 * fused + rivals))
     return 2 + TUNING + 25 * compiled + 2e-10 * pairs + 2 * fused + timed
+
+
+def estimate_graph(case: Case) -> float:
+    """The same of a step of graphs, at a width whose kernels are compiled and whose tile shapes are chosen."""
+    return 2 + 2e-10 * case.n**2

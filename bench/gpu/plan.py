@@ -16,8 +16,8 @@ from ..gpu_tools.probe import Sizes
 from ..problems import LOSSES, Case
 from ..records import table
 from ..short_run import run_tests
-from . import compilation, products, rivals, steps
-from .goals import COMPILED, COMPILING, GOAL_SIZE, STANDING_SIZE, estimate
+from . import compilation, graphs, products, rivals, steps
+from .goals import COMPILED, COMPILING, GOAL_SIZE, STANDING_SIZE, estimate, estimate_graph
 
 SIZES = (4096, 16384, 32768, 65536, 131072)
 WIDTHS = (512, 768, 1024)
@@ -36,6 +36,7 @@ class Scale:
     n: tuple[int, ...] = SIZES
     d: tuple[int, ...] = WIDTHS
     first: tuple[int, int] = GOAL_SIZE  # the size that is timed first
+    small: tuple[tuple[int, int], ...] = ((4096, 512), (8192, 512))  # with and without a CUDA graph
     standing: tuple[int, int] = STANDING_SIZE
     smoke: tuple[int, int] = (1000, 512)  # ragged, of a width that takes the tile shapes that are timed
     checked: tuple[int, int] = (1000, 96)
@@ -75,8 +76,8 @@ class Step:
 
 
 def plan(options: argparse.Namespace, scale: Scale) -> Iterator[Step]:
-    """Smoke, every candidate compiled, the size of the goals and its phases, tests, correctness, the standing row,
-    memory, a million rows, the first call, the other sizes."""
+    """Smoke, every candidate compiled, the size of the goals and its phases, CUDA graphs of small batches, tests,
+    correctness, the standing row, memory, a million rows, the first call, the other sizes."""
 
     def case(size: tuple[int, int], loss: str = "hard", dtype: torch.dtype = scale.dtypes[0]) -> Case:
         return Case(loss, dtype, *size, scale.device)
@@ -100,6 +101,9 @@ def plan(options: argparse.Namespace, scale: Scale) -> Iterator[Step]:
         yield from (speed(scale.first, loss) for loss in LOSSES)
         for loss in LOSSES:
             yield Step("breakdown", case(scale.first, loss), 6, products.breakdown, {"gemm": scale.gemm})
+    for small in (case(size, loss) for size, loss in product(scale.small, graphs.RIVALS)):
+        timed = {"rounds": options.rounds, "seconds": scale.seconds / 2}
+        yield Step("graph", small, estimate_graph(small), graphs.graph, timed)
     if not options.no_tests:
         yield Step("tests", None, 80, run_tests, {"suite": options.suite}, "here")
     for dtype, loss in product(scale.dtypes, LOSSES):

@@ -1,5 +1,5 @@
 """`python -m bench gpu` on a CPU, with tiny sizes: Triton's interpreter, and stand-ins for what only a GPU has. Times
-are the CPU's, memory is made up.
+are the CPU's, memory and clocks are made up.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 
 from .. import ROOT
 from ..gpu_tools.probe import Sizes
+from . import clock
 from .plan import Scale
 
 FREE = 150_000  # bytes: of the rehearsal's losses some fit in it and some do not
@@ -48,10 +49,17 @@ def install() -> None:
     """In this process, for good."""
     vars(torch.cuda).update(stand_ins())
     vars(torch).update(compile=_uncompiled)
+    vars(clock).update(counters=_counters)
 
 
 def _uncompiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return function
+
+
+def _counters(device: str) -> torch.Tensor:
+    """Of one multiprocessor that runs at 1000 MHz."""
+    now = time.perf_counter_ns()
+    return torch.tensor([[now, now]])
 
 
 SMALL = Scale(
@@ -60,6 +68,7 @@ SMALL = Scale(
     n=(64, 40),
     d=(32,),
     first=(64, 32),
+    small=((40, 24),),
     standing=(40, 32),
     smoke=(65, 32),
     checked=(65, 24),

@@ -4,12 +4,16 @@ returns a row.
 
 A row's rivals, all on the same bfloat16 operands:
 
-    eager autocast      the dense loss under torch.autocast(bfloat16), as training loops evaluate it: logits in
-                        bfloat16, softmaxes and cross-entropy in float32. The goals "over eager" mean this one, because
-                        its sums are float32 as the library's are
-    compiled autocast   torch.compile of the same function; the goal "over torch.compile"
-    open_clip autocast  open_clip's formula, hard or distilled, under the same autocast; no goal
-    eager bf16          the dense loss in bfloat16 throughout, softmaxes too: less traffic, few digits; no goal
+    eager autocast        the dense loss under torch.autocast(bfloat16), as training loops evaluate it: logits in
+                          bfloat16, softmaxes and cross-entropy in float32. The goals "over eager" mean this one,
+                          because its sums are float32 as the library's are
+    compiled autocast     torch.compile of the same function; the goal "over torch.compile"
+    open_clip autocast    open_clip's formula, hard or distilled, under the same autocast; no goal
+    eager bf16            the dense loss in bfloat16 throughout, softmaxes too: less traffic, few digits; no goal
+    linear_cross_entropy  torch's own loss without a matrix of logits, from torch 2.13 on (hard); no goal
+
+"share of gemm" is over products timed in the same rounds; "share of gemm at equal clock" is that times the products'
+clock over the loss's own, where both are known (clock.py).
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,17 +30,20 @@ from softclip_kernels import softclip_loss
 from softclip_kernels.testing import FIELDS, Result
 
 from .. import Row, problems, timing
-from ..problems import PRODUCTS, Case
+from ..problems import BUILT_IN, PRODUCTS, Case
+from .clock import Clock
 from .goals import COMPILED, EAGER, MEMORY, goals
 
 OPEN_CLIP, EAGER_BF16 = "open_clip autocast", "eager bf16"
 RIVALS = {
-    "hard": (EAGER, OPEN_CLIP, EAGER_BF16),
+    "hard": (EAGER, OPEN_CLIP, EAGER_BF16, BUILT_IN),
     "psd": (EAGER, EAGER_BF16),  # open_clip has no loss that teaches itself
     "psd_teacher": (EAGER, OPEN_CLIP, EAGER_BF16),
 }
-# Bytes an entry of the N x N matrix that a dense loss, hard or soft, holds at its peak: larger ones are not attempted.
+# Bytes an entry of the N x N matrix that a rival, hard or soft, holds at its peak: larger ones are not attempted.
 BYTES = {EAGER: (26, 48), COMPILED: (26, 48), OPEN_CLIP: (28, 60), EAGER_BF16: (14, 28), "float32": (28, 48)}
+BYTES[BUILT_IN] = (1, 1)  # a piece of the logits
+EQUAL_CLOCK = "share of gemm at equal clock"
 GEMMS = 10  # products a measurement, about as long as a fused pass
 
 
@@ -61,7 +69,7 @@ def speed(case: Case, rivals: Sequence[str], with_hard: bool, rounds: int, secon
     known = tuning.measurements()
     x, y, scale = case.operands()
     fused = case.fused("triton")
-    row: Row = {"checked against": _check(case, fused, x, y, scale)}
+    row: Row = {"checked against": check(case, fused, x, y, scale)}
     contenders: dict[str, Callable[[], object]] = {
         "fused": timing.forward_backward(fused, x, y, scale),
         "fused forward": timing.forward_only(fused, x, y, scale),
@@ -69,20 +77,17 @@ def speed(case: Case, rivals: Sequence[str], with_hard: bool, rounds: int, secon
     if with_hard and case.loss != "hard":
         contenders["hard"] = timing.forward_backward(replace(case, loss="hard").fused("triton"), x, y, scale)
     contenders["gemm"] = gemm_run(case, gemm)
-    for rival in rivals:
-        run = timing.forward_backward(_rival(rival, case), x, y, scale)
-        start = time.monotonic()
-        problem = why_not_timed(run, _bytes(case, rival))
-        if problem is None:
-            contenders[rival] = run
-        row[rival if problem else f"{rival}, first call s"] = problem or time.monotonic() - start
+    row |= add_rivals(contenders, rivals, case, (x, y, scale))
     for contender in contenders.values():
         contender()
     torch.cuda.synchronize()
+    clock = Clock(case.device)
     with timing.Clocks() as clocks:
-        timings = timing.interleaved(contenders, rounds, 1, seconds, timing.device_seconds)
+        timings = timing.interleaved(contenders, rounds, 1, seconds, clock.device_seconds)
+    row |= _figures(case, gemm, timings)
+    row |= clocks.summary() | _at_equal_clock(row["share of gemm"], clock, contenders)
     tuned = {key: measured for key, measured in tuning.measurements().items() if key not in known}
-    return row | _figures(case, gemm, timings) | clocks.summary() | ({"tuning": tuned} if tuned else {})
+    return row | ({"tuning": tuned} if tuned else {})
 
 
 def gemm_run(case: Case, edge: int) -> Callable[[], object]:
@@ -91,7 +96,27 @@ def gemm_run(case: Case, edge: int) -> Callable[[], object]:
     return lambda: [torch.mm(a, b, out=out) for _ in range(GEMMS)]
 
 
-def _check(case: Case, fused: problems.Loss, x: Tensor, y: Tensor, scale: Tensor) -> str:
+def add_rivals(
+    contenders: dict[str, Callable[[], object]], rivals: Sequence[str], case: Case, operands: tuple[Tensor, ...]
+) -> Row:
+    """Every rival that can be timed joins the contenders; of another the row says why not."""
+    row: Row = {}
+    for rival in rivals:
+        start = time.monotonic()
+        loss = _rival(rival, case)
+        run = timing.forward_backward(loss, *operands)
+        size = _bytes(case, rival)
+        why = (rival == BUILT_IN and problems.why_no_built_in()) or why_not_timed(run, size)
+        seconds = time.monotonic() - start
+        if rival == BUILT_IN:  # the only one that is not written here
+            why = why or why_not_timed(partial(check, case, loss, *operands), size)
+        if not why:
+            contenders[rival] = run
+        row[rival if why else f"{rival}, first call s"] = why or seconds
+    return row
+
+
+def check(case: Case, loss: problems.Loss, x: Tensor, y: Tensor, scale: Tensor) -> str:
     """Against float32: dense where it fits, else the library's chunked backend, which is plain PyTorch, in tf32 for the
     sake of time. How accurate a right result is, is checked before, on sizes that fit in float64."""
     if _fits(_bytes(case, "float32")):
@@ -104,17 +129,17 @@ def _check(case: Case, fused: problems.Loss, x: Tensor, y: Tensor, scale: Tensor
         expected = Result.of(exact, x.float(), y.float(), scale)
     finally:
         torch.set_float32_matmul_precision(precision)
-    got = Result.of(fused, x, y, scale)
+    got = Result.of(loss, x, y, scale)
     for field in FIELDS:
         check_close(field, getattr(got, field), getattr(expected, field))
     return kind
 
 
-def check_close(what: str, got: Tensor, expected: Tensor, relative: float = 0.02) -> None:
+def check_close(what: str, got: Tensor, expected: Tensor, relative: float = 0.02, against: str = "float32") -> None:
     """By norm, for a size at which float64 does not fit. Raises AssertionError."""
     error = ((got.float() - expected.float()).norm() / expected.float().norm()).item()
     if not error <= relative:
-        raise AssertionError(f"{what} differs from float32 by {error:.1e}, not by {relative:.0e}")
+        raise AssertionError(f"{what} differs from {against} by {error:.1e}, not by {relative:.0e}")
 
 
 def _rival(rival: str, case: Case) -> problems.Loss:
@@ -122,6 +147,8 @@ def _rival(rival: str, case: Case) -> problems.Loss:
         return problems.under_autocast(problems.open_clip(case), case.device)
     if rival == EAGER_BF16:
         return case.dense()
+    if rival == BUILT_IN:
+        return problems.built_in
     eager = problems.under_autocast(case.dense(), case.device)
     if rival == EAGER:
         return eager
@@ -164,6 +191,14 @@ def _figures(case: Case, gemm: int, timings: Mapping[str, timing.Timing]) -> Row
     for rival in BYTES.keys() & timings.keys():
         row[f"over {rival}"] = timings[rival].median / fused
     return row | {"goals": goals(case.loss, case.n, case.d, row)}
+
+
+def _at_equal_clock(share: float, clock: Clock, contenders: Mapping[str, Callable[[], object]]) -> Row:
+    """The share if both had run at one clock; where a clock is not known, why there is none."""
+    fused, gemm = clock.of(contenders["fused"]), clock.of(contenders["gemm"])
+    if fused is None or gemm is None:
+        return {EQUAL_CLOCK: f"clock not known: {clock.problem}"}
+    return {"fused MHz": fused, "gemm MHz": gemm, EQUAL_CLOCK: share * gemm / fused}
 
 
 def memory(case: Case) -> Row:

@@ -50,6 +50,8 @@ def test_the_tables_of_the_cpu_have_rows(tmp_path, monkeypatch):
         (dtype, f"frozen {side}") for dtype in ("float32", "bfloat16") for side in "xy"
     ]
     assert all(row["of both"] > 0 for row in frozen)
+    hard = [row for row in rows if row["table"] == "speed" and row["loss"] == "hard"]
+    assert len(hard) == 8 and all(row["over linear_cross_entropy"] > 0 for row in hard)
     paths = (ROOT / "bench" / "results" / "cpu").glob("*.json")
     kept = [row for path in paths for row in json.loads(path.read_text())["rows"]]
     assert _labels(rows) - _labels(kept) <= _labels(frozen)

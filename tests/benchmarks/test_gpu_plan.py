@@ -36,7 +36,7 @@ def _planned(*arguments):
 
 def test_a_run_begins_with_what_finds_errors_soonest():
     kinds = list(dict.fromkeys(step.kind for step in _planned("--rivals", "wheels")))
-    assert kinds == ["smoke", "compilation", "speed", "breakdown", "tests", "correctness", "memory", "rivals",
+    assert kinds == ["smoke", "compilation", "speed", "breakdown", "graph", "tests", "correctness", "memory", "rivals",
                      "compiled", "million", "first call"]  # fmt: skip
     assert "compilation" not in {step.kind for step in _planned("--candidate", "128x256x64w8s3")}
 
@@ -136,6 +136,30 @@ def test_a_candidate_that_does_not_compile_is_told_and_one_that_is_wrong_fails(m
     assert not row["passed"] and row["left out"]["psd backward=psd"] == "wrong: AssertionError: dx differs"
 
 
+# The softmax loss with memeff's signature, and without a gradient of the temperature.
+MEMEFF = """
+import torch
+from torch.nn.functional import cross_entropy, normalize
+
+class MemoryEfficientCLIPLoss(torch.nn.Module):
+    def __init__(self, temperature=0.07, normalized_inputs=False, stable=True):
+        super().__init__()
+        assert normalized_inputs and not stable
+        self.temperature = temperature
+        self.size = 1.0
+
+    def forward(self, image_features, text_features):
+        z = image_features @ text_features.T / self.temperature
+        labels = torch.arange(len(z))
+        return self.size * (cross_entropy(z, labels) + cross_entropy(z.T, labels)) / 2
+"""
+
+
+def _forget_rivals(monkeypatch):
+    for name in ("inf_cl", "siglip_kernel", "memeff"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 def _wheel(folder, package, source):
     with zipfile.ZipFile(folder / f"{package}-1-py3-none-any.whl", "w") as wheel:
         wheel.writestr(f"{package}.py", source)
@@ -143,17 +167,26 @@ def _wheel(folder, package, source):
 
 def test_rivals_come_from_their_wheels_and_fail_alone(on_a_processor, monkeypatch, tmp_path):
     monkeypatch.setattr(Case, "fused", lambda case, backend: case.dense())
-    for name in ("inf_cl", "siglip_kernel"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    _forget_rivals(monkeypatch)
     row = rivals.compare(SMALL, tmp_path, 1)
     assert all(row[name].startswith("failed: ModuleNotFoundError") for name in rivals.RIVALS)
+    _wheel(tmp_path, "memeff", MEMEFF)
     _wheel(tmp_path, "inf_cl", "def cal_flash_loss(x, y, scale): raise RuntimeError('no kernel')\n")
     _wheel(tmp_path, "siglip_kernel", "def fused_siglip_loss(x, y, t, b): return (t.exp() * x * y + b).sum()\n")
     row = rivals.compare(SMALL, tmp_path, 1)
     assert row["inf-cl"] == "failed: RuntimeError: no kernel"
-    assert row["over siglip-kernel"] > 0 and row["fused"].median > 0
-    for name in ("inf_cl", "siglip_kernel"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert row["over siglip-kernel"] > 0 and row["over memeff"] > 0 and row["fused"].median > 0
+    _forget_rivals(monkeypatch)
+
+
+def test_memeff_is_not_timed_with_gradients_of_another_size(on_a_processor, monkeypatch, tmp_path):
+    monkeypatch.setattr(Case, "fused", lambda case, backend: case.dense())
+    _forget_rivals(monkeypatch)
+    _wheel(tmp_path, "memeff", MEMEFF.replace("self.size = 1.0", "self.size = 1.05"))
+    row = rivals.compare(SMALL, tmp_path, 1)
+    assert row["memeff"].startswith("failed: AssertionError: dx differs from the fused loss by 5.0e-02")
+    assert "over memeff" not in row
+    _forget_rivals(monkeypatch)
 
 
 @needs_triton

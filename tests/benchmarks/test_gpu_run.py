@@ -79,7 +79,7 @@ def test_a_rehearsal_takes_every_step(tmp_path):
         rows.setdefault(row["kind"], []).append(row)
     losses = list(problems.LOSSES)
     assert {kind: len(found) for kind, found in rows.items()} == {
-        "device": 1, "smoke": 3, "compilation": 1, "speed": 6, "breakdown": 3, "tests": 1, "correctness": 3,
+        "device": 1, "smoke": 3, "compilation": 1, "speed": 6, "breakdown": 3, "graph": 2, "tests": 1, "correctness": 3,
         "memory": 4, "compiled": 3, "million": 1, "first call": 1
     }  # fmt: skip
     assert rows["device"][0]["driver_version"] == "580.1"
@@ -95,6 +95,10 @@ def test_a_rehearsal_takes_every_step(tmp_path):
     for rival in steps.RIVALS["psd_teacher"]:
         assert rows["speed"][-1][f"over {rival}"] > 0
     assert rows["speed"][1][goals.EAGER] == "does not fit"
+    assert all(row["share of gemm at equal clock"] == row["share of gemm"] for row in rows["speed"])
+    assert all(row["outcome"].startswith("no CUDA graph on a cpu") for row in rows["graph"])
+    assert all(row["graph over fused"] > 0 and row[f"graph over {goals.EAGER}"] > 0 for row in rows["graph"])
+    assert "over linear_cross_entropy" in rows["graph"][0] and "over linear_cross_entropy" in rows["speed"][0]
     assert rows["compiled"][0][f"over {goals.COMPILED}"] > 0
     assert rows["first call"][0]["first call s"] > 0
     assert rows["million"][0]["outcome"] == "completed"
