@@ -30,11 +30,14 @@ def kernels(case: Case, gemm: int = 8192, seconds: float = 1.0) -> list[Row]:
     seen: set[tuple[str, str]] = set()
     a, b, out = (torch.randn(gemm, gemm, device=case.device).to(case.dtype) for _ in range(3))
 
-    def choose(kind: str, key: str, shapes: Sequence[Shape], trial: tuning.Trial, *_: object) -> Shape:
-        if (kind, key) not in seen:
-            seen.add((kind, key))
+    def choose(kind: str, case_of: tuning.Case, shapes: Sequence[Shape], trial: tuning.Trial, *_: object) -> Shape:
+        problem = case_of()
+        if (kind, problem) not in seen:
+            seen.add((kind, problem))
             measured = _measured(shapes, trial, lambda: torch.mm(a, b, out=out), seconds)
-            rows.extend({"kind": "kernels", **case.labels(), "kernel": kind, "problem": key, **row} for row in measured)
+            rows.extend(
+                {"kind": "kernels", **case.labels(), "kernel": kind, "problem": problem, **row} for row in measured
+            )
         return shapes[0]
 
     with mock.patch.object(tuning, "choose", choose):

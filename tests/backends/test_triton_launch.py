@@ -46,6 +46,10 @@ def b():
     return "b"
 
 
+def key(case):
+    return f"forward {case} of {' '.join(shape.name for shape in shapes())}"
+
+
 def shapes():
     from softclip_kernels.backends.triton.shapes import candidates
 
@@ -84,7 +88,7 @@ def test_the_fastest_shape_is_taken_and_measured_once(tuning, monkeypatch, caplo
     assert timer.trials == len(shapes())
     assert tuning.choose("forward", b, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert timer.trials == 2 * len(shapes())
-    assert set(json.loads(tuning.path().read_text())["tiles"]) == {"forward a", "forward b"}
+    assert set(json.loads(tuning.path().read_text())["tiles"]) == {key("a"), key("b")}
 
 
 def test_what_was_timed_can_be_asked_for(tuning, monkeypatch):
@@ -94,7 +98,7 @@ def test_what_was_timed_can_be_asked_for(tuning, monkeypatch):
     tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU)
     tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU)
     (measured,) = tuning.measurements().items()
-    assert measured[0] == "forward a" and measured[1]["chosen"] == names[2]
+    assert measured[0] == key("a") and measured[1]["chosen"] == names[2]
     assert measured[1]["ps an entry"] == dict(zip(names[1:], (3e12, 1e12, 2e12, 5e12), strict=True))
     assert measured[1]["left out"].keys() == {names[0]} and "shared memory" in measured[1]["left out"][names[0]]
     json.dumps(measured)
@@ -180,21 +184,13 @@ def test_a_candidate_that_nobody_has_is_an_error(tuning, monkeypatch):
         tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU)
 
 
-def test_a_choice_is_remembered_with_what_it_was_made_from(monkeypatch):
-    """Rows that overlap do not suit every candidate: the fastest of the others is not the fastest of all."""
-    from softclip_kernels.backends.triton import launch, passes, tuning
-    from softclip_kernels.problem import Problem
-
-    keys = []
-    monkeypatch.setattr(tuning, "choose", lambda kind, case, *_: keys.append(case()))
-    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
-    for module in ("scalars", "norms"):
-        monkeypatch.setattr(f"softclip_kernels.backends.triton.{module}.Call", lambda *_: lambda programs: None)
-    whole, row = torch.zeros(2, 16, 64, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.bfloat16)
-    for x, y in (whole, (row.expand(16, 64), whole[1])):
-        (launch_pass,), _ = passes.passes(Problem(x, y, torch.tensor(1.0)))
-        launch.choose_shape("forward", launch_pass, None)
-    assert "-tma" in keys[0] and "-tma" not in keys[1]
+def test_a_choice_is_remembered_with_what_it_was_made_from(tuning, monkeypatch):
+    """Operands that do not suit every candidate, such as rows that overlap, have a choice of their own."""
+    timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0))
+    for _ in range(2):
+        assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
+        assert tuning.choose("forward", a, shapes()[:2], timer.trial, LARGE, GPU) == shapes()[1]
+    assert timer.trials == len(shapes()) + 2
 
 
 def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
@@ -222,18 +218,18 @@ def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
         b'{"format": 99, "tiles": {}}',
         b'{"format": 1, "tiles": {"forward a": [128, 256, 64, 8, 3]}}',  # a candidate, under a key of another meaning
         b'{"format": 4, "tiles": [1]}',
-        b'{"format": 4, "tiles": {"forward a": [1, 2, 3, 4, 5]}}',
-        b'{"format": 4, "tiles": {"forward a": {"block_m": 128}}}',
+        b'{"format": 4, "tiles": {"KEY": [1, 2, 3, 4, 5]}}',
+        b'{"format": 4, "tiles": {"KEY": {"block_m": 128}}}',
     ),
 )
 def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, content):
     timer = Timer(monkeypatch, tuning, (4.0, 3.0, 1.0, 2.0, 5.0))
     tuning.path().parent.mkdir()
-    tuning.path().write_bytes(content)
+    tuning.path().write_bytes(content.replace(b"KEY", key("a").encode()))
     with caplog.at_level(logging.INFO, "softclip_kernels"):
         assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert any("ignored" in message for message in caplog.messages)
-    assert json.loads(tuning.path().read_text())["tiles"] == {"forward a": [256, 128, 64, 8, 3, ""]}
+    assert json.loads(tuning.path().read_text())["tiles"] == {key("a"): [256, 128, 64, 8, 3, ""]}
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tuning, monkeypatch, tmp_path):

@@ -83,19 +83,17 @@ def _suitable(
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:
     problem, suitable = launch_pass.problem, candidates(kind, launch_pass)
 
-    def key() -> str:
-        return _key(problem.x.device, launch_pass.signature(), suitable)
+    def case() -> str:
+        return _case(problem.x.device, launch_pass.signature())
 
-    return tuning.choose(kind, key, suitable, trial, problem.rows * problem.columns, problem.x.device)
+    return tuning.choose(kind, case, suitable, trial, problem.rows * problem.columns, problem.x.device)
 
 
 @functools.cache
-def _key(device: torch.device, case: tuple[Any, ...], suitable: tuple[Shape, ...]) -> str:
-    """Under which the fastest shape is remembered: the GPU, the versions, what decides beside them, and among which
-    shapes it is."""
+def _case(device: torch.device, decisive: tuple[Any, ...]) -> str:
+    """For which the fastest shape is remembered: the GPU, the versions, and what decides beside them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    versions = (f"triton {triton.__version__}", f"softclip_kernels {__version__}")
-    return " ".join(map(str, (name, *versions, *case, "of", *(shape.name for shape in suitable))))
+    return " ".join(map(str, (name, f"triton {triton.__version__}", f"softclip_kernels {__version__}", *decisive)))
 
 
 @functools.cache
@@ -195,8 +193,8 @@ def choose_product_shape(problem: Problem, mirrored: bool, needed: list[str], tr
     """For the products with G; `needed`: whose gradients they are, x or y or both."""
     suitable = product_candidates(problem)
 
-    def key() -> str:
-        case = (*needed, *(["mirrored"] if mirrored else []), problem.x.dtype, problem.x.shape[1])
-        return _key(problem.x.device, case, suitable)
+    def case() -> str:
+        products = (*needed, *(["mirrored"] if mirrored else []), problem.x.dtype, problem.x.shape[1])
+        return _case(problem.x.device, products)
 
-    return tuning.choose("products", key, suitable, trial, problem.rows * problem.columns, problem.x.device)
+    return tuning.choose("products", case, suitable, trial, problem.rows * problem.columns, problem.x.device)

@@ -33,13 +33,13 @@ LAUNCHES, ROUNDS = 4, 3
 
 Launch = Callable[[], object]
 Trial = Callable[[Shape], tuple[Launch, int]]
-Key = Callable[[], str]  # made only where something is timed
+Case = Callable[[], str]  # asked only where something is timed
 
 _chosen: dict[str, Shape] = {}
 _measurements: dict[str, dict[str, Any]] = {}
 
 
-def choose(kind: str, case: Key, shapes: Sequence[Shape], trial: Trial, entries: int, device: torch.device) -> Shape:
+def choose(kind: str, case: Case, shapes: Sequence[Shape], trial: Trial, entries: int, device: torch.device) -> Shape:
     """The shape of a kind of kernel (forward, backward, ...) for problems of this case, of `entries` entries. `trial`
     makes a launch of a shape, to be timed, and says how many entries it covers. Small problems and unknown
     cases under CUDA graph capture take the first shape."""
@@ -50,7 +50,7 @@ def choose(kind: str, case: Key, shapes: Sequence[Shape], trial: Trial, entries:
         return shapes[0]
     if os.environ.get("SOFTCLIP_AUTOTUNE", "1") == "0":
         return shapes[0]
-    key = f"{kind} {case()}"
+    key = f"{kind} {case()} of {' '.join(shape.name for shape in shapes)}"
     if _chosen.get(key) not in shapes:
         recorded = _from_file(key, shapes)
         if recorded is not None:
@@ -64,7 +64,7 @@ def choose(kind: str, case: Key, shapes: Sequence[Shape], trial: Trial, entries:
 
 
 def measurements() -> dict[str, dict[str, Any]]:
-    """What this process timed, ready for JSON, by key (kind, GPU, versions, problem): the name that was "chosen", for
+    """What this process timed, ready for JSON, by key (kind, GPU, versions, problem, candidates): the name that was "chosen", for
     every name its "ps an entry", and for those that could not be timed, "left out", the reason."""
     return copy.deepcopy(_measurements)
 
