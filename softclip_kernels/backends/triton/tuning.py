@@ -64,8 +64,8 @@ def choose(kind: str, case: Case, shapes: Sequence[Shape], trial: Trial, entries
 
 
 def measurements() -> dict[str, dict[str, Any]]:
-    """What this process timed, ready for JSON, by key (kind, GPU, versions, problem, candidates): the name that was "chosen", for
-    every name its "ps an entry", and for those that could not be timed, "left out", the reason."""
+    """What this process timed, ready for JSON, by key (kind, GPU, versions, problem, candidates): the name that was
+    "chosen", for every name its "ps an entry", and for those that could not be timed, "left out", the reason."""
     return copy.deepcopy(_measurements)
 
 
