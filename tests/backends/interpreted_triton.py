@@ -161,9 +161,10 @@ def test_programs_that_stay_fill_the_same_slots(processors):
 
 
 @STAYING
-@pytest.mark.parametrize("scale", (14.3, 300.0))
-def test_programs_that_stay_fill_the_same_block_of_g(scale, processors):
-    """In range and out of it; beyond its tiles the scratch is left alone."""
+@pytest.mark.parametrize(("scale", "beyond"), ((14.3, ""), (300.0, "row"), (300.0, "column")))
+def test_programs_that_stay_fill_the_same_block_of_g(scale, beyond, processors):
+    """In range, and where some rows' or some columns' flags alone say otherwise; beyond its tiles the scratch is left
+    alone."""
     x, y, scale = operands(160, 160, 48, scale=scale)
     problem = Problem(x, y, scale, torch.arange(160))
     statistics = backends.registered()["triton"].forward(problem)
@@ -171,7 +172,11 @@ def test_programs_that_stay_fill_the_same_block_of_g(scale, processors):
     (launch_pass,), _ = passes(problem)
     gradient = StatisticsGradient(rows, columns, torch.zeros(160))
     (vectors,), _ = coefficients.prepare([launch_pass], statistics, gradient, None)
-    assert bool(vectors["row_in_range"].all()) == (scale < 100)
+    for direction in ("row", "column"):
+        flags = vectors[f"{direction}_in_range"]
+        assert bool(flags.all()) == (beyond == "")
+        if direction != beyond:
+            flags.fill_(1)
     filled = {"g": torch.full((256, 256), 7.0)}
     arguments = launch_pass.arguments() | launch.constants(launch_pass, TILE) | vectors
     arguments |= {"previous": None, "mirror_g": filled["g"], "edge": 256, "TIED": False, "GROUP": shapes.GROUP}
