@@ -115,8 +115,8 @@ Around = AbstractContextManager[Any]
 @contextlib.contextmanager
 def watched(forward: Around, backward: Around, note: Callable[[stubbed.Launch], object]) -> Iterator[None]:
     """Within, the loss runs on a GPU that is none, with something around each operation; launches go to `note`."""
+    backend = Watched(forward, backward)
     with stubbed.gpu(note), mock.patch.object(backends, "select", lambda *_: backend):  # noqa: PT008
-        backend = Watched(forward, backward)
         yield
 
 

@@ -15,15 +15,19 @@ from typing import Any
 
 import triton
 
+from softclip_kernels.backends.triton import persistent
+from softclip_kernels.backends.triton.shapes import TMA
+
 from .variants import SHARED_LIMIT, Variant, compile_variant, variants
 
 
 def inspect(variant: Variant, architecture: str) -> dict[str, Any]:
     """What one variant compiles to. registers and spilled (bytes, stack included) are a thread's, shared bytes a
-    program's; exponentials_issued counts machine instructions a thread, over its `entries`; serialized, on sm_90,
-    tensor instructions that wait for the one before; shuffles between threads and tile_loads (TMA) are counted in
-    nvidia's code alone. From the intermediate code: matmuls; exponentials of whole tiles, the fewest that a program
-    takes, the most, and all in the code; and narrow_offsets, the addresses that rest on a product in 32 bits."""
+    program's, of which `together` are to share a multiprocessor; exponentials_issued counts machine instructions a
+    thread, over its `entries`; serialized, on sm_90, tensor instructions that wait for the one before; shuffles between
+    threads and tile_loads (TMA) are counted in nvidia's code alone. From the intermediate code: matmuls; exponentials
+    of whole tiles, the fewest that a program takes, the most, and all in the code; and narrow_offsets, the addresses
+    that rest on a product in 32 bits."""
     compiled = compile_variant(variant, architecture)
     nvidia = architecture.startswith("sm_")
     s = variant.shape
@@ -41,6 +45,7 @@ def inspect(variant: Variant, architecture: str) -> dict[str, Any]:
         "triton": triton.__version__,
         "shared": compiled.metadata.shared,
         "shared_limit": SHARED_LIMIT[architecture],
+        "together": persistent.together(s) if s.way == TMA else 1,
         "entries": s.block_m * s.block_n // ((32 if nvidia else 64) * s.warps),
         **(_nvidia(compiled.asm["cubin"]) if nvidia else _amd(compiled.asm["amdgcn"])),
         "matmuls": len(re.findall(r"= tt\.dot ", intermediate)),

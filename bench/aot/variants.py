@@ -16,9 +16,11 @@ from softclip_kernels.backends.triton import (
     gradients,
     norms,
     online,
+    persistent,
     products,
     scalars,
     softmax_backward,
+    softmax_backward_persistent,
     softmax_exchange,
     softmax_forward,
     softmax_forward_persistent,
@@ -39,8 +41,9 @@ from softclip_kernels.backends.triton.shapes import (
 # Kind of kernel to its module, which holds ARGUMENTS, and its name there.
 KERNELS: dict[str, tuple[ModuleType, str]] = {
     "forward": (softmax_forward, "softmax_forward_kernel"),
-    "persistent": (softmax_forward_persistent, "softmax_forward_persistent_kernel"),
+    "forward-persistent": (softmax_forward_persistent, "softmax_forward_persistent_kernel"),
     "backward": (softmax_backward, "softmax_backward_kernel"),
+    "backward-persistent": (softmax_backward_persistent, "softmax_backward_persistent_kernel"),
     "coefficients": (coefficients, "coefficients_kernel"),
     "online": (online, "online_kernel"),
     "exchange": (softmax_exchange, "softmax_exchange_kernel"),
@@ -243,7 +246,7 @@ def _as_launched(variant: Variant) -> list[Variant]:
             for adds in (frozenset(), frozenset({"previous"}))
         ]
     if variant.shape.way == TMA:
-        return [replace(variant, kernel="persistent")]
+        return [replace(variant, kernel=f"{variant.kernel}-persistent")]
     if variant.shape.way == SPLIT:
         features = variant.features | {"previous"}
         return [replace(variant, student=False, features=features, previous_dtype=variant.dtype)]
@@ -286,7 +289,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "TEACHER": MODES[variant.mode],
         "TIED": variant.tied,
         "GROUP": GROUP,
-        "FLATTEN": softmax_forward_persistent.together(variant.shape) == 1,
+        "FLATTEN": persistent.flat(variant.shape),
         "EVEN": variant.even,
         "TEACHER_EVEN": variant.even,
         "COLUMNS": "columns" in variant.features,
@@ -305,8 +308,7 @@ def _type(kind: str, variant: Variant) -> str:
         "*previous": variant.previous_dtype,
     }
     if kind.startswith("box"):
-        rows = variant.shape.block_m if kind == "box rows" else variant.shape.block_n
-        return f"tensordesc<{variant.dtype}[{rows}, {variant.shape.block_d}]>"
+        return f"tensordesc<{variant.dtype}{persistent.box(kind, variant.shape)}>"
     name = kind.removesuffix("?").split()[0]
     return f"*{dtypes[name]}" if name in dtypes else name
 
@@ -314,8 +316,7 @@ def _type(kind: str, variant: Variant) -> str:
 def _divisible(kind: str, variant: Variant) -> bool:
     """Whether the launcher finds that the value is divisible by 16."""
     usual = {"i32": False, "i32 stride": variant.aligned, "i32 width": variant.even, "i32 edge": True}
-    usual |= {"box rows": False, "box columns": False}  # their alignment is the descriptor's own
-    return usual.get(kind, True)
+    return usual.get(kind, not kind.startswith("box"))  # a descriptor's alignment is its own
 
 
 def _target(architecture: str) -> GPUTarget:

@@ -22,9 +22,11 @@ from softclip_kernels.backends.triton import (
     edges,
     launch,
     online,
+    persistent,
     products,
     shapes,
     softmax_backward,
+    softmax_backward_persistent,
     softmax_forward,
     softmax_forward_persistent,
 )
@@ -128,30 +130,69 @@ def test_second_tile_shape_agrees(monkeypatch):
             torch.testing.assert_close(getattr(usual, field), getattr(other, field), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("processors", (1, 2, 100))
+# A super-block within 160 rows, of two tiles by three with ragged edges; a width of 48 is one and a half steps.
+STAYING = pytest.mark.parametrize("processors", (1, 2, 100))
+WITHIN, TILE = (slice(96, 150), slice(20, 150)), Shape(32, 64, 32, 4, 1)
+
+
+def launch_both(usual, staying, arguments, filled, processors):
+    """What an ordinary kernel and one by programs that stay leave in the tensors `filled`."""
+    found = []
+    for kernel in (usual, staying):
+        own = {name: value.clone() for name, value in filled.items()}
+        if kernel is staying:
+            launched = persistent.PersistentCall(kernel, arguments | own, TILE, processors)
+        else:
+            launched = call.Call(kernel, arguments | own, TILE.options())
+        launched(6, **launch.bounds(*WITHIN))
+        found.append(own)
+    return found
+
+
+@STAYING
 def test_programs_that_stay_fill_the_same_slots(processors):
-    """A super-block within a problem, of two tiles by three with ragged edges, and one and a half steps of width."""
     x, y, scale = operands(160, 160, 48)
     problem = Problem(x, y, scale, torch.arange(160))
     (launch_pass,), _ = passes(problem)
-    i, j, edge, shape = slice(96, 150), slice(20, 150), 192, Shape(32, 64, 32, 4, 1)
-    found = []
-    for persistent in (False, True):
-        filled = {"row_sums": torch.full((3, 1, edge), 7.0), "column_sums": torch.full((2, 1, edge), 7.0)}
-        filled |= {"positive_logit": torch.zeros(160)}
-        arguments = launch_pass.arguments | launch.constants(launch_pass, shape) | filled
-        arguments |= {"mirror_row_sums": filled["row_sums"], "mirror_column_sums": filled["column_sums"]}
-        arguments |= {"positive_column": problem.positive_column}
-        arguments |= {"edge": edge, "STATISTICS": 1, "TIED": False, "GROUP": shapes.GROUP}
-        if persistent:
-            launched = softmax_forward_persistent.PersistentCall(arguments, shape, processors)
-        else:
-            launched = call.Call(softmax_forward.softmax_forward_kernel, arguments, shape.options())
-        launched(6, **launch.bounds(i, j))
-        found.append(filled)
-    assert (found[0]["positive_logit"] != 0).sum() == 54
-    for name, usual in found[0].items():
-        torch.testing.assert_close(found[1][name], usual, rtol=1e-6, atol=1e-6)
+    filled = {"row_sums": torch.full((3, 1, 192), 7.0), "column_sums": torch.full((2, 1, 192), 7.0)}
+    filled |= {"positive_logit": torch.zeros(160)}
+    arguments = launch_pass.arguments | launch.constants(launch_pass, TILE)
+    arguments |= {"mirror_row_sums": filled["row_sums"], "mirror_column_sums": filled["column_sums"]}
+    arguments |= {"edge": 192, "STATISTICS": 1, "TIED": False, "GROUP": shapes.GROUP}
+    usual, stays = softmax_forward.softmax_forward_kernel, softmax_forward_persistent.softmax_forward_persistent_kernel
+    expected, got = launch_both(usual, stays, arguments, filled, processors)
+    assert (expected["positive_logit"] != 0).sum() == 54
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-6, atol=1e-6)
+
+
+@STAYING
+@pytest.mark.parametrize(("scale", "beyond"), ((14.3, ""), (300.0, "row"), (300.0, "column")))
+def test_programs_that_stay_fill_the_same_block_of_g(scale, beyond, processors):
+    """In range, and where some rows' or some columns' flags alone say otherwise; beyond its tiles the scratch is left
+    alone."""
+    x, y, scale = operands(160, 160, 48, scale=scale)
+    problem = Problem(x, y, scale, torch.arange(160))
+    statistics = backends.registered()["triton"].forward(problem)
+    rows, columns = torch.rand(2, 1, 160, generator=torch.Generator().manual_seed(0))
+    (launch_pass,), _ = passes(problem)
+    gradient = StatisticsGradient(rows, columns, torch.zeros(160))
+    (vectors,), _ = coefficients.prepare([launch_pass], statistics, gradient, None)
+    for direction in ("row", "column"):
+        flags = vectors[f"{direction}_in_range"]
+        assert bool(flags.all()) == (beyond == "")
+        if direction != beyond:
+            flags.fill_(1)
+    filled = {"g": torch.full((256, 256), 7.0)}
+    arguments = launch_pass.arguments | launch.constants(launch_pass, TILE) | vectors
+    arguments |= {"previous": None, "mirror_g": filled["g"], "edge": 256, "TIED": False, "GROUP": shapes.GROUP}
+    usual = softmax_backward.softmax_backward_kernel
+    stays = softmax_backward_persistent.softmax_backward_persistent_kernel
+    expected, got = (own["g"] for own in launch_both(usual, stays, arguments, filled, processors))
+    block = expected[:54, :130]
+    assert block.diagonal(76).eq(0).all() and block.ne(0).sum() > 3000
+    torch.testing.assert_close(got[:54, :130], block, rtol=1e-6, atol=0)
+    assert got[64:].eq(7).all() and got[:, 192:].eq(7).all()
 
 
 @pytest.mark.parametrize(

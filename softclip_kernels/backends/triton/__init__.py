@@ -6,6 +6,7 @@ online            the online softmax, for rows (columns) whose centered sums lef
 softmax_backward  the backward one: a block of G with its epilogue fused, for two matrix products
 softmax_exchange  another way to a transposed teacher's blocks of G: one product in a program
 softmax_gradient  a tile of G from its logits, for both
+persistent        programs that stay for many tiles: softmax_forward_persistent, softmax_backward_persistent
 products          the matrix products with a block of G, in one launch
 gradients         from their sums to the gradients: positives, scale, rounding
 edges             how large a super-block of G is

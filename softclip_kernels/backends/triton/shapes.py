@@ -19,7 +19,7 @@ LIBRARY = "library"  # the way of a product that torch makes
 EXCHANGE = "exchange"  # transposed: each of the mirrored tiles by itself, what it brings to the other by scratch
 SPLIT = "split"  # embeddings: the student's part, then the teacher's added to it
 PAIR = "pair"  # the way of a forward pass, transposed: as the others, both tiles in one program, but larger
-TMA = "tma"  # the way of a forward pass without a teacher whose programs stay and take boxes of the operands
+TMA = "tma"  # the way of a pass without a teacher whose programs stay and take boxes of the operands (persistent.py)
 # Bytes that a thread may spill: little beside what larger tiles save, and whether it pays the clock tells. Else none.
 SPILLED = {EXCHANGE: 512, SPLIT: 256, PAIR: 128}
 
@@ -77,6 +77,7 @@ def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: s
     if kind == "online":  # rarely reached
         return (Shape(64, 32, 64, warps, 2),)
     small, medium, large = (Shape(128, width, 64, 8, stages) for width in (64, 128, 256))
+    shared = Shape(128, 128, 64, 4, 3)  # two programs of a multiprocessor
     if architecture == "sm_90" and not mirrored:
         if not plain:
             return (Shape(64, 64, 64, 8, 3),) if taught else (small,)
@@ -84,23 +85,31 @@ def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: s
         if taught:
             return medium, deep, small, *(replace(large, way=way) for way in _other_ways(kind, mode, plain))
         tall = (Shape(256, 128, 64, 8, 3),) if kind == "forward" else ()
-        shared = Shape(128, 128, 64, 4, 3)  # two programs of a multiprocessor
         persistent = (replace(shape, way=way) for way in _other_ways(kind, mode, plain) for shape in (large, shared))
         return large, deep, *tall, shared, medium, *persistent
     if plain and taught and architecture == "sm_120":
         return (Shape(64, 64, 64, 8, stages),)
     if plain and not (mirrored and architecture == "sm_100"):
-        ways = _other_ways(kind, mode, plain) if architecture == "sm_90" else ()
-        return (small, *(replace(medium, way=way) for way in ways)) if taught else (medium, small)
+        if taught:
+            ways = _other_ways(kind, mode, plain) if architecture == "sm_90" else ()
+            return small, *(replace(medium, way=way) for way in ways)
+        # On sm_100 a larger tile of programs that stay spills, and a flat loop (persistent.py) has its epilogue twice.
+        return medium, small, *((replace(shared, way=TMA),) if architecture == "sm_100" else ())
     return (Shape(64, 32, 64, 4 if (kind, architecture) == ("backward", "sm_100") else warps, stages),)
 
 
+_OTHER_WAYS = {
+    ("forward", "none"): (TMA,),
+    ("forward", "transposed"): (PAIR,),
+    ("backward", "none"): (TMA,),
+    ("backward", "transposed"): (EXCHANGE,),
+    ("backward", "embeddings"): (SPLIT,),
+}
+
+
 def _other_ways(kind: str, mode: str, plain: bool) -> tuple[str, ...]:
-    if kind == "forward" and plain:
-        return {"none": (TMA,), "transposed": (PAIR,)}.get(mode, ())
-    if kind != "backward":
-        return ()
-    return {"transposed": (EXCHANGE,), "embeddings": (SPLIT,)}.get(mode, ())
+    ways = _OTHER_WAYS.get((kind, mode), ())
+    return tuple(way for way in ways if plain or way in (EXCHANGE, SPLIT))
 
 
 @functools.cache

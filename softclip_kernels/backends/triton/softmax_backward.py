@@ -32,7 +32,8 @@ from .coefficients import HEADROOM, all_in_range
 from .edges import Work, best_edge, memory_for_scratch
 from .gradients import Gradients
 from .passes import Pass, passes
-from .shapes import EXCHANGE, GROUP, SPLIT, Shape
+from .shapes import EXCHANGE, GROUP, SPLIT, TMA, Shape
+from .softmax_backward_persistent import PersistentBlocks
 from .softmax_exchange import Exchange
 from .softmax_gradient import finish
 from .tiles import (
@@ -331,7 +332,8 @@ class _Split(_BlockLaunch):
 
 
 BlockLaunch = Callable[[slice, slice], None]
-_WAYS: dict[str, Callable[..., BlockLaunch]] = {"": _BlockLaunch, EXCHANGE: Exchange, SPLIT: _Split}
+_WAYS: dict[str, Callable[..., BlockLaunch]]
+_WAYS = {"": _BlockLaunch, EXCHANGE: Exchange, SPLIT: _Split, TMA: PersistentBlocks}
 
 
 def _tuned_launch(

@@ -24,8 +24,9 @@ from ...stats import Statistics
 from . import launch, online, tuning
 from .call import Call
 from .passes import Pass, passes
+from .persistent import PersistentCall
 from .shapes import GROUP, TMA, Shape
-from .softmax_forward_persistent import PersistentCall
+from .softmax_forward_persistent import softmax_forward_persistent_kernel
 from .sums import BLOCK, HEADROOM, sums_kernel
 from .tiles import (
     EMBEDDINGS,
@@ -326,7 +327,8 @@ class _Sums:
         }
         self.call: Call | PersistentCall
         if shape.way == TMA:
-            self.call = PersistentCall(arguments, shape, launch.processors(problem.x.device))
+            processors = launch.processors(problem.x.device)
+            self.call = PersistentCall(softmax_forward_persistent_kernel, arguments, shape, processors)
         else:
             self.call = Call(softmax_forward_kernel, arguments, shape.options())
         arguments = constants | partial | results

@@ -1,20 +1,12 @@
 # mypy: disallow-untyped-defs=False
-"""The hard forward pass by programs that stay: as many as run at once, each with many tiles.
-
-The same sums as softmax_forward.py's, in the same slots. Boxes of the operands come by tensor descriptors (TMA), so
-that no thread computes their addresses. For plain rows (shapes.py), without a teacher.
+"""The hard forward pass by programs that stay (persistent.py): the same sums as softmax_forward.py's, in the same
+slots.
 """
-
-from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .call import Call
-from .shapes import Shape
+from .persistent import box_product
 from .sums import HEADROOM
 from .tiles import (
     BOUND,
@@ -62,21 +54,17 @@ def softmax_forward_persistent_kernel(
     FLATTEN: tl.constexpr,
 ):
     """The tiles of a super-block: of p programs, the n-th takes tiles n, n + p, n + 2p, ... x (N, D) and y (M, D) are
-    descriptors of boxes (BLOCK_M, BLOCK_D) and (BLOCK_N, BLOCK_D), which read zeros beyond the end; the rest is as for
-    softmax_forward_kernel, with one sum a slot. FLATTEN: one loop over the steps of all tiles, which loads the next
-    tile's boxes during this one's exponentials."""
+    descriptors as for box_product; the rest is as for softmax_forward_kernel, with one sum a slot. FLATTEN: one loop
+    over the steps of all tiles (persistent.py)."""
     tiles_m = tl.cdiv(row_end - row_start, BLOCK_M)
     tiles_n = tl.cdiv(column_end - column_start, BLOCK_N)
     scale = tl.load(scalars + SCALE)
     factor = tl.load(scalars + FACTOR)
     reference = center(tl.load(scalars + BOUND), HEADROOM)
-    tl.assume(width > 0)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = grouped_tile(tile, tiles_m, tiles_n, GROUP)
         corner_i, corner_j = row_start + tile_m * BLOCK_M, column_start + tile_n * BLOCK_N
-        dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for d in range(0, width, BLOCK_D):
-            dot = tl.dot(x.load([corner_i, d]), y.load([corner_j, d]).T, dot)
+        dot = box_product(x, y, corner_i, corner_j, width, BLOCK_M, BLOCK_N, BLOCK_D)
 
         rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)  # from the tile's corner: fewer registers
         left_i, left_j = row_end - corner_i, column_end - corner_j
@@ -92,27 +80,3 @@ def softmax_forward_persistent_kernel(
         slot_j = column_sums + tile_m.to(tl.int64) * edge + tile_n * BLOCK_N
         tl.store(slot_i + rows, tl.sum(e, 1), mask=rows < left_i)
         tl.store(slot_j + columns, sum_rows(e), mask=columns < left_j)
-
-
-def together(shape: Shape) -> int:
-    """How many programs share a multiprocessor, as far as registers go."""
-    return 8 // shape.warps
-
-
-class PersistentCall:
-    """A `Call` of the kernel for a number of tiles, by no more programs than run at once on a GPU of so many
-    processors. `arguments` are softmax_forward_kernel's."""
-
-    def __init__(self, arguments: dict[str, Any], shape: Shape, processors: int) -> None:
-        self.most = together(shape) * processors
-        boxes = {
-            name: TensorDescriptor.from_tensor(arguments[name], [block, shape.block_d])
-            for name, block in (("x", shape.block_m), ("y", shape.block_n))
-        }
-        # A flat loop keeps its stages of loads while sums pass through shared memory: more than half of it. A program
-        # with a neighbour leaves it to that to keep the multiprocessor busy.
-        constants = {"FLATTEN": together(shape) == 1}
-        self.call = Call(softmax_forward_persistent_kernel, arguments | boxes | constants, shape.options())
-
-    def __call__(self, programs: int, **changing: Any) -> None:
-        self.call(min(programs, self.most), **changing)

@@ -13,6 +13,7 @@ compiled with ahead of time, and the tests hold it against what a launch passes:
     *student *teacher *grad  pointers to the dtype of the student's embeddings, of the teacher's, of G
     *previous                one to fp32, where several teachers add up, or to the dtype of G
     box rows, box columns    descriptors of the student's embeddings by boxes of a tile's rows or columns and a step
+    box tile                 one of G by boxes of a tile
     i32                      an integer
     i32 stride, i32 width    one that is divisible by 16 in the usual case
     i32 step                 the stride along the width, 1 in the usual case and then a constant of the code
@@ -59,7 +60,8 @@ LAYOUT = {
     "teacher_width": "i32 width",
 }
 # Of those that work on a super-block: its rows and columns, and the edge of the scratch.
-SUPER_BLOCK = {"row_start": "i32", "row_end": "i32", "column_start": "i32", "column_end": "i32", "edge": "i32 edge"}
+RANGES = {"row_start": "i32", "row_end": "i32", "column_start": "i32", "column_end": "i32"}
+SUPER_BLOCK = {**RANGES, "edge": "i32 edge"}
 
 
 @triton.jit
