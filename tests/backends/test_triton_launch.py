@@ -218,8 +218,8 @@ def test_nothing_is_timed_where_it_must_not_be(tuning, monkeypatch):
         b'{"format": 99, "tiles": {}}',
         b'{"format": 1, "tiles": {"forward a": [128, 256, 64, 8, 3]}}',  # a candidate, under a key of another meaning
         b'{"format": 4, "tiles": [1]}',
-        b'{"format": 4, "tiles": {"KEY": [1, 2, 3, 4, 5]}}',
-        b'{"format": 4, "tiles": {"KEY": {"block_m": 128}}}',
+        b'{"format": 4, "tiles": {"KEY": "1x2x3w4s5"}}',
+        b'{"format": 4, "tiles": {"KEY": {"name": "256x128x64w8s3"}}}',
     ),
 )
 def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, content):
@@ -229,7 +229,7 @@ def test_a_poisoned_file_is_ignored_and_replaced(tuning, monkeypatch, caplog, co
     with caplog.at_level(logging.INFO, "softclip_kernels"):
         assert tuning.choose("forward", a, shapes(), timer.trial, LARGE, GPU) == shapes()[2]
     assert any("ignored" in message for message in caplog.messages)
-    assert json.loads(tuning.path().read_text())["tiles"] == {key("a"): [256, 128, 64, 8, 3, ""]}
+    assert json.loads(tuning.path().read_text())["tiles"] == {key("a"): shapes()[2].name}
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tuning, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 TIMED = ("forward", "backward", "products")  # kinds of kernel with candidates that the clock chooses from
 ARCHITECTURES = ("interpreter", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -24,8 +24,7 @@ TMA = "tma"  # the way of a pass without a teacher whose programs stay and take 
 SPILLED = {EXCHANGE: 512, SPLIT: 256, PAIR: 128}
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """Tile (block_m, block_n), the product's step along the width, warps and pipeline stages; `way`: of several ways to
     compute the same, "" where there is one."""
 
@@ -62,7 +61,7 @@ def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: s
     if architecture == "interpreter":  # small, so that small problems have inner, edge and corner tiles
         usual = Shape(64, 32, 32, 4, 1) if mirrored else Shape(32, 64, 32, 4, 1)
         other = Shape(64, 64, 32, 4, 1) if mirrored and kind == "forward" else Shape(32, 64, 32, 4, 1)
-        return (usual, *(replace(other, way=way) for way in _other_ways(kind, mode, plain)))
+        return (usual, *(other._replace(way=way) for way in _other_ways(kind, mode, plain)))
     amd = architecture.startswith("gfx")
     stages = 2 if amd else 3
     warps = 4 if amd else 8
@@ -81,20 +80,20 @@ def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: s
     if architecture == "sm_90" and not mirrored:
         if not plain:
             return (Shape(64, 64, 64, 8, 3),) if taught else (small,)
-        deep = replace(medium if taught else large, stages=4)
+        deep = (medium if taught else large)._replace(stages=4)
         if taught:
-            return medium, deep, small, *(replace(large, way=way) for way in _other_ways(kind, mode, plain))
+            return medium, deep, small, *(large._replace(way=way) for way in _other_ways(kind, mode, plain))
         tall = (Shape(256, 128, 64, 8, 3),) if kind == "forward" else ()
-        persistent = (replace(shape, way=way) for way in _other_ways(kind, mode, plain) for shape in (large, shared))
+        persistent = (shape._replace(way=way) for way in _other_ways(kind, mode, plain) for shape in (large, shared))
         return large, deep, *tall, shared, medium, *persistent
     if plain and taught and architecture == "sm_120":
         return (Shape(64, 64, 64, 8, stages),)
     if plain and not (mirrored and architecture == "sm_100"):
         if taught:
             ways = _other_ways(kind, mode, plain) if architecture == "sm_90" else ()
-            return small, *(replace(medium, way=way) for way in ways)
+            return small, *(medium._replace(way=way) for way in ways)
         # On sm_100 a larger tile of programs that stay spills, and a flat loop (persistent.py) has its epilogue twice.
-        return medium, small, *((replace(shared, way=TMA),) if architecture == "sm_100" else ())
+        return medium, small, *((shared._replace(way=TMA),) if architecture == "sm_100" else ())
     return (Shape(64, 32, 64, 4 if (kind, architecture) == ("backward", "sm_100") else warps, stages),)
 
 
@@ -124,8 +123,8 @@ def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[S
     stages = 2 if architecture.startswith("gfx") or architecture == "sm_120" else 3
     medium = Shape(128, 128, 64, 8, stages)
     if architecture in ("sm_90", "sm_100"):
-        large = replace(medium, block_n=256)
-        return large, replace(large, stages=4), medium, library
+        large = medium._replace(block_n=256)
+        return large, large._replace(stages=4), medium, library
     return medium, library
 
 

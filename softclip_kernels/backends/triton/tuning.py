@@ -16,7 +16,6 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +148,7 @@ def _from_file(key: str, shapes: Sequence[Shape]) -> Shape | None:
     if recorded is None:
         return None
     for shape in shapes:
-        if list(astuple(shape)) == recorded:
+        if shape.name == recorded:
             return shape
     logger.info("triton backend: %s in %s is no candidate and is ignored", recorded, path())
     return None
@@ -169,7 +168,7 @@ def _read() -> dict[str, Any]:
 
 
 def _to_file(key: str, shape: Shape) -> None:
-    content = {"format": FORMAT, "tiles": _read() | {key: list(astuple(shape))}}
+    content = {"format": FORMAT, "tiles": _read() | {key: shape.name}}
     name = None
     try:
         path().parent.mkdir(parents=True, exist_ok=True)
