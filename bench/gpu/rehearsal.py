@@ -72,6 +72,7 @@ SMALL = Scale(
     patience=10.0,
     gemm=32,
     probe=Sizes(gemm=32, block=16, width=8, copied=4096, cached=1024),
+    sanitized=(65, 32),
     suite=ROOT / "tests" / "benchmarks" / "test_gpu_suite.py",  # the GPU's tests, on small sizes
     prepare=install,
     environment={"TRITON_INTERPRET": "1"},
