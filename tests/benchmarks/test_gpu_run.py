@@ -99,6 +99,8 @@ def test_a_rehearsal_takes_every_step(tmp_path):
     assert rows["first call"][0]["first call s"] > 0
     assert rows["million"][0]["outcome"] == "completed"
     assert record.with_suffix(".png").exists()
+    for column in ("share of gemm", "over eager autocast", "G ms", "MiB allowed", "second call s"):
+        assert column in done.stdout
 
 
 @needs_triton
@@ -218,18 +220,34 @@ def test_a_failure_is_recorded_and_the_run_goes_on(tmp_path, capsys):
     run.perform(Step("speed", hard, 1, _wrong, {"with_hard": True}))
     run.perform(speed)
     run.perform(Step("million", hard, 100, _told))
-    run.perform(Step("tests", None, 100, _told, place="here"))
+    for kind in ("tests", "compilation"):
+        run.perform(Step(kind, None, 100, _told, place="here"))
     rows = _rows(tmp_path)
-    failed, told, late, tests = rows
+    failed, told, late, tests, compilation = rows
     assert failed["passed"] is False and "dx differs" in failed["error"] and "_wrong" in failed["details"]
     assert told["told"] == ["with_hard False", "case psd"]
     assert late["outcome"] == "no time left" and "passed" not in late
-    assert tests["outcome"] == "no time left" and tests["passed"] is False
+    for unchecked in (tests, compilation):
+        assert unchecked["outcome"] == "no time left" and unchecked["passed"] is False
     assert run.finish() == 1
-    assert "FAILED: speed hard float32 8 4; tests" in capsys.readouterr().out
+    assert "FAILED: speed hard float32 8 4; tests; compilation" in capsys.readouterr().out
     options.minutes = 0
     Run(options, rehearsal.SMALL).perform(speed)
     assert _rows(tmp_path) == rows
+
+
+def _tests(seconds):
+    failures = [{"test": "a.py::test_b[c]", "message": "a.py:1: in test_b\nE   assert 1 == 2\nE   more"},
+                {"test": "a.py::test_d", "message": "no time left"}]  # fmt: skip
+    return {"passed": False, "outcome": "2 failed", "failures": failures, "problems": ["Failed: e\nTraceback"]}
+
+
+def test_tests_that_fail_are_told_by_name(tmp_path, capsys):
+    Run(Namespace(minutes=1, results=tmp_path, candidate=""), rehearsal.SMALL).perform(
+        Step("tests", None, 1, _tests, place="here")
+    )
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert told == ["  test_b[c]: E   assert 1 == 2", "  test_d: no time left", "  Failed: e"]
 
 
 def test_a_fresh_step_has_empty_caches_of_its_own(tmp_path):
