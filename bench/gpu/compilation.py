@@ -1,14 +1,16 @@
 """Every candidate tile shape compiled and checked over several processes, so that what comes later finds it in Triton's
-cache: one process would take minutes to compile what the tuner then times in seconds. And the names of all of them."""
+cache: one process would take minutes to compile what the tuner then times in seconds. Those that fail are kept from
+the tuner."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from queue import SimpleQueue
+from typing import Any
 from unittest import mock
 
 import torch
@@ -62,11 +64,13 @@ def compile_candidates(
     for (case, forced), (key, why) in zip(tasks, outcomes, strict=True):
         if why:
             found[key][f"{case.loss} {forced}"] = why
+    suspects = {forced for (_, forced), (key, _) in zip(tasks, outcomes, strict=True) if key == "failed"}
     told = [f"{len(which)} {key} ({', '.join(which)})" for key, which in found.items() if which]
     return {
         "passed": not found["failed"],
         "outcome": ", ".join([f"{len(tasks)} candidates", *told]),
         **found,
+        "kept from the tuner": sorted(suspects),
         "processes": len(every),
     }
 
@@ -103,6 +107,22 @@ def choices(run: Callable[[], object]) -> dict[str, tuple[str, ...]]:
     with mock.patch.object(tuning, "choose", choose):
         run()
     return found
+
+
+def keep_from_tuner(failed: Collection[str], prepare: Callable[[], object] | None) -> None:
+    """Readies a process (`prepare`) whose tuner leaves these candidates ("kind=name") out: one that hangs would end all
+    steps that time it."""
+    from softclip_kernels.backends.triton import tuning
+
+    if prepare is not None:
+        prepare()
+    choose = tuning.choose
+
+    def choose_of_others(kind: str, key: str, shapes: Sequence[tuning.Shape], *others: Any) -> tuning.Shape:
+        whole = [shape for shape in shapes if f"{kind}={shape.name}" not in failed]
+        return choose(kind, key, whole or shapes, *others)
+
+    mock.patch.object(tuning, "choose", choose_of_others).start()
 
 
 def run_candidate(case: Case, forced: str) -> str:

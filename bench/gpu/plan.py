@@ -126,7 +126,7 @@ def plan(options: argparse.Namespace, scale: Scale) -> Iterator[Step]:
         compiling = COMPILING if dtype == torch.float32 else 0.0
         yield Step("memory", case(scale.memory, loss, dtype), 2 + compiling, steps.memory)
     yield Step("million", case(scale.million), 15, steps.million)
-    yield Step("first call", case(scale.first_call), 20, steps.first_call, place="fresh")
+    yield Step("first call", case(scale.first_call), 40, steps.first_call, place="fresh")
     others = [one for one in product(sizes, LOSSES) if one not in timed_first]
     yield from (speed(size, loss, spare=True) for size, loss in others)
 

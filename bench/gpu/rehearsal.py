@@ -5,6 +5,7 @@ are the CPU's, memory is made up.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,8 @@ def install() -> None:
     """In this process, for good."""
     vars(torch.cuda).update(stand_ins())
     vars(torch).update(compile=_uncompiled)
+    # Of what masks leave out the interpreter computes anything.
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.")
 
 
 def _uncompiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ..gpu_tools.breakdown import PHASES, REST
 from ..records import Record, table
 from ..short_run import Failed, Worker
 from ..timing import nvidia_smi
+from . import compilation
 from .goals import COMPILED, EAGER
 from .plan import Scale, Step
 from .rivals import RIVALS
@@ -43,13 +46,13 @@ class Run:
         self._end = time.monotonic() + 60 * options.minutes
         self._scale, self._forced = scale.forcing(options.candidate), options.candidate
         self._tiles = tempfile.TemporaryDirectory()  # empty: every candidate is timed in this run, for its record
-        self._worker = self._new_worker({"XDG_CACHE_HOME": self._tiles.name})
+        self._worker = self._new_worker(self._tiles.name)
         self._wrong: set[tuple[int, int]] = set()  # sizes at which the hard loss is no measure for the others
         self.record = Record("gpu", scale.device, LABELS, options.results)
         self.rows: list[Row] = []
 
-    def _new_worker(self, environment: Mapping[str, str]) -> Worker:
-        return Worker(self._scale.prepare, {**self._scale.environment, **environment})
+    def _new_worker(self, tiles: str, **environment: str) -> Worker:
+        return Worker(self._scale.prepare, {**self._scale.environment, "XDG_CACHE_HOME": tiles, **environment})
 
     def add(self, row: Row) -> None:
         if self._forced:
@@ -74,6 +77,11 @@ class Run:
         print(f"{_label(row)}: {done}, {self.left():.0f} s left", flush=True)
         for line in _test_lines(row):
             print(f"  {line}", flush=True)
+        if suspects := row.get("kept from the tuner"):
+            self._worker.end()
+            prepare = functools.partial(compilation.keep_from_tuner, suspects, self._scale.prepare)
+            self._scale = replace(self._scale, prepare=prepare)
+            self._worker = self._new_worker(self._tiles.name)
 
     def _outcome(self, step: Step) -> Row:
         left = self.left()
@@ -89,7 +97,7 @@ class Run:
         if step.place == "worker":
             return self._worker.call(step.function, arguments, seconds)
         with tempfile.TemporaryDirectory() as cache:
-            worker = self._new_worker({"TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache})
+            worker = self._new_worker(cache, TRITON_CACHE_DIR=cache)
             try:
                 return worker.call(step.function, arguments, seconds)
             finally:
@@ -100,10 +108,10 @@ class Run:
         self._worker.end()
         self._tiles.cleanup()
         for kind, columns in SUMMARY.items():
-            shown = (*LABELS, *columns)
             lines = [flat(row) for row in self.rows if row["kind"] == kind and columns[0] in flat(row)]
+            shown = [key for key in (*LABELS, *columns) if any(key in line for line in lines)]
             if lines:
-                print(table([{key: line[key] for key in shown if key in line} for line in lines]))
+                print(table([{key: line.get(key) for key in shown} for line in lines]))
         measured = [row for row in self.rows if row["kind"] == "speed" and "share of gemm" in row]
         if measured:
             plot(measured, self.record.path.with_suffix(".png"))

@@ -134,6 +134,7 @@ def test_a_candidate_that_does_not_compile_is_told_and_one_that_is_wrong_or_hang
     row = compilation.compile_candidates([psd, taught], None, {}, 60)
     assert not row["passed"] and "2 failed (psd backward=psd, psd_teacher backward=psd_teacher)" in row["outcome"]
     assert list(row["failed"].values()) == ["AssertionError: dx differs", "not finished after 30 s"]
+    assert row["kept from the tuner"] == ["backward=psd", "backward=psd_teacher"]
     row = compilation.compile_candidates([hard], None, {}, 0)
     assert not row["passed"] and set(row["failed"].values()) == {"no time left"} and len(row["failed"]) == 3
 

@@ -236,6 +236,35 @@ def test_a_failure_is_recorded_and_the_run_goes_on(tmp_path, capsys):
     assert _rows(tmp_path) == rows
 
 
+def _compilation(seconds):
+    return {"passed": False, "outcome": "1 failed", "kept from the tuner": ["forward=32x64x32w4s1"]}
+
+
+def _choices(case):
+    from softclip_kernels.backends.triton import tuning
+    from softclip_kernels.backends.triton.shapes import Shape
+
+    shapes = (Shape(32, 64, 32, 4, 1), Shape(64, 64, 32, 4, 1))
+    device = torch.device("cpu")
+    chosen = {
+        kind: tuning.choose(kind, "", given, lambda shape: None, 0, device).name
+        for kind, given in (("forward", shapes), ("backward", shapes), ("forward ", shapes[:1]))
+    }
+    return chosen | {"stands in": torch.cuda.Event is rehearsal.Event}
+
+
+@needs_triton
+def test_what_failed_alone_is_kept_from_the_tuner(tmp_path):
+    run = Run(Namespace(minutes=1, results=tmp_path, candidate=""), rehearsal.SMALL)
+    for step in (Step("a", None, 1, _choices), Step("compilation", None, 1, _compilation, place="here"),
+                 Step("b", None, 1, _choices), Step("c", None, 1, _choices, place="fresh")):  # fmt: skip
+        run.perform(step)
+    before, _, *after = run.rows
+    assert before["forward"] == before["backward"] == "32x64x32w4s1" and len(after) == 2
+    for row in after:
+        assert (row["forward"], row["backward"], row["stands in"]) == ("64x64x32w4s1", "32x64x32w4s1", True)
+
+
 def _tests(seconds):
     failures = [{"test": "a.py::test_b[c]", "message": "a.py:1: in test_b\nE   assert 1 == 2\nE   more"},
                 {"test": "a.py::test_d", "message": "no time left"}]  # fmt: skip
