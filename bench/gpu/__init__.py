@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from ..gpu_tools.ab import Setting
 from . import compilation, rehearsal
 from .plan import Scale, plan, schedule
 from .run import Run, device_row
@@ -58,12 +59,14 @@ def parse(arguments: Sequence[str], scale: Scale) -> argparse.Namespace:
     return options
 
 
-def _unknown(candidate: str, device: str) -> str:
-    """What is wrong with the name: the tuner takes one that no kernel has for none at all, and rows would have it."""
-    names = {part.strip().rpartition("=")[2] for part in candidate.split(",")} if candidate else set()
-    known = compilation.known(device) if names else set()
-    wrong = ", ".join(sorted(names - known))
-    return wrong and f"no kernel has {wrong}; there are {', '.join(sorted(known))}"
+def _unknown(options: argparse.Namespace, device: str) -> str:
+    """What is wrong with the candidates that are named: to the tuner a name that no kernel has is as good as none, and
+    the rows would bear it."""
+    settings = [Setting.parse(text).environment.get(compilation.FORCED, "") for text in options.ab or ()]
+    named = [part for value in (options.candidate, *settings) if value for part in value.split(",")]
+    known = compilation.known(device) if named else set()
+    wrong = ", ".join(sorted({name.strip().rpartition("=")[2] for name in named} - known))
+    return wrong and f"no kernel has a candidate {wrong}; there are {', '.join(sorted(known))}"
 
 
 def run(options: argparse.Namespace, scale: Scale) -> int:
@@ -86,8 +89,8 @@ def main(arguments: Sequence[str]) -> None:
     if not options.rehearse and not torch.cuda.is_available():
         print("no CUDA device: this benchmark needs a GPU", file=sys.stderr)
         raise SystemExit(CANNOT_RUN)
-    if unknown := _unknown(options.candidate, scale.device):
-        print(f"--candidate {options.candidate}: {unknown}", file=sys.stderr)
+    if unknown := _unknown(options, scale.device):
+        print(unknown, file=sys.stderr)
         raise SystemExit(CANNOT_RUN)
     if code := (run_tools if wanted(options) else run)(options, scale):
         raise SystemExit(code)

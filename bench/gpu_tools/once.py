@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from unittest import mock
 
 import torch
@@ -28,9 +28,13 @@ def small_super_blocks() -> Iterator[None]:
         yield
 
 
-if __name__ == "__main__":
-    loss, dtype, n, d, device, *options = sys.argv[1:]
+def main(arguments: Sequence[str]) -> None:
+    loss, dtype, n, d, device, *options = arguments
     case = Case(loss, getattr(torch, dtype), int(n), int(d), device)
     with small_super_blocks() if SMALL in options else contextlib.nullcontext():
         result = Result.of(case.fused("triton"), *(leaf.detach() for leaf in case.operands()))
     print(f"loss {result.loss.item():.6g}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

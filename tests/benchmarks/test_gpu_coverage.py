@@ -16,6 +16,7 @@ from helpers.backends import needs_triton
 from bench import timing
 from bench.gpu import compilation
 from bench.gpu.plan import SIZES, WIDTHS, Scale
+from bench.gpu_tools import once
 from bench.problems import LOSSES, Case
 from softclip_kernels.testing import Result
 
@@ -109,3 +110,13 @@ def test_the_gpu_tests_take_every_variant_that_is_timed(timed, monkeypatch):
         counts.clear()
     for other in others:
         assert not {name for name, _ in other.variants - found.variants}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_sanitizer_looks_at_several_super_blocks(loss):
+    whole, cut = Launches(), Launches()
+    for found, options in ((whole, ()), (cut, (once.SMALL,))):
+        with found.noted():
+            once.main([loss, "bfloat16", *map(str, Scale.sanitized), "cpu", *options])
+    for name in ("softmax_forward_kernel", "softmax_backward_kernel"):
+        assert cut.counts()[name] > whole.counts()[name] == 1

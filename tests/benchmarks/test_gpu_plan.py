@@ -212,10 +212,14 @@ def test_a_candidate_that_cannot_be_launched_is_left_out_unless_it_breaks_the_de
 @needs_triton
 def test_a_candidate_that_no_kernel_has_is_refused_before_anything_runs(capsys):
     """The tuner would take another one, under its name."""
-    for wrong in ("64x32x32w4s9", "forward=32x64x32w4s1,products=typo"):
+    for wrong, *flags in (
+        ("64x32x32w4s9", "--candidate", "64x32x32w4s9"),
+        ("typo", "--candidate", "forward=32x64x32w4s1,products=typo"),
+        ("/no/such/tree", "--ab", "32x64x32w4s1", "other=/no/such/tree"),
+    ):
         with pytest.raises(SystemExit) as refused:
-            gpu.main(["--rehearse", "--candidate", wrong])
+            gpu.main(["--rehearse", *flags])
         told = capsys.readouterr()
-        assert refused.value.code == 2 and not told.out and wrong.rpartition("=")[2] in told.err
+        assert refused.value.code == 2 and not told.out and f"no kernel has a candidate {wrong};" in told.err
         assert "32x64x32w4s1-tma" in told.err
     assert {"32x64x32w4s1-exchange", "128x128x64w8s3-library"} < compilation.known("cpu")
