@@ -5,8 +5,7 @@ python -m bench gpu --n 32768 --d 512   some sizes
 python -m bench gpu --candidate NAME    with one tile shape, in rows of its own
 python -m bench gpu --rehearse          every step on a machine without a GPU
 python -m bench gpu --kernels           a tool's table alone, likewise --probe, --breakdown, --ab, --ncu, --sanitize
-                                        --n and --d choose a tool's sizes, --candidate what the last two and
-                                        --breakdown look at
+                                        (--n and --d: at these sizes; --candidate: with --breakdown, --ncu, --sanitize)
 
 A run is a list of steps (`plan`), most important first. Each runs in another process (short_run) with a limit of its
 own; one that fails is recorded with its error, one for which no time is left as such, and the run goes on. The record

@@ -74,7 +74,7 @@ def _observed(command: Sequence[str], environment: Mapping[str, str], text: Path
             env={**os.environ, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            preexec_fn=os.setpgrp,  # no session of its own, which would outlive whoever ends this one
         )
         try:
             code = process.wait(limit)
