@@ -116,7 +116,7 @@ def environment() -> dict[str, Any]:
     status = _git("status", "--porcelain", "--untracked-files=no")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("SOFTCLIP_COMMIT", "unknown"),
+        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("SOFTCLIP_COMMIT") or "unknown",
         "modified": None if status is None else bool(status),
         "sources": sources(Path(softclip_kernels.__file__).parent),
         "threads": torch.get_num_threads(),

@@ -5,10 +5,11 @@ python -m bench gpu --n 32768 --d 512   some sizes
 python -m bench gpu --candidate NAME    with one tile shape, in rows of its own
 python -m bench gpu --rehearse          every step on a machine without a GPU
 python -m bench gpu --kernels           a tool's table alone, likewise --probe, --breakdown, --ab, --ncu, --sanitize
+                                        (--n and --d: at these sizes; --candidate: with --breakdown, --ncu, --sanitize)
 
 A run is a list of steps (`plan`), most important first. Each runs in another process (short_run) with a limit of its
 own; one that fails is recorded with its error, one for which no time is left as such, and the run goes on. The record
-is written after every step. Exit code 1: something failed; 2: no CUDA device or no triton.
+is written after every step. Exit code 1: something failed; 2: no CUDA device, no triton or no such candidate.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from pathlib import Path
 
 import torch
 
-from . import rehearsal
+from ..gpu_tools.ab import Setting
+from . import compilation, rehearsal
 from .plan import Scale, plan, schedule
 from .run import Run, device_row
-from .tools import add_flags, run_tools, wanted
+from .tools import TOOLS, add_flags, run_tools, wanted
 
 CANNOT_RUN = 2  # exit code
 REHEARSE = "--rehearse"
@@ -48,9 +50,22 @@ def parse(arguments: Sequence[str], scale: Scale) -> argparse.Namespace:
     parser.add_argument("--results", type=Path, default=folder, help="(default: $OUT, else bench/results/)")
     add_flags(parser)
     options = parser.parse_args(arguments)
+    deaf = [f"--{name}" for name in wanted(options) if not TOOLS[name].forceable]
+    if options.candidate and deaf:
+        parser.error(f"--candidate means nothing to {', '.join(deaf)}")
     if min(*options.n, *options.d, options.rounds) < 1:
         parser.error(f"--n {options.n}, --d {options.d} and --rounds {options.rounds} must be at least 1")
     return options
+
+
+def _unknown(options: argparse.Namespace, device: str) -> str:
+    """What is wrong with the candidates that are named: to the tuner a name that no kernel has is as good as none, and
+    the rows would bear it."""
+    settings = [Setting.parse(text).environment.get(compilation.FORCED, "") for text in options.ab or ()]
+    named = [part for value in (options.candidate, *settings) if value for part in value.split(",")]
+    known = compilation.known(device) if named else set()
+    wrong = ", ".join(sorted({name.strip().rpartition("=")[2] for name in named} - known))
+    return wrong and f"no kernel has a candidate {wrong}; there are {', '.join(sorted(known))}"
 
 
 def run(options: argparse.Namespace, scale: Scale) -> int:
@@ -72,6 +87,9 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(CANNOT_RUN)
     if not options.rehearse and not torch.cuda.is_available():
         print("no CUDA device: this benchmark needs a GPU", file=sys.stderr)
+        raise SystemExit(CANNOT_RUN)
+    if unknown := _unknown(options, scale.device):
+        print(unknown, file=sys.stderr)
         raise SystemExit(CANNOT_RUN)
     if code := (run_tools if wanted(options) else run)(options, scale):
         raise SystemExit(code)

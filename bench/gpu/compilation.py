@@ -1,14 +1,19 @@
 """Every candidate tile shape compiled and checked over several processes, so that what comes later finds it in Triton's
-cache: one process would take minutes to compile what the tuner then times in seconds."""
+cache: one process would take minutes to compile what the tuner then times in seconds. Those that fail are kept from
+the tuner."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from queue import SimpleQueue
+from typing import Any
 from unittest import mock
+
+import torch
 
 from softclip_kernels.testing import FIELDS, Result
 
@@ -26,40 +31,61 @@ def compile_candidates(
     environment: Mapping[str, str],
     seconds: float,
 ) -> Row:
-    """After `seconds` at most. A candidate that does not compile is left out by the tuner and no failure; one that
-    computes something else is."""
+    """After `seconds` at most. A candidate that does not compile is left out by the tuner and no failure. One that is
+    wrong, hangs or breaks its process is one, and so is one that there was no time for: the tuner may take it."""
     start = time.monotonic()
     workers: SimpleQueue[Worker] = SimpleQueue()
     every = [Worker(prepare, environment) for _ in range(max(1, (os.cpu_count() or 2) - 2))]
     for worker in every:
         workers.put(worker)
 
-    def call(task: tuple[Case, str]) -> str:
+    def outcome(task: tuple[Case, str]) -> tuple[str, str]:
+        """A key of the row, and why."""
         worker = workers.get()
         try:
-            left = max(0.0, start + seconds - time.monotonic())
-            worker.call(run_candidate, {"case": task[0], "forced": task[1]}, left)
+            left = start + seconds - time.monotonic()
+            if left <= 0:
+                return "failed", "no time left"
+            why_left_out = worker.call(run_candidate, {"case": task[0], "forced": task[1]}, left)
+            return "left out", why_left_out
         except Failed as failure:
-            return f"wrong: {failure}" if failure.assertion else str(failure)
+            return "failed", str(failure)
         finally:
             workers.put(worker)
-        return ""
 
     try:
         tasks = [(case, forced) for case in cases for forced in every[0].call(candidates_of, {"case": case}, seconds)]
         with ThreadPoolExecutor(len(every)) as pool:
-            outcomes = dict(zip(((case.loss, forced) for case, forced in tasks), pool.map(call, tasks), strict=True))
+            outcomes = list(pool.map(outcome, tasks))
     finally:
         for worker in every:
             worker.end()
-    left_out = {f"{loss} {forced}": why for (loss, forced), why in outcomes.items() if why}
-    wrong = any(why.startswith("wrong") for why in left_out.values())
+    found: dict[str, dict[str, str]] = {"left out": {}, "failed": {}}
+    for (case, forced), (key, why) in zip(tasks, outcomes, strict=True):
+        if why:
+            found[key][f"{case.loss} {forced}"] = why
+    suspects = {forced for (_, forced), (key, _) in zip(tasks, outcomes, strict=True) if key == "failed"}
+    told = [f"{len(which)} {key} ({', '.join(which)})" for key, which in found.items() if which]
     return {
-        "passed": not wrong,
-        "outcome": f"{len(tasks)} candidates, {len(left_out)} left out",
-        "left out": left_out,
+        "passed": not found["failed"],
+        "outcome": ", ".join([f"{len(tasks)} candidates", *told]),
+        **found,
+        "kept from the tuner": sorted(suspects),
         "processes": len(every),
     }
+
+
+def known(device: str) -> set[str]:
+    """The names of all candidates that a device's kernels have, for whatever problem."""
+    from softclip_kernels.backends.triton import launch, shapes
+
+    architecture = launch.architecture(torch.device(device))
+    found: set[shapes.Shape] = set()
+    for plain, itemsize in product((True, False), (2, 4)):
+        found.update(shapes.product_candidates(plain, itemsize, architecture))
+        for kind, mode in product(("forward", "backward"), ("none", "logits", "embeddings", "transposed")):
+            found.update(shapes.candidates(kind, mode, plain, itemsize, architecture))
+    return {shape.name for shape in found}
 
 
 def candidates_of(case: Case) -> list[str]:
@@ -74,7 +100,7 @@ def choices(run: Callable[[], object]) -> dict[str, tuple[str, ...]]:
 
     found: dict[str, tuple[str, ...]] = {}
 
-    def choose(kind: str, key: str, shapes: Sequence[tuning.Shape], *_: object) -> tuning.Shape:
+    def choose(kind: str, case_of: tuning.Case, shapes: Sequence[tuning.Shape], *_: object) -> tuning.Shape:
         found[kind] = tuple(dict.fromkeys((*found.get(kind, ()), *(shape.name for shape in shapes))))
         return shapes[0]
 
@@ -83,11 +109,37 @@ def choices(run: Callable[[], object]) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def run_candidate(case: Case, forced: str) -> None:
-    """Forward and backward with this candidate, against the dense loss in float32. Raises AssertionError."""
+def keep_from_tuner(failed: Collection[str], prepare: Callable[[], object] | None) -> None:
+    """Readies a process (`prepare`) whose tuner leaves these candidates ("kind=name") out: one that hangs would end all
+    steps that time it."""
+    from softclip_kernels.backends.triton import tuning
+
+    if prepare is not None:
+        prepare()
+    choose = tuning.choose
+
+    def choose_of_others(kind: str, case_of: tuning.Case, shapes: Sequence[tuning.Shape], *others: Any) -> tuning.Shape:
+        whole = [shape for shape in shapes if f"{kind}={shape.name}" not in failed]
+        return choose(kind, case_of, whole or shapes, *others)
+
+    mock.patch.object(tuning, "choose", choose_of_others).start()
+
+
+def run_candidate(case: Case, forced: str) -> str:
+    """Forward and backward with this candidate, against the dense loss in float32: "", or why the tuner would leave it
+    out. Raises AssertionError where it is wrong."""
+    from softclip_kernels.backends.triton import tuning
+
     x, y, scale = (leaf.detach() for leaf in case.operands())
     with mock.patch.dict(os.environ, {FORCED: forced}):
-        got = Result.of(case.fused("triton"), x, y, scale)
+        try:
+            got = Result.of(case.fused("triton"), x, y, scale)
+        except Exception as error:
+            if not tuning.is_the_shapes_own(error):
+                raise
+            torch.cuda.synchronize()  # raises where the device is left unusable
+            return str(error).split("\n")[0]
     expected = Result.of(case.in_float32(), x.float(), y.float(), scale)
     for field in FIELDS:
         check_close(f"{forced}: {field}", getattr(got, field), getattr(expected, field))
+    return ""

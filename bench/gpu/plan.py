@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import ROOT, Row
+from ..gpu_tools.external import SANITIZED
 from ..gpu_tools.probe import Sizes
 from ..problems import LOSSES, Case
 from ..records import table
@@ -38,7 +39,9 @@ class Scale:
     first: tuple[int, int] = GOAL_SIZE  # the size that is timed first
     small: tuple[tuple[int, int], ...] = ((4096, 512), (8192, 512))  # with and without a CUDA graph
     standing: tuple[int, int] = STANDING_SIZE
-    smoke: tuple[int, int] = (1000, 512)  # ragged, of a width that takes the tile shapes that are timed
+    # Ragged, of a width that takes the tile shapes that are timed, and of several super-blocks where they are mirrored:
+    # every kernel is launched that larger sizes launch. Small enough for the tuner to time nothing.
+    smoke: tuple[int, int] = (3900, 512)
     checked: tuple[int, int] = (1000, 96)
     repeats: int = 250
     memory: tuple[int, int] = (16384, 512)
@@ -49,9 +52,15 @@ class Scale:
     patience: float = 1.0  # how much longer than on an H100 a step may take
     gemm: int = 8192  # edge of the matrix products
     probe: Sizes | None = None  # the tool's own where None
+    sanitized: tuple[int, int] = SANITIZED
     suite: Path = SUITE
     prepare: Callable[[], object] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    def forcing(self, candidate: str) -> Scale:
+        """With this tile shape for every worker process, where it is not ""."""
+        environment = {**self.environment, compilation.FORCED: candidate} if candidate else self.environment
+        return replace(self, environment=environment)
 
 
 @dataclass(frozen=True)
@@ -121,7 +130,7 @@ def plan(options: argparse.Namespace, scale: Scale) -> Iterator[Step]:
         compiling = COMPILING if dtype == torch.float32 else 0.0
         yield Step("memory", case(scale.memory, loss, dtype), 2 + compiling, steps.memory)
     yield Step("million", case(scale.million), 15, steps.million)
-    yield Step("first call", case(scale.first_call), 20, steps.first_call, place="fresh")
+    yield Step("first call", case(scale.first_call), 40, steps.first_call, place="fresh")
     others = [one for one in product(sizes, LOSSES) if one not in timed_first]
     yield from (speed(size, loss, spare=True) for size, loss in others)
 

@@ -54,7 +54,8 @@ Gradients = Callable[[], tuple[Tensor, ...]]
 
 
 def compare(case: Case, folder: Path, rounds: int) -> Row:
-    """The fused loss beside every rival whose wheel is in the folder. What a rival fails with stands in its place."""
+    """The fused loss beside every rival whose wheel is in the folder. What a rival or a wheel fails with stands in its
+    place."""
     x, y, scale = case.operands()
     fused = timing.forward_backward(case.fused("triton"), x, y, scale)
     fused()
@@ -62,7 +63,10 @@ def compare(case: Case, folder: Path, rounds: int) -> Row:
     row: Row = {}
     with tempfile.TemporaryDirectory() as unpacked:
         for wheel in sorted(folder.glob("*.whl")):
-            zipfile.ZipFile(wheel).extractall(unpacked)
+            try:
+                zipfile.ZipFile(wheel).extractall(unpacked)
+            except (OSError, zipfile.BadZipFile) as error:
+                row[wheel.name] = f"failed: {type(error).__name__}: {error}"
         sys.path.insert(0, unpacked)
         try:
             for name, make in RIVALS.items():

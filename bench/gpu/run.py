@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import functools
 import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import Row
+from ..gpu_tools.breakdown import PHASES, REST
 from ..records import Record, table
 from ..short_run import Failed, Worker
 from ..timing import nvidia_smi
 from . import compilation
+from .goals import COMPILED, EAGER
 from .plan import Scale, Step
+from .rivals import RIVALS
 
 LABELS = ("kind", "loss", "dtype", "n", "d", "candidate")
 NO_TIME = "no time left"
-MUST = ("smoke", "correctness", "tests")  # a run that had no time for them has failed
+SHOWN = 8  # tests that did not pass
+MUST = ("smoke", "compilation", "correctness", "tests")  # a run that had no time to check the kernels has failed
+SUMMARY = {  # what is printed last, by kind; the record has all
+    "speed": (
+        "fused",
+        "TFLOP/s",
+        "gemm TFLOP/s",
+        "share of gemm",
+        "share of gemm at equal clock",
+        "over hard",
+        f"over {EAGER}",
+    ),
+    "compiled": ("fused", f"over {COMPILED}"),
+    "breakdown": ("wall ms", "gaps ms", "host ms", "launches", *(f"{phase} ms" for phase in (*PHASES, REST))),
+    "rivals": ("fused", *(f"over {rival}" for rival in RIVALS)),
+    "memory": ("MiB beyond inputs and gradients", "MiB allowed"),
+    "million": ("seconds",),
+    "first call": ("first call s", "second call s"),
+}
 
 
 class Run:
@@ -30,16 +52,15 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, scale: Scale) -> None:
         self._end = time.monotonic() + 60 * options.minutes
-        self._scale, self._forced = scale, options.candidate
+        self._scale, self._forced = scale.forcing(options.candidate), options.candidate
         self._tiles = tempfile.TemporaryDirectory()  # empty: every candidate is timed in this run, for its record
-        self._worker = self._new_worker({"XDG_CACHE_HOME": self._tiles.name})
+        self._worker = self._new_worker(self._tiles.name)
         self._wrong: set[tuple[int, int]] = set()  # sizes at which the hard loss is no measure for the others
         self.record = Record("gpu", scale.device, LABELS, options.results)
         self.rows: list[Row] = []
 
-    def _new_worker(self, environment: Mapping[str, str]) -> Worker:
-        forced = {compilation.FORCED: self._forced} if self._forced else {}
-        return Worker(self._scale.prepare, {**self._scale.environment, **forced, **environment})
+    def _new_worker(self, tiles: str, **environment: str) -> Worker:
+        return Worker(self._scale.prepare, {**self._scale.environment, "XDG_CACHE_HOME": tiles, **environment})
 
     def add(self, row: Row) -> None:
         if self._forced:
@@ -62,6 +83,13 @@ class Run:
         self.add(row | {"step s": time.monotonic() - start})
         done = row.get("error") or row.get("outcome") or "done"
         print(f"{_label(row)}: {done}, {self.left():.0f} s left", flush=True)
+        for line in _test_lines(row):
+            print(f"  {line}", flush=True)
+        if suspects := row.get("kept from the tuner"):
+            self._worker.end()
+            prepare = functools.partial(compilation.keep_from_tuner, suspects, self._scale.prepare)
+            self._scale = replace(self._scale, prepare=prepare)
+            self._worker = self._new_worker(self._tiles.name)
 
     def _outcome(self, step: Step) -> Row:
         left = self.left()
@@ -77,7 +105,7 @@ class Run:
         if step.place == "worker":
             return self._worker.call(step.function, arguments, seconds)
         with tempfile.TemporaryDirectory() as cache:
-            worker = self._new_worker({"TRITON_CACHE_DIR": cache, "XDG_CACHE_HOME": cache})
+            worker = self._new_worker(cache, TRITON_CACHE_DIR=cache)
             try:
                 return worker.call(step.function, arguments, seconds)
             finally:
@@ -87,10 +115,13 @@ class Run:
         """The exit code, after the plot and a summary."""
         self._worker.end()
         self._tiles.cleanup()
+        for kind, columns in SUMMARY.items():
+            lines = [flat(row) for row in self.rows if row["kind"] == kind and columns[0] in flat(row)]
+            shown = [key for key in (*LABELS, *columns) if any(key in line for line in lines)]
+            if lines:
+                print(table([{key: line.get(key) for key in shown} for line in lines]))
         measured = [row for row in self.rows if row["kind"] == "speed" and "share of gemm" in row]
         if measured:
-            columns = ("loss", "n", "d", "fused", "TFLOP/s", "gemm TFLOP/s", "share of gemm")
-            print(table([{key: row[key] for key in columns} for row in measured]))
             plot(measured, self.record.path.with_suffix(".png"))
         if tuned := [line for row in self.rows for line in tuning_lines(row.get("tuning", {}))]:
             print(table(tuned))
@@ -114,6 +145,22 @@ def tuning_lines(measurements: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]
         times = sorted(measured["ps an entry"].items(), key=lambda one: one[1])
         others = [f"{name} {time:.3g}" for name, time in times] + [f"{name} left out" for name in measured["left out"]]
         yield {"kernel and problem": key, "candidates, ps an entry": ", ".join(others)}
+
+
+def flat(row: Row) -> Row:
+    """What has a place in a table: the rest is in the record. Milliseconds of phases are spread."""
+    kept = {key: value for key, value in row.items() if not isinstance(value, dict) and key != "details"}
+    return kept | {f"{phase} ms": ms for phase, ms in row.get("phases", {}).items()}
+
+
+def _test_lines(row: Row) -> Iterator[str]:
+    """Of tests that did not pass, a few with what they say, and why there were none."""
+    for failure in row.get("failures", ())[:SHOWN]:
+        lines = failure["message"].strip().splitlines() or [""]
+        raised = [line for line in lines if line.startswith("E ")] or lines
+        yield f"{failure['test'].partition('::')[2]}: {raised[0]}"
+    for problem in row.get("problems", ()):
+        yield problem.partition("\n")[0]
 
 
 def _label(row: Row) -> str:
@@ -140,5 +187,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 def device_row() -> Row:
     """Driver and limits; the clocks under load stand in the timed rows."""
     fields = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
-    versions = {"triton": importlib.metadata.version("triton"), "cuda": torch.version.cuda}
+    import triton  # not by its distribution's name, which is not the same everywhere
+
+    versions = {"triton": triton.__version__, "cuda": torch.version.cuda}
     return {"kind": "device"} | versions | nvidia_smi(fields)

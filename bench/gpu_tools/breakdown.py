@@ -31,6 +31,8 @@ def breakdown(case: Case, seconds: float = 1.0) -> Row:
     wall ms   by the device's clock, without the profiler;  gaps ms: of these, those in which no kernel ran
     host ms   until the host has launched everything, without the profiler
     launches  calls of all kernels
+
+    Raises RuntimeError where the profiler saw no kernel, as without the rights to: phases of nothing reach every goal.
     """
     run = timing.forward_backward(case.fused("triton"), *case.operands())
     for _ in range(2):  # compiles, and finds the tile shapes
@@ -44,6 +46,8 @@ def breakdown(case: Case, seconds: float = 1.0) -> Row:
         kernels[event.name][0] += 1 / PROFILED
         kernels[event.name][1] += event.time_range.elapsed_us() / 1e3 / PROFILED
         spans.append((event.time_range.start, event.time_range.end))
+    if not spans:
+        raise RuntimeError("the profiler saw no kernel")
     phases = dict.fromkeys((*PHASES, REST), 0.0)
     for name, (_, ms) in kernels.items():
         phases[phase(name)] += ms

@@ -23,7 +23,8 @@ TIMES = 4  # launches in a measurement
 def kernels(case: Case, gemm: int = 8192, seconds: float = 1.0) -> list[Row]:
     """A row for every candidate of every kernel whose tile shape the library chooses: ps an entry, TFLOP/s, and the
     share of the rate of (gemm, gemm) matrices. A kernel's candidates and the matrices run in turns, for so many seconds
-    at least, on the library's own trials. A candidate that fails is a row with its error."""
+    at least, on the library's own trials. A candidate that fails is a row with its error, and so is what ends the pass:
+    rows until then stay."""
     from softclip_kernels.backends.triton import tuning
 
     rows: list[Row] = []
@@ -41,7 +42,10 @@ def kernels(case: Case, gemm: int = 8192, seconds: float = 1.0) -> list[Row]:
         return shapes[0]
 
     with mock.patch.object(tuning, "choose", choose):
-        Result.of(case.fused("triton"), *(leaf.detach() for leaf in case.operands()))
+        try:
+            Result.of(case.fused("triton"), *(leaf.detach() for leaf in case.operands()))
+        except Exception as error:  # as after a candidate that left the device unusable
+            rows.append({"kind": "kernels", **case.labels(), **_failure(error)})
     for row in rows:
         row |= _rates(case, row, 2 * gemm**3)
     return rows
@@ -50,7 +54,7 @@ def kernels(case: Case, gemm: int = 8192, seconds: float = 1.0) -> list[Row]:
 def _measured(shapes: Sequence[Shape], trial: tuning.Trial, product: Callable[[], object], seconds: float) -> list[Row]:
     contenders: dict[str, Callable[[], object]] = {"gemm": product}
     entries: dict[str, int] = {}
-    errors: dict[str, str] = {}
+    failures: dict[str, Row] = {}
     for name, shape in {shape.name: shape for shape in shapes}.items():
         try:
             contenders[name], entries[name] = trial(shape)
@@ -58,14 +62,18 @@ def _measured(shapes: Sequence[Shape], trial: tuning.Trial, product: Callable[[]
             torch.cuda.synchronize()
         except Exception as error:  # of one candidate; the others may still be timed
             contenders.pop(name, None)
-            errors[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+            failures[name] = _failure(error)
     often = {name: _often(run) for name, run in contenders.items()}
     timings = timing.interleaved(often, seconds=seconds, measure=timing.device_seconds)
     gemm = timings.pop("gemm").median / TIMES
     return [
         {"candidate": name, "ps an entry": 1e12 * one.median / TIMES / entries[name], "s": one, "gemm s": gemm}
         for name, one in timings.items()
-    ] + [{"candidate": name, "passed": False, "error": error} for name, error in errors.items()]
+    ] + [{"candidate": name, **failure} for name, failure in failures.items()]
+
+
+def _failure(error: Exception) -> Row:
+    return {"passed": False, "error": f"{type(error).__name__}: {error}".split("\n")[0]}
 
 
 def _often(run: Callable[[], object]) -> Callable[[], object]:

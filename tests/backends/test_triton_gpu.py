@@ -12,6 +12,7 @@ import torch
 from helpers import candidates, mutants
 from loss import test_loss
 
+from bench import problems
 from softclip_kernels import Hard, softclip_loss, softclip_loss_with_ranks, testing
 from softclip_kernels.testing import (
     ALL_TARGETS,
@@ -82,8 +83,13 @@ def fused(x, y, scale, target):
     return Result.of_loss(x, y, scale, target, backend=BACKEND)
 
 
+def target_of(name, n, m, d, dtype):
+    """A target of the catalogue; psd_teacher is what bench/ times, with embeddings of the student's width and dtype."""
+    return moved(ALL_TARGETS[name](n, m) if name in ALL_TARGETS else problems.target(name, n, d, dtype), DEVICE)
+
+
 def check(name, n, m, d, dtype, scale=14.3):
-    target = moved(ALL_TARGETS[name](n, m), DEVICE)
+    target = target_of(name, n, m, d, dtype)
     x, y, scale = operands(n, m, d, dtype, scale)
     signal = test_loss.has_signal(n, m, d)
     assert_as_accurate_as_dense(fused(x, y, scale, target), x, y, scale, target, signal=signal)
@@ -153,18 +159,21 @@ def test_adversarial_values(case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", range(len(CANDIDATES)))
-@pytest.mark.parametrize("name", ("hard", "psd", "psd_external"))
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_teacher"))
 def test_every_candidate_tile(name, size, dtype, monkeypatch):
+    """In one super-block and in many: on the diagonal and beside it, at the ends and within."""
     n, d = CANDIDATES[size]
     for _ in candidates.every(lambda: check(name, n, n, d, dtype), monkeypatch):
         check(name, n, n, d, dtype)
+        with candidates.small_super_blocks():
+            check(name, n, n, d, dtype)
 
 
 # The kernels with every tile, and what torch adds up around them: rows that share a column (labels) or a group.
-@pytest.mark.parametrize("name", ("hard", "psd", "psd_external", "psd_several", "labels", "groups"))
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_teacher", "psd_several", "labels", "groups"))
 def test_repeats_are_bitwise_equal(name, monkeypatch):
     for n, d in REPEATED:
-        target = moved(ALL_TARGETS[name](n, n), DEVICE)
+        target = target_of(name, n, n, d, torch.bfloat16)
         given = (*operands(n, n, d, torch.bfloat16), target)
         for _ in candidates.every(functools.partial(fused, *given), monkeypatch):
             first = fused(*given)

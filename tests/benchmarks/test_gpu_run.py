@@ -103,6 +103,8 @@ def test_a_rehearsal_takes_every_step(tmp_path):
     assert rows["first call"][0]["first call s"] > 0
     assert rows["million"][0]["outcome"] == "completed"
     assert record.with_suffix(".png").exists()
+    for column in ("share of gemm", "over eager autocast", "G ms", "MiB allowed", "second call s"):
+        assert column in done.stdout
 
 
 @needs_triton
@@ -222,18 +224,63 @@ def test_a_failure_is_recorded_and_the_run_goes_on(tmp_path, capsys):
     run.perform(Step("speed", hard, 1, _wrong, {"with_hard": True}))
     run.perform(speed)
     run.perform(Step("million", hard, 100, _told))
-    run.perform(Step("tests", None, 100, _told, place="here"))
+    for kind in ("tests", "compilation"):
+        run.perform(Step(kind, None, 100, _told, place="here"))
     rows = _rows(tmp_path)
-    failed, told, late, tests = rows
+    failed, told, late, tests, compilation = rows
     assert failed["passed"] is False and "dx differs" in failed["error"] and "_wrong" in failed["details"]
     assert told["told"] == ["with_hard False", "case psd"]
     assert late["outcome"] == "no time left" and "passed" not in late
-    assert tests["outcome"] == "no time left" and tests["passed"] is False
+    for unchecked in (tests, compilation):
+        assert unchecked["outcome"] == "no time left" and unchecked["passed"] is False
     assert run.finish() == 1
-    assert "FAILED: speed hard float32 8 4; tests" in capsys.readouterr().out
+    assert "FAILED: speed hard float32 8 4; tests; compilation" in capsys.readouterr().out
     options.minutes = 0
     Run(options, rehearsal.SMALL).perform(speed)
     assert _rows(tmp_path) == rows
+
+
+def _compilation(seconds):
+    return {"passed": False, "outcome": "1 failed", "kept from the tuner": ["forward=32x64x32w4s1"]}
+
+
+def _choices(case):
+    from softclip_kernels.backends.triton import tuning
+    from softclip_kernels.backends.triton.shapes import Shape
+
+    shapes = (Shape(32, 64, 32, 4, 1), Shape(64, 64, 32, 4, 1))
+    device = torch.device("cpu")
+    chosen = {
+        kind: tuning.choose(kind, "", given, lambda shape: None, 0, device).name
+        for kind, given in (("forward", shapes), ("backward", shapes), ("forward ", shapes[:1]))
+    }
+    return chosen | {"stands in": torch.cuda.Event is rehearsal.Event}
+
+
+@needs_triton
+def test_what_failed_alone_is_kept_from_the_tuner(tmp_path):
+    run = Run(Namespace(minutes=1, results=tmp_path, candidate=""), rehearsal.SMALL)
+    for step in (Step("a", None, 1, _choices), Step("compilation", None, 1, _compilation, place="here"),
+                 Step("b", None, 1, _choices), Step("c", None, 1, _choices, place="fresh")):  # fmt: skip
+        run.perform(step)
+    before, _, *after = run.rows
+    assert before["forward"] == before["backward"] == "32x64x32w4s1" and len(after) == 2
+    for row in after:
+        assert (row["forward"], row["backward"], row["stands in"]) == ("64x64x32w4s1", "32x64x32w4s1", True)
+
+
+def _tests(seconds):
+    failures = [{"test": "a.py::test_b[c]", "message": "a.py:1: in test_b\nE   assert 1 == 2\nE   more"},
+                {"test": "a.py::test_d", "message": "no time left"}]  # fmt: skip
+    return {"passed": False, "outcome": "2 failed", "failures": failures, "problems": ["Failed: e\nTraceback"]}
+
+
+def test_tests_that_fail_are_told_by_name(tmp_path, capsys):
+    Run(Namespace(minutes=1, results=tmp_path, candidate=""), rehearsal.SMALL).perform(
+        Step("tests", None, 1, _tests, place="here")
+    )
+    told = capsys.readouterr().out.splitlines()[1:]
+    assert told == ["  test_b[c]: E   assert 1 == 2", "  test_d: no time left", "  Failed: e"]
 
 
 def test_a_fresh_step_has_empty_caches_of_its_own(tmp_path):

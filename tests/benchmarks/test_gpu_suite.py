@@ -10,6 +10,7 @@ import torch
 from backends import test_triton_gpu
 
 from bench.gpu import rehearsal
+from bench.problems import LOSSES
 from softclip_kernels import softclip_loss
 from softclip_kernels.testing import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS, dense_loss
 
@@ -37,6 +38,7 @@ def on_a_processor(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     # What there is without Triton's tiles and without graphs.
     monkeypatch.setattr(test_triton_gpu.candidates, "every", lambda run, monkeypatch: [run()])
+    monkeypatch.setattr(test_triton_gpu.candidates, "small_super_blocks", contextlib.nullcontext)
     monkeypatch.setattr(test_triton_gpu, "captured", lambda run: run)
 
 
@@ -65,10 +67,11 @@ def test_the_gpu_tests_run_through_on_a_processor(on_a_processor, monkeypatch, d
     for case in ("huge", "identical", "opposite", "zero row"):
         test_triton_gpu.test_adversarial_values(case, dtype)
     test_triton_gpu.test_ranks(dtype)
-    for name in ("hard", "labels", "groups"):
+    for name in ("hard", "psd_teacher", "labels", "groups"):
         test_triton_gpu.test_repeats_are_bitwise_equal(name, monkeypatch)
-    for name in ("hard", "psd", "psd_external"):
+    for name in LOSSES:
         test_triton_gpu.test_every_candidate_tile(name, 0, dtype, monkeypatch)
+    for name in ("hard", "psd", "psd_external"):
         test_triton_gpu.test_a_cuda_graph_replays_the_loss(name, dtype)
         test_triton_gpu.test_a_loss_stays_on_its_stream(name)
         test_triton_gpu.test_fresh_memory_is_never_read(name, dtype)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from helpers.backends import needs_cpu_kernels, needs_triton
 
 from bench import compare
 from bench.gpu import rehearsal
-from bench.gpu_tools import ab, breakdown, external, kernels, probe
+from bench.gpu_tools import ab, breakdown, external, kernels, once, probe
 from bench.problems import Case
 from bench.short_run import Worker
 
@@ -113,6 +115,33 @@ def _kernels_with_a_failure(case):
 
 
 @needs_triton
+def test_what_ends_a_pass_leaves_the_rows_before_it(interpreted):
+    rows = interpreted(_kernels_and_then_a_failure, case=CASES["hard"])
+    assert all(row["ps an entry"] > 0 and row["kernel"] == "forward" for row in rows[:-1]) and len(rows) > 1
+    assert rows[-1]["error"] == "RuntimeError: CUDA error: unspecified launch failure" and not rows[-1]["passed"]
+
+
+def _kernels_and_then_a_failure(case):
+    from softclip_kernels.backends.triton import softmax_backward
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: unspecified launch failure\nmore")
+
+    softmax_backward._tuned_launch = broken
+    return kernels.kernels(case, gemm=32, seconds=0.0)
+
+
+def test_a_profiler_that_sees_nothing_is_a_failure(monkeypatch):
+    """Without the rights to, it only leaves the kernels out."""
+    for name, value in rehearsal.stand_ins().items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(Case, "fused", lambda case, backend: case.dense())
+    monkeypatch.setattr(breakdown, "_events", lambda device, run: iter(()))
+    with pytest.raises(RuntimeError, match="the profiler saw no kernel"):
+        breakdown.breakdown(CASES["hard"], 0.0)
+
+
+@needs_triton
 def test_a_breakdown_adds_up(interpreted):
     row = interpreted(breakdown.breakdown, case=CASES["hard"], seconds=0.0)
     assert row["kernels"]["aten::sum"][0] > 0  # on a CPU operators stand for kernels
@@ -190,6 +219,31 @@ def test_a_wrong_tree_is_named_and_not_timed(tmp_path, monkeypatch, wrong, error
     assert row["passed"] is False and row["error"].startswith(error), row
 
 
+HANGING = """
+import time
+Hard = Mix = SelfTeacher = Target = Teacher = lambda *_, **__: None
+def softclip_loss(*_): time.sleep(1000)
+"""
+
+
+def test_two_settings_end_in_their_time(tmp_path, monkeypatch):
+    """And so do their processes, of which one would never answer."""
+    (tmp_path / "softclip_kernels").mkdir()
+    (tmp_path / "softclip_kernels" / "__init__.py").write_text(HANGING)
+    sides = []
+
+    class Side(compare.Side):
+        def __enter__(self):
+            sides.append(self)
+            return self
+
+    monkeypatch.setattr(ab, "Side", Side)
+    start = time.monotonic()
+    (row,) = ab.ab(*(ab.Setting(name, path=tmp_path) for name in "ab"), CASES["hard"], limit=15.0)
+    assert row["passed"] is False and row["error"] == "not finished after 15 s" and time.monotonic() - start < 40
+    assert len(sides) == 2 and all(side._process.poll() is not None for side in sides)
+
+
 # NVIDIA's programs.
 
 
@@ -197,7 +251,6 @@ def test_a_wrong_tree_is_named_and_not_timed(tmp_path, monkeypatch, wrong, error
 def program(tmp_path, monkeypatch):
     """Puts a stand-in for a program on the path."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
     def make(name, verdict, code=0):
         path = tmp_path / name
@@ -210,32 +263,53 @@ def program(tmp_path, monkeypatch):
 @needs_triton
 def test_ncu_looks_at_one_kernel(program, tmp_path):
     program("ncu", "    Duration          us       12.3")
-    (row,) = external.ncu("softmax_forward.*", CASES["hard"], tmp_path)
+    row = external.ncu("softmax_forward.*", _passed("hard", tmp_path))
     assert row["installed"] and row["passed"] and row["exit code"] == 0
-    assert (row["kernel"], row["outcome"]) == ("softmax_forward.*", "Duration          us       12.3")
+    assert (row["kernel"], row["loss"]) == ("softmax_forward.*", "hard")
+    assert row["outcome"] == "Duration          us       12.3"
     text = Path(row["text"]).read_text()
     assert "asked: --set full --clock-control none -c 1 -k regex:softmax_forward.* " in text and "\nloss " in text
 
 
 @needs_triton
-def test_the_sanitizer_takes_every_loss(program, tmp_path, monkeypatch):
-    program("compute-sanitizer", "========= ERROR SUMMARY: 2 errors", external.WRONG)
-    monkeypatch.setattr(external, "CHECKS", ("racecheck",))
-    rows = external.sanitize(tmp_path, (40, 32), torch.float32, "cpu")
-    assert [(row["check"], row["loss"]) for row in rows] == [("racecheck", loss) for loss in CASES]
-    for row in rows:
-        assert row["passed"] is False and row["exit code"] == external.WRONG
-        assert row["outcome"] == "ERROR SUMMARY: 2 errors"
-        text = Path(row["text"]).read_text()
-        assert "asked: --tool racecheck --error-exitcode 9 " in text and "\nloss " in text
+def test_the_sanitizers_text_stays_where_it_found_something(program, tmp_path):
+    program("compute-sanitizer", "========= RACECHECK SUMMARY: 2 hazards displayed", external.WRONG)
+    row = external.sanitize("racecheck", _passed("psd", tmp_path))
+    assert (row["check"], row["loss"], row["passed"], row["exit code"]) == ("racecheck", "psd", False, external.WRONG)
+    assert row["outcome"] == "RACECHECK SUMMARY: 2 hazards displayed"
+    text = Path(row["text"]).read_text()
+    assert "asked: --tool racecheck --error-exitcode 9 " in text and f" {once.SMALL}\n" in text and "\nloss " in text
+    program("compute-sanitizer", "========= RACECHECK SUMMARY: 0 hazards displayed")
+    row = external.sanitize("racecheck", _passed("psd", tmp_path))
+    assert row["passed"] and "text" not in row and not list(tmp_path.glob("*.txt"))
+
+
+def _passed(loss, folder):
+    return external.Pass(CASES[loss], folder, {"TRITON_INTERPRET": "1"})
 
 
 def test_a_program_that_is_missing_or_hangs_is_a_row(tmp_path, monkeypatch):
+    """What it looks at ends with it."""
+    path = os.environ["PATH"]
     monkeypatch.setenv("PATH", str(tmp_path))
-    (row,) = external.ncu("a", CASES["hard"], tmp_path)
+    row = external.ncu("a", _passed("hard", tmp_path))
     assert row["installed"] is False and row["outcome"] == "ncu is not installed" and "passed" not in row
-    hanging = tmp_path / "ncu"
-    hanging.write_text("#!/bin/sh\nexec /bin/sleep 100\n")
+    hanging, child = tmp_path / "ncu", tmp_path / "child"
+    hanging.write_text(f"#!/bin/sh\nsleep 100 & echo $! > {child}\nwait\n")
     hanging.chmod(0o755)
-    (row,) = external.ncu("a", CASES["hard"], tmp_path, seconds=0.2)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{path}")
+    row = external.ncu("a", _passed("hard", tmp_path), limit=1.0)
     assert row["passed"] is False and row["outcome"] == "not finished in time" and row["exit code"] is None
+    assert _ended(int(child.read_text()))
+
+
+def _ended(process):
+    """Whether it is gone within a second, or waits for somebody to note that it is."""
+    status = Path(f"/proc/{process}/stat")
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if status.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.01)
+                continue
+        return True
+    return False

@@ -79,6 +79,18 @@ def test_what_was_not_measured_takes_no_place(record):
     assert [(row["n"], row["run"][-1]) for row in _read(late)["rows"]] == [(8, "a"), (16, "b")]
 
 
+@pytest.mark.parametrize(
+    ("git", "told", "commit"),
+    ((None, None, "unknown"), (None, "", "unknown"), (None, "abc", "abc"), ("def", "", "def"), ("def", "abc", "def")),
+)
+def test_the_commit_is_gits_or_the_one_that_is_told(git, told, commit, monkeypatch):
+    monkeypatch.setattr(records, "_git", lambda *_: git)
+    monkeypatch.delenv("SOFTCLIP_COMMIT", raising=False)
+    if told is not None:
+        monkeypatch.setenv("SOFTCLIP_COMMIT", told)
+    assert records.environment()["commit"] == commit
+
+
 def test_runs_at_once_keep_each_others_rows(record):
     one, other = record(commit="a"), record(commit="b")
     one.add([{"table": "speed", "n": 8}])

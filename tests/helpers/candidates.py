@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from bench.gpu.compilation import FORCED, choices
+from bench.gpu_tools.once import small_super_blocks
+
+__all__ = ["every", "small_super_blocks"]
 
 
 def every(run: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:

@@ -118,7 +118,7 @@ def _fastest(key: str, shapes: Sequence[Shape], trial: Trial) -> tuple[Shape, st
             launch, entries = trial(shape)
             times[shape] = measure(launch) / entries
         except (TritonError, RuntimeError) as error:
-            if not _is_the_shapes_own(error):
+            if not is_the_shapes_own(error):
                 raise
             left_out[shape.name] = str(error).split("\n")[0]
             logger.info("triton backend: tile %s is left out (%s)", shape.name, left_out[shape.name])
@@ -131,7 +131,7 @@ def _fastest(key: str, shapes: Sequence[Shape], trial: Trial) -> tuple[Shape, st
     return best, f"measured in ps an entry: {', '.join(f'{name} {time:.3g}' for name, time in measured.items())}"
 
 
-def _is_the_shapes_own(error: Exception) -> bool:
+def is_the_shapes_own(error: Exception) -> bool:
     """Whether a candidate failed to compile or to launch: by Triton's errors, what its driver and its compiler say in
     RuntimeErrors, or torch's error of the device, which torch 2.8 made a class of its own."""
     own = (TritonError, getattr(torch, "AcceleratorError", TritonError))
