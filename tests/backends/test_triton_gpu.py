@@ -13,6 +13,7 @@ from helpers import candidates, mutants
 from loss import test_loss
 
 from bench import problems
+from bench.gpu import graphs
 from softclip_kernels import Hard, softclip_loss, softclip_loss_with_ranks, testing
 from softclip_kernels.testing import (
     ALL_TARGETS,
@@ -188,29 +189,11 @@ def test_a_cuda_graph_replays_the_loss(name, dtype):
     n, d = CAPTURED
     target = moved(ALL_TARGETS[name](n, n), DEVICE)
     x, y, scale = operands(n, n, d, dtype)
-    replay = captured(lambda: fused(x, y, scale, target))
+    _, replay = graphs.captured(lambda: fused(x, y, scale, target), DEVICE)
     for other_scale in (30.0, 5.0):
         for operand, other in zip((x, y, scale), operands(n, n, d, dtype, other_scale), strict=True):
             operand.copy_(other.roll(1, 0) if other.dim() else other)
         assert not fused(x, y, scale, target).differing(replay())
-
-
-def captured(run):
-    """What replays a graph of `run` and returns its result."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        run()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
 
 
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_external"))

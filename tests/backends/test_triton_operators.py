@@ -33,6 +33,18 @@ def test_few_operators_and_little_traffic_beside_the_kernels(loss):
     assert backward.bytes <= 0.4e9
 
 
+def test_the_hosts_time_is_told_by_operation():
+    """What it is, only a benchmark may say."""
+    from bench import host
+    from bench.problems import Case
+
+    found = host.timed(Case("psd", torch.bfloat16, 64, 64), rounds=3, calls=2)
+    for forward, backward, passes, whole in zip(*(timing.seconds for timing in found.values()), strict=True):
+        assert 0 < forward < passes and 0 < backward < passes
+        assert passes == pytest.approx(forward + backward) and passes < whole
+    assert len(found["whole"].seconds) == 3
+
+
 def meta_problem(n, source):
     """In bfloat16 on the meta device, whose tensors have no memory."""
     x, y, a, b = (torch.empty(n, D, dtype=torch.bfloat16, device="meta") for _ in range(4))
