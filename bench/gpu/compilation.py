@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from queue import SimpleQueue
 from typing import Any
 from unittest import mock
@@ -73,19 +72,6 @@ def compile_candidates(
         "kept from the tuner": sorted(suspects),
         "processes": len(every),
     }
-
-
-def known(device: str) -> set[str]:
-    """The names of all candidates that a device's kernels have, for whatever problem."""
-    from softclip_kernels.backends.triton import launch, shapes
-
-    architecture = launch.architecture(torch.device(device))
-    found: set[shapes.Shape] = set()
-    for plain, itemsize in product((True, False), (2, 4)):
-        found.update(shapes.product_candidates(plain, itemsize, architecture))
-        for kind, mode in product(("forward", "backward"), ("none", "logits", "embeddings", "transposed")):
-            found.update(shapes.candidates(kind, mode, plain, itemsize, architecture))
-    return {shape.name for shape in found}
 
 
 def candidates_of(case: Case) -> list[str]:

@@ -256,4 +256,4 @@ def test_a_candidate_that_no_kernel_has_is_refused_before_anything_runs(capsys):
         told = capsys.readouterr()
         assert refused.value.code == 2 and not told.out and f"no kernel has a candidate {wrong};" in told.err
         assert "32x64x32w4s1-tma" in told.err
-    assert {"32x64x32w4s1-exchange", "128x128x64w8s3-library"} < compilation.known("cpu")
+        assert "32x64x32w4s1-exchange" in told.err and "128x128x64w8s3-library" in told.err

@@ -129,9 +129,11 @@ def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[S
 
 
 @functools.cache
-def every_name() -> frozenset[str]:
-    """Of every candidate that the clock may choose, for whatever problem and architecture."""
-    cases = itertools.product(("none", "logits", "embeddings", "transposed"), (True, False), (2, 4), ARCHITECTURES)
-    tiles = (candidates(kind, *case) for case in cases for kind in ("forward", "backward"))
-    products = itertools.starmap(product_candidates, itertools.product((True, False), (2, 4), ARCHITECTURES))
-    return frozenset(shape.name for group in itertools.chain(tiles, products) for shape in group)
+def every_name(architecture: str) -> frozenset[str]:
+    """Of every candidate that the clock may choose, for whatever problem."""
+    found: set[Shape] = set()
+    for plain, itemsize in itertools.product((True, False), (2, 4)):
+        found.update(product_candidates(plain, itemsize, architecture))
+        for kind, mode in itertools.product(("forward", "backward"), ("none", "logits", "embeddings", "transposed")):
+            found.update(candidates(kind, mode, plain, itemsize, architecture))
+    return frozenset(shape.name for shape in found)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import TritonError
 
-from .shapes import TIMED, Shape, every_name
+from .shapes import ARCHITECTURES, TIMED, Shape, every_name
 
 logger = logging.getLogger("softclip_kernels")
 
@@ -96,7 +96,7 @@ def _forced(kind: str, shapes: Sequence[Shape]) -> Shape | None:
         return None
     named = {shape.name: shape for shape in shapes}
     if "=" not in wanted:
-        if wanted not in named and wanted not in every_name():
+        if wanted not in named and not any(wanted in every_name(architecture) for architecture in ARCHITECTURES):
             raise ValueError(f"SOFTCLIP_CANDIDATE={wanted}: no such candidate; of {kind} there are {', '.join(named)}")
         return named.get(wanted)
     names = dict(part.strip().partition("=")[::2] for part in wanted.split(","))
