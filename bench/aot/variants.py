@@ -33,6 +33,7 @@ from softclip_kernels.backends.triton.shapes import (
     LIBRARY,
     SPLIT,
     TMA,
+    UNBIASED,
     Shape,
     candidates,
     product_candidates,
@@ -160,6 +161,9 @@ def _cases() -> list[Variant]:
         backward = replace(plain, kernel="backward")
         backward_full = replace(backward, features=_WITHOUT_RANKS, even=False)
         cases += [plain, full, backward, backward_full]
+        if mode != "none":
+            biased = plain.features | {"biases"}
+            cases += [replace(plain, features=biased), replace(backward, features=biased)]
         if mode != "transposed":
             cases.append(replace(plain, kernel="online", features=_WITHOUT_RANKS - {"positive"}, even=False))
         if mode in ("logits", "embeddings"):  # a second teacher
@@ -200,9 +204,9 @@ def variants(architecture: str) -> list[Variant]:
             typed = [replace(case, precision=wide)]
         for variant in typed:
             itemsize = 4 if "fp32" in (variant.dtype, variant.teacher_dtype) else 2
-            shapes = candidates(variant.kernel, variant.mode, variant.plain, itemsize, architecture)
-            for shape in shapes:
-                listed += _as_launched(replace(variant, shape=shape))
+            for shape in candidates(variant.kernel, variant.mode, variant.plain, itemsize, architecture):
+                if "biases" not in variant.features or shape.way not in UNBIASED:
+                    listed += _as_launched(replace(variant, shape=shape))
     return listed + _vector_variants() + product_variants(architecture)
 
 

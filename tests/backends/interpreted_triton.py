@@ -222,6 +222,18 @@ def test_ranks_over_super_blocks_and_segments(monkeypatch):
     assert torch.equal(ranks.rows, expected.rows) and torch.equal(ranks.columns, expected.columns)
 
 
+def test_a_mirror_has_segments_of_its_own():
+    """Pairs that do not count are other ones in the mirror where rows and columns have different segments; with a tied
+    teacher, whose exponentials are the student's but for that."""
+    generator = torch.Generator().manual_seed(0)
+    x, y, scale = operands(97, 97, 16)
+    segments = [torch.randint(0, 2, (97,), generator=generator) for _ in range(2)]
+    problem = Problem(x, y, scale, torch.arange(97), *segments, (TeacherOperand(Source.TRANSPOSED),))
+    found, expected = (backends.registered()[name].forward(problem) for name in ("triton", "reference"))
+    torch.testing.assert_close(found.rows.packed, expected.rows.packed, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.columns.packed, expected.columns.packed, rtol=1e-4, atol=1e-4)
+
+
 class _Never:
     """Stands for a kernel that returns at once."""
 

@@ -6,7 +6,7 @@ import pytest
 from helpers import interpreter
 from helpers.backends import needs_triton
 
-from softclip_kernels.backends.triton.shapes import SPILLED, TMA
+from softclip_kernels.backends.triton.shapes import SPILLED, SPILLED_WITH_BIASES, TMA
 
 pytestmark = needs_triton
 
@@ -42,7 +42,10 @@ def test_compiled_code_keeps_its_budgets(architecture, part):
 
 def over_budget(row):
     # The sums' kernel, whose work is O(N), may keep 8 bytes on the stack.
-    if row["spilled"] > SPILLED.get(row["way"], 8 if row["kernel"] == "sums" else 0):
+    allowed = SPILLED.get(row["way"], 8 if row["kernel"] == "sums" else 0)
+    if row["plain"] and "biases" in row["variant"]:
+        allowed = max(allowed, SPILLED_WITH_BIASES)
+    if row["spilled"] > allowed:
         yield f"{row['spilled']} bytes spilled"
     if row["together"] * (row["shared"] + RESERVED) > row["shared_limit"] + RESERVED:
         yield f"{row['together']} x {row['shared']} bytes of shared memory, more than {row['shared_limit']}"

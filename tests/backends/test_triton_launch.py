@@ -341,6 +341,33 @@ def test_later_super_blocks_are_launched_as_the_first_is():
     assert done.stdout.startswith("same")
 
 
+def test_ways_that_do_not_suit_a_pass_are_not_offered(monkeypatch):
+    from softclip_kernels.backends.triton import launch, norms, passes, scalars
+    from softclip_kernels.problem import Problem, Source, TeacherOperand
+
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    for module in (norms, scalars):
+        monkeypatch.setattr(module, "Call", lambda *_: lambda programs: None)
+    x, y = torch.zeros(2, 16, 64, dtype=torch.bfloat16)
+    bias, one = torch.zeros(16), torch.ones(())
+
+    def ways(x, *teachers):
+        """A list for each launch of the backward pass, after one for the first of the forward pass."""
+        each, _ = passes.passes(Problem(x, y, one, torch.arange(16), teachers=teachers))
+        lists = [launch.candidates("forward", each[0]), *(launch.candidates("backward", one) for one in each)]
+        return [{shape.way for shape in shapes} for shapes in lists]
+
+    teacher, swapped = TeacherOperand(Source.EMBEDDINGS, one, x, y), TeacherOperand(Source.TRANSPOSED)
+    assert ways(x) == [{"", "tma"}] * 2
+    assert ways(x[:1].expand(16, 64)) == [{""}] * 2  # a descriptor's rows do not overlap
+    assert ways(x, teacher) == [{""}, {"", "split"}]
+    assert ways(x, teacher, teacher) == [{""}, {"", "split"}, {""}]  # the second has no student's part to split off
+    assert ways(x, swapped) == [{"", "pair"}, {"", "exchange"}]
+    for name in ("row_bias", "column_bias"):  # beside which pair and split spill
+        biased = [dataclasses.replace(each, **{name: bias}) for each in (teacher, swapped)]
+        assert [ways(x, each) for each in biased] == [[{""}, {""}], [{""}, {"", "exchange"}]]
+
+
 @pytest.mark.parametrize("rounded", (False, True))
 def test_logits_whose_ranks_are_counted_are_not_rounded(monkeypatch, rounded):
     """One tf32 product rounds a hundred times more than the thresholds of ranks allow for; the same in both passes and

@@ -64,19 +64,16 @@ def largest_edge(area: float, tile: int, longest: int) -> int:
 
 def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
     """The shapes that suit a pass; kind: forward, online or backward."""
-    device = architecture(launch_pass.problem.x.device)
-    return _suitable(kind, launch_pass.case, device, launch_pass.student, launch_pass.overlapping)
+    unsuitable = shapes.UNBIASED if launch_pass.biased else frozenset()
+    if not launch_pass.student:  # a later teacher's launch, with no student's part to split off
+        unsuitable |= {shapes.SPLIT}
+    if launch_pass.overlapping:  # a descriptor's rows do not
+        unsuitable |= {shapes.TMA}
+    return _suitable(kind, launch_pass.case, architecture(launch_pass.problem.x.device), unsuitable)
 
 
 @functools.cache
-def _suitable(
-    kind: str, case: tuple[str, bool, int], device: str, student: bool, overlapping: bool
-) -> tuple[Shape, ...]:
-    unsuitable = set()
-    if not student:  # a later teacher's launch, with no student's part to split off
-        unsuitable.add(shapes.SPLIT)
-    if overlapping:  # a descriptor's rows do not
-        unsuitable.add(shapes.TMA)
+def _suitable(kind: str, case: tuple[str, bool, int], device: str, unsuitable: frozenset[str]) -> tuple[Shape, ...]:
     return tuple(shape for shape in shapes.candidates(kind, *case, device) if shape.way not in unsuitable)
 
 

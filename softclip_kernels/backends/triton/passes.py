@@ -68,6 +68,10 @@ class Pass:
         return MODE_NAMES[self.mode], plain, max(operand.element_size() for operand in operands)
 
     @property
+    def biased(self) -> bool:
+        return self.row_bias is not None or self.column_bias is not None
+
+    @property
     def overlapping(self) -> bool:
         """Rows of the student's embeddings share memory, as expanded ones do."""
         return any(operand.stride(0) < operand.shape[1] for operand in (self.problem.x, self.problem.y))

@@ -21,7 +21,9 @@ SPLIT = "split"  # embeddings: the student's part, then the teacher's added to i
 PAIR = "pair"  # the way of a forward pass, transposed: as the others, both tiles in one program, but larger
 TMA = "tma"  # the way of a pass without a teacher whose programs stay and take boxes of the operands (persistent.py)
 # Bytes that a thread may spill: little beside what larger tiles save, and whether it pays the clock tells. Else none.
-SPILLED = {EXCHANGE: 512, SPLIT: 256, PAIR: 160}
+SPILLED = {EXCHANGE: 512, SPLIT: 256, PAIR: 96}
+SPILLED_WITH_BIASES = 96  # of every way's, beside a teacher's biases
+UNBIASED = frozenset({PAIR, SPLIT})  # ways that spill more than that with them, and are left out
 
 
 class Shape(NamedTuple):

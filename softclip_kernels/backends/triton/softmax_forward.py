@@ -185,6 +185,9 @@ def softmax_forward_kernel(
     out_j = (tile_m.to(tl.int64) * STATISTICS) * edge + local_j
     rank = edge * (STATISTICS - 1)  # where the ranks and the teacher's sums lie in a slot
     teacher = edge * STUDENT
+    # The teacher's exponentials are the student's, and so are their sums, which the compiler then takes once. Not with
+    # segments, which mask the mirror otherwise, nor with weights, beside which a tile that is kept takes registers.
+    SHARED: tl.constexpr = TIED and STUDENT and row_segment is None and row_weight is None and column_weight is None
 
     scale = tl.load(scalars + SCALE)
     factor, reference, teacher_factor, teacher_reference = exponents(scalars, HEADROOM, TIED)
@@ -221,11 +224,6 @@ def softmax_forward_kernel(
             j < tl.where(related > 0, column_end, 0),
         )
         mirror_at = (i, j, mirror_inside_i, mirror_inside_j)
-        if positive_column is not None:
-            row = positives(positive_column, j, mirror_inside_j, row_start + tile_m * BLOCK_M, row_end, BLOCK_M)
-            if tl.max(row) >= 0:
-                positive_dot = tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == row[None, :], mirror_dot, 0.0), 0)
-                tl.store(positive_logit + j, positive_dot * scale, mask=row >= 0)
         if row_threshold is not None:
             write_ranks(
                 mirror_dot,
@@ -238,15 +236,22 @@ def softmax_forward_kernel(
                 mirror_column_sums + out_i + rank,
                 mirror_row_sums + out_j + rank,
             )
-        f = tl.exp2(dot * teacher_factor - teacher_reference)
-        f = masked(f, at, left, column_segment, row_segment)
+        if SHARED:
+            f = e
+        else:
+            f = masked(tl.exp2(dot * teacher_factor - teacher_reference), at, left, column_segment, row_segment)
         mirror_out_i = mirror_column_sums + out_i + teacher
         mirror_out_j = mirror_row_sums + out_j + teacher
         write_sums(f, column_weight, row_weight, mirror_out_i, mirror_out_j, mirror_at)
         write_sums(f * mirror_dot, column_weight, row_weight, mirror_out_i + edge, mirror_out_j + edge, mirror_at)
+        if positive_column is not None:  # here, where the fewest tiles are alive
+            row = positives(positive_column, j, mirror_inside_j, row_start + tile_m * BLOCK_M, row_end, BLOCK_M)
+            if tl.max(row) >= 0:
+                positive_dot = tl.sum(tl.where(tl.arange(0, BLOCK_M)[:, None] == row[None, :], mirror_dot, 0.0), 0)
+                tl.store(positive_logit + j, positive_dot * scale, mask=row >= 0)
         e = masked(tl.exp2(mirror_dot * factor - reference), at, left, column_segment, row_segment)
         write_sums(e, None, None, mirror_column_sums + out_i, mirror_row_sums + out_j, mirror_at)
-        f = tl.exp2(mirror_dot * teacher_factor - teacher_reference)
+        t = mirror_dot
     elif TEACHER == EMBEDDINGS:
         t = product(
             (teacher_x, teacher_x_stride, teacher_x_step),
@@ -260,11 +265,13 @@ def softmax_forward_kernel(
             TEACHER_EVEN,
             TEACHER_PRECISION,
         )
-        f = tl.exp2(t * teacher_factor - teacher_reference)
     elif TEACHER == LOGITS:
-        f = tl.exp2(dot * teacher_factor - teacher_reference)
+        t = dot
     if TEACHER != NONE:
-        f = masked(f, at, left, row_segment, column_segment)
+        if SHARED:
+            f = e
+        else:
+            f = masked(tl.exp2(t * teacher_factor - teacher_reference), at, left, row_segment, column_segment)
         teacher_i = row_sums + out_i + teacher
         teacher_j = column_sums + out_j + teacher
         write_sums(f, row_weight, column_weight, teacher_i, teacher_j, at)
