@@ -40,8 +40,8 @@ _measurements: dict[str, dict[str, Any]] = {}
 
 def choose(kind: str, case: Case, shapes: Sequence[Shape], trial: Trial, entries: int, device: torch.device) -> Shape:
     """The shape of a kind of kernel (forward, backward, ...) for problems of this case, of `entries` entries. `trial`
-    makes a launch of a shape, to be timed, and says how many entries it covers. Small problems and unknown
-    cases under CUDA graph capture take the first shape."""
+    makes a launch of a shape, to be timed, and says how many entries it covers. Small problems and unknown cases under
+    CUDA graph capture take the first shape."""
     forced = _forced(kind, shapes)
     if forced is not None:
         return forced
