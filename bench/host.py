@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
@@ -113,7 +113,7 @@ Around = AbstractContextManager[Any]
 
 
 @contextlib.contextmanager
-def watched(forward: Around, backward: Around, note: Callable[[stubbed.Launch], object]) -> Iterator[None]:
+def watched(forward: Around, backward: Around, note: stubbed.Note | None) -> Iterator[None]:
     """Within, the loss runs on a GPU that is none, with something around each operation; launches go to `note`."""
     backend = Watched(forward, backward)
     with stubbed.gpu(note), mock.patch.object(backends, "select", lambda *_: backend):  # noqa: PT008
@@ -135,7 +135,7 @@ def timed(case: Case, rounds: int, calls: int) -> dict[str, Timing]:
     run = forward_backward(case.fused("triton"), *case.operands())
     measured: dict[str, list[float]] = {"forward": [], "backward": [], "passes": [], "whole": []}
     forward, backward, loss = stopwatches = Stopwatch(), Stopwatch(), Stopwatch()
-    with watched(forward, backward, lambda launch: None):
+    with watched(forward, backward, None):
         for done in range(-1, rounds):  # one to warm up
             for stopwatch in stopwatches:
                 stopwatch.seconds = 0.0

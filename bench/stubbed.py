@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 from softclip_kernels.backends.triton import TritonBackend, call, launch
 
 Launch = tuple[str, tuple[int, ...], tuple[Any, ...]]  # a kernel's name, its grid, its arguments
+Note = Callable[[Launch], object]
 
 
 class Driver:
@@ -36,11 +37,14 @@ class Driver:
 
 
 class Kernel(CompiledKernel):
-    """What compiling leaves: a launch only calls `note`."""
+    """What compiling leaves: a launch only calls `note`, if there is one."""
 
-    def __init__(self, name: str, note: Callable[[Launch], object]) -> None:
-        self.name, self.note = name, note
+    run: Any = None  # a property of compiled kernels
+
+    def __init__(self, name: str, note: Note | None) -> None:
+        self.name = name
         self.function = self.packed_metadata = None
+        self.run = _nothing if note is None else lambda *arguments: note((name, arguments[:3], arguments[9:]))
 
     def _init_handles(self) -> None:
         pass
@@ -48,14 +52,14 @@ class Kernel(CompiledKernel):
     def launch_metadata(self, *arguments: Any) -> None:
         return None
 
-    @property
-    def run(self) -> Callable[..., object]:
-        return lambda *arguments: self.note((self.name, arguments[:3], arguments[9:]))
+
+def _nothing(*arguments: Any) -> None:
+    pass
 
 
 @contextlib.contextmanager
 def gpu(
-    note: Callable[[Launch], object],
+    note: Note | None,
     compiled: Callable[[JITFunction, dict[str, str]], object] = lambda kernel, signature: None,
 ) -> Iterator[None]:
     """Within, the Triton backend takes the CPU's tensors of any dtype for an H100's. Every launch is told to `note`,

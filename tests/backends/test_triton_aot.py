@@ -41,8 +41,8 @@ def test_compiled_code_keeps_its_budgets(architecture, part):
 
 
 def over_budget(row):
-    # The sums' kernel, whose work is O(N), may keep 8 bytes on the stack.
-    allowed = SPILLED.get(row["way"], 8 if row["kernel"] == "sums" else 0)
+    # The sums' kernel, whose work is O(N), may keep 8 bytes on the stack; the online one, which rarely works, 64.
+    allowed = SPILLED.get(row["way"], {"sums": 8, "online": 64}.get(row["kernel"], 0))
     if row["plain"] and "biases" in row["variant"]:
         allowed = max(allowed, SPILLED_WITH_BIASES)
     if row["spilled"] > allowed:
@@ -110,6 +110,7 @@ def test_every_argument_has_its_type_beside_the_kernel(kind):
     module, name = KERNELS[kind]
     taken = getattr(module, name).arg_names
     assert list(module.ARGUMENTS) == [argument for argument in taken if not argument.isupper()]
+    assert all(argument.isupper() for argument in taken[len(module.ARGUMENTS) :]), "constants come last (call.py)"
     assert {argument for argument, of in module.ARGUMENTS.items() if of.endswith("?")} <= FEATURES.keys()
 
 

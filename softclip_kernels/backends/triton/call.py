@@ -37,7 +37,7 @@ class Call:
                 self.plain[self.signature.places[name]] = value.data_ptr() if isinstance(value, Tensor) else value
         else:
             arguments = self.signature.in_order(self.fixed | changing)
-            self.plain, kinds = _plain_and_kinds(arguments, self.signature.unspecialized)
+            self.plain, kinds = _plain_and_kinds(arguments, self.signature)
             kind = (id(self.kernel), *self.options.values(), *kinds)
             self.compiled = _compiled.get(kind)
             if self.compiled is None:
@@ -58,12 +58,14 @@ class _Signature:
 
     kernel         itself: kept alive, since it is known by its id
     places         of every argument
+    constants      where the constants of its code begin, which come last
     in_order       the arguments, out of a dict that may hold more
     unspecialized  the places of numbers that the kernel does not specialize on
     """
 
     kernel: Any
     places: dict[str, int]
+    constants: int
     in_order: Callable[[dict[str, Any]], tuple[Any, ...]]
     unspecialized: tuple[int, ...]
 
@@ -75,8 +77,10 @@ def _signature(kernel: Any) -> _Signature:
     signature = _signatures.get(id(kernel))  # a kernel's own hash is that of its source
     if signature is None:
         places = {name: place for place, name in enumerate(kernel.arg_names)}
+        constants = sum(not name.isupper() for name in places)
         unspecialized = tuple(places[name] for name in getattr(kernel, "do_not_specialize", ()))
-        signature = _signatures[id(kernel)] = _Signature(kernel, places, itemgetter(*places), unspecialized)
+        signature = _Signature(kernel, places, constants, itemgetter(*places), unspecialized)
+        _signatures[id(kernel)] = signature
     return signature
 
 
@@ -84,13 +88,13 @@ _AMD = bool(torch.version.hip)
 _VALUES = frozenset([int, bool, str, NoneType])
 
 
-def _plain_and_kinds(arguments: Sequence[Any], unspecialized: tuple[int, ...]) -> tuple[list[Any], list[Hashable]]:
+def _plain_and_kinds(arguments: Sequence[Any], signature: _Signature) -> tuple[list[Any], list[Hashable]]:
     """The arguments with pointers as numbers, and what decides which code they run: the device, of a tensor its dtype
     and alignment (on AMD also whether 31 bits reach all of it), of a descriptor its dtype and box, and of every other
     argument that the kernel specializes on or has as a constant its value."""
     plain: list[Any] = list(arguments)
     kinds: list[Hashable] = list(arguments)
-    for place, value in enumerate(arguments):
+    for place, value in enumerate(arguments[: signature.constants]):
         kind = type(value)
         if kind in _VALUES:
             continue
@@ -102,7 +106,7 @@ def _plain_and_kinds(arguments: Sequence[Any], unspecialized: tuple[int, ...]) -
         kinds[place] = value.dtype if pointer % 16 == 0 else (value.dtype, "unaligned")
         if _AMD:
             kinds[place] = (kinds[place], value.nbytes < 2**31)
-    for place in unspecialized:
+    for place in signature.unspecialized:
         kinds[place] = arguments[place] < 2**31
     kinds.append(tensor.device)  # there is no kernel without a tensor, and all of a launch are on one device
     return plain, kinds

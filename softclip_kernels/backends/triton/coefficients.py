@@ -332,11 +332,12 @@ def prepare(
 
 
 def _vectors(launch_pass: Pass, length: int, like: Tensor) -> dict[str, Tensor]:
-    """One direction's VECTORS, in one allocation and each at a multiple of 64 bytes; those of a softmax that the pass
-    does not have are read nowhere."""
-    held = [launch_pass.student, launch_pass.taught] * 2
-    padded = 16 * ceil_div(length, 16)
-    rooms = like.new_empty(sum(held), padded).unbind()
-    places = [0 if not holds else sum(held[:index]) for index, holds in enumerate(held)]
-    flags = torch.empty(ceil_div(length, FLAG_GROUP.value), dtype=torch.int8, device=like.device)
-    return dict(zip(VECTORS, (*(rooms[place] for place in places), flags), strict=True))
+    """One direction's VECTORS; of a softmax that the pass does not have, the other's, which are written and read
+    nowhere."""
+    coefficient, exponent = like.new_empty(length), like.new_empty(length)
+    teacher_coefficient, teacher_exponent = coefficient, exponent
+    if launch_pass.student and launch_pass.taught:
+        teacher_coefficient, teacher_exponent = like.new_empty(length), like.new_empty(length)
+    flags = like.new_empty(ceil_div(length, FLAG_GROUP.value), dtype=torch.int8)
+    vectors = (coefficient, teacher_coefficient, exponent, teacher_exponent, flags)
+    return dict(zip(VECTORS, vectors, strict=True))

@@ -170,8 +170,8 @@ class Gradients:
         """The gradient of the whole of one side, in place where it is fp32."""
         result = None  # the sums of x may be there for dscale alone
         if columns or self.wanted.x:
-            result = total if self.dtype == torch.float32 else self._empty(len(total), self.dtype)
-        _finish(self._finishing(total, result, columns), slice(0, len(total)), 0)
+            result = total if self.dtype == torch.float32 else self._empty(total.shape[0], self.dtype)
+        _finish(self._finishing(total, result, columns), slice(0, total.shape[0]), 0)
         return result
 
     def _finishing(self, total: Tensor | None, result: Tensor | None, columns: bool) -> Call:
@@ -194,7 +194,7 @@ class Gradients:
             "result": result,
             "inner": self.inner if columns != self.from_x else None,
             "width": own.shape[1],
-            "others": len(other),
+            "others": other.shape[0],
             "COLUMNS": columns,
             "BLOCK_M": ROWS,
             "BLOCK_N": WIDTH,

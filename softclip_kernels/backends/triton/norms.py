@@ -67,20 +67,21 @@ def norms_kernel(
 
 def largest_squares(x: Tensor, y: Tensor) -> Tensor:
     """(programs,) fp32, as norms_kernel fills it."""
-    of_rows, of_columns = programs(len(x), len(y))
+    rows, columns = x.shape[0], y.shape[0]
+    of_rows, of_columns = programs(rows, columns)
     largest = x.new_empty(of_rows + of_columns, dtype=torch.float32)
     arguments = {
         "x": x,
         "y": y,
         "width": x.shape[1],
         "largest": largest,
-        "rows": len(x),
-        "columns": len(y),
+        "rows": rows,
+        "columns": columns,
         "BLOCK_M": ROWS,
         "BLOCK_N": WIDTH,
         **strides(x=x, y=y),
     }
-    Call(norms_kernel, arguments, {})(len(largest))
+    Call(norms_kernel, arguments, {})(of_rows + of_columns)
     return largest
 
 

@@ -236,7 +236,7 @@ def backward(
     """The block operation of the Backend protocol."""
     if not any(wanted.products):
         return InputGradients(None, None, None)
-    known = statistics.scalars if len(statistics.scalars) else None  # of a larger problem's parts there are none
+    known = statistics.scalars if statistics.scalars.shape[0] else None  # of a larger problem's parts there are none
     launch_passes, _ = passes(problem, known)
     unit = launch.unit(problem.x.dtype, gradient.rows, gradient.columns)
     vectors, positive = coefficients.prepare(launch_passes, statistics, gradient, unit)
@@ -280,9 +280,6 @@ class _Blocks:
         g, mirror_g = self.scratch if self.mirrored else (self.scratch, self.scratch)
         # Several teachers add up in fp32, from one buffer to the next, and are rounded once.
         wide = [torch.empty_like(g, dtype=torch.float32) for _ in launch_passes[:-1][:2]]
-        # The second of mirrored ones: the first is on the diagonal.
-        blocks = itertools.islice(launch.super_blocks(problem.rows, problem.columns, self.edge, self.mirrored), 2)
-        *_, typical = blocks
         self.launches = []
         for k, launch_pass in enumerate(launch_passes):
             arguments = launch_pass.arguments | vectors[k]
@@ -293,7 +290,7 @@ class _Blocks:
                 "TIED": launch_pass.tied,
                 "GROUP": GROUP,
             }
-            self.launches.append(_tuned_launch(launch_pass, arguments, mirror_g, typical))
+            self.launches.append(_tuned_launch(launch_pass, arguments, mirror_g))
 
     def compute(self, i: slice, j: slice) -> None:
         for block_launch in self.launches:
@@ -336,15 +333,16 @@ _WAYS: dict[str, Callable[..., BlockLaunch]]
 _WAYS = {"": _BlockLaunch, EXCHANGE: Exchange, SPLIT: _Split, TMA: PersistentBlocks}
 
 
-def _tuned_launch(
-    launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor, typical: tuple[slice, slice]
-) -> BlockLaunch:
+def _tuned_launch(launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor) -> BlockLaunch:
     """With the shape that is the fastest on a typical super-block."""
 
     def block_launch(shape: Shape) -> BlockLaunch:
         return _WAYS[shape.way](launch_pass, arguments, mirror_g, shape)
 
     def trial(shape: Shape) -> tuple[tuning.Launch, int]:
+        problem, edge = launch_pass.problem, arguments["edge"]
+        blocks = launch.super_blocks(problem.rows, problem.columns, edge, launch_pass.mirrored)
+        *_, typical = itertools.islice(blocks, 2)  # the second of mirrored ones: the first is on the diagonal
         return functools.partial(block_launch(shape), *typical), launch.entries(*typical)
 
     return block_launch(launch.choose_shape("backward", launch_pass, trial))
