@@ -36,10 +36,9 @@ def on_a_processor(monkeypatch):
             monkeypatch.setattr(test_triton_gpu, name, value)
     for name, value in (rehearsal.stand_ins() | _STREAMS).items():
         monkeypatch.setattr(torch.cuda, name, value)
-    # What there is without Triton's tiles and without graphs.
+    # What there is without Triton's tiles.
     monkeypatch.setattr(test_triton_gpu.candidates, "every", lambda run, monkeypatch: [run()])
     monkeypatch.setattr(test_triton_gpu.candidates, "small_super_blocks", contextlib.nullcontext)
-    monkeypatch.setattr(test_triton_gpu, "captured", lambda run: run)
 
 
 _STREAMS = {"Stream": lambda: None, "stream": contextlib.nullcontext, "_sleep": lambda cycles: None}
