@@ -61,10 +61,12 @@ def parse(arguments: Sequence[str], scale: Scale) -> argparse.Namespace:
 def _unknown(options: argparse.Namespace, device: str) -> str:
     """What is wrong with the candidates that are named: to the tuner the name of another architecture's is as good as
     none, and the rows would bear it."""
-    from softclip_kernels.backends.triton import launch, shapes  # here, for machines without triton
-
     settings = [Setting.parse(text).environment.get(compilation.FORCED, "") for text in options.ab or ()]
     named = [part for value in (options.candidate, *settings) if value for part in value.split(",")]
+    if not named:  # and this process leaves the device to its workers
+        return ""
+    from softclip_kernels.backends.triton import launch, shapes  # here, for machines without triton
+
     known = shapes.every_name(launch.architecture(torch.device(device)))
     wrong = ", ".join(sorted({name.strip().rpartition("=")[2] for name in named} - known))
     return wrong and f"no kernel has a candidate {wrong}; there are {', '.join(sorted(known))}"

@@ -62,9 +62,9 @@ class Pass:
     @cached_property
     def case(self) -> tuple[str, bool, int]:
         """What shapes.candidates has to know of it: mode, plain and itemsize."""
-        p, plain = self.problem, self.problem.row_segment is None and self.problem.row_threshold is None
+        p = self.problem
         operands = [operand for operand in (p.x, p.y, self.teacher_x, self.teacher_y) if operand is not None]
-        plain = plain and all(smooth(operand) for operand in operands)
+        plain = p.row_segment is None and p.row_threshold is None and all(smooth(operand) for operand in operands)
         return MODE_NAMES[self.mode], plain, max(operand.element_size() for operand in operands)
 
     @property
