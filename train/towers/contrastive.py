@@ -1,0 +1,46 @@
+"""Two towers as the trainer sees them: images and tokens → unit rows and the logit scale."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_LOG_SCALE = math.log(100.0)
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Contrastive(nn.Module):
+    """The base of all towers. A kind of towers gives `encode_images`, `encode_texts` and `log_scale`.
+
+    precision  what the towers are autocast to: bf16, fp16, or fp32 for none. Parameters are fp32
+    log_scale  the logarithm of the logit scale, one number; step.clamp_log_scale keeps it at or below MAX_LOG_SCALE
+    """
+
+    precision: str = "fp32"
+
+    @property
+    def log_scale(self) -> nn.Parameter:
+        raise NotImplementedError
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """(b, 3, H, W) float32 → (b, E), of any length."""
+        raise NotImplementedError
+
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        """(b, L) int64 → (b, E), of any length."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor | None, tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """images (b, 3, H, W), tokens (b, L) → x (b, E), y (b, E), scale (1,). None gives an empty embedding."""
+        kind = self.log_scale.device.type
+        dtype = AUTOCAST.get(self.precision)
+        with torch.autocast(kind, dtype, enabled=dtype is not None):
+            x = self.log_scale.new_empty(0) if images is None else self.encode_images(images)
+            y = self.log_scale.new_empty(0) if tokens is None else self.encode_texts(tokens)
+        # Norms, similarities and the loss stay in fp32: they are a small part of the work and decide its precision.
+        x, y = (F.normalize(rows.float(), dim=-1) if len(rows) else rows for rows in (x, y))
+        return x, y, cast(Tensor, self.log_scale).float().exp().reshape(1)
