@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,14 +15,11 @@ class Contrastive(nn.Module):
     """The base of all towers. A kind of towers gives `encode_images`, `encode_texts` and `log_scale`.
 
     precision  what the towers are autocast to: bf16, fp16, or fp32 for none. Parameters are fp32
-    log_scale  the logarithm of the logit scale, one number; step.clamp_log_scale keeps it at or below MAX_LOG_SCALE
+    log_scale  the logarithm of the logit scale, (1,); step.clamp_log_scale keeps it at or below MAX_LOG_SCALE
     """
 
     precision: str = "fp32"
-
-    @property
-    def log_scale(self) -> nn.Parameter:
-        raise NotImplementedError
+    log_scale: nn.Parameter  # shape (1,); what the library's model had for one is moved here
 
     def encode_images(self, images: Tensor) -> Tensor:
         """(b, 3, H, W) float32 → (b, E), of any length."""
@@ -43,4 +38,4 @@ class Contrastive(nn.Module):
             y = self.log_scale.new_empty(0) if tokens is None else self.encode_texts(tokens)
         # Norms, similarities and the loss stay in fp32: they are a small part of the work and decide its precision.
         x, y = (F.normalize(rows.float(), dim=-1) if len(rows) else rows for rows in (x, y))
-        return x, y, cast(Tensor, self.log_scale).float().exp().reshape(1)
+        return x, y, self.log_scale.float().exp()
