@@ -275,7 +275,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 def read_files(folder: Path) -> dict[str, bytes]:
     """The towers' own files."""
     ours = {WEIGHTS, CONFIG, STATE, FINGERPRINT, MANIFEST}
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name not in ours}
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name not in ours
+    }
 
 
 def read_bundle(folder: Path) -> towers.Bundle:

@@ -162,9 +162,7 @@ def _check_share(options: OptimizerOptions, processes: int) -> None:
         )
 
 
-def _check_resumed(
-    task: Task, folder: Path, world: World, now: fingerprint.Fingerprint
-) -> checkpoint.State:
+def _check_resumed(task: Task, folder: Path, world: World, now: fingerprint.Fingerprint) -> checkpoint.State:
     """The state of the checkpoint to go on from; raises where it does not fit this job."""
     state, stop_after = checkpoint.read_state(folder), task.stop_after
     problem = checkpoint.describe_mismatch(state, world.size, task.config.job.zero_stage)

@@ -36,7 +36,9 @@ def make_data(folder: Path, concepts: int = CONCEPTS, without_caption: int = 0) 
         drawn = [(concept, vendor) for concept in ids for vendor in vendors]
         samples = [sample(split, *one, captionless=index < without_caption) for index, one in enumerate(drawn)]
         write_shard(shard_of(folder, split), samples)
-    classes = {group: [f"thing {one}" for one in range(concepts) if GROUPS[one % len(GROUPS)] == group] for group in GROUPS}
+    classes = {
+        group: [f"thing {one}" for one in range(concepts) if GROUPS[one % len(GROUPS)] == group] for group in GROUPS
+    }
     (folder / "classes.json").write_text(json.dumps(classes))
     return folder
 
@@ -50,7 +52,11 @@ def sample(split: str, concept: int, vendor: str, captionless: bool = False) -> 
         "class": GROUPS[concept % len(GROUPS)],
         "vendor": vendor,
     }
-    files = {"png": picture(concept, vendor), "txt": record["captions"][0].encode(), "json": json.dumps(record).encode()}
+    files = {
+        "png": picture(concept, vendor),
+        "txt": record["captions"][0].encode(),
+        "json": json.dumps(record).encode(),
+    }
     return f"{split}-{concept}-{vendor}", files
 
 

@@ -68,8 +68,12 @@ def read_classes(spec: str, seed: int) -> dict[str, list[str]]:
             f"data.classes={spec!r} cannot be read ({error}); give a JSON file of class names and lists of texts"
         ) from error
     texts = list(classes.values()) if isinstance(classes, dict) else [None]
-    if len(texts) < 2 or not all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts):
-        raise DataError(f"data.classes={spec!r}; allowed: a JSON object of at least two class names, each with its texts")
+    if len(texts) < 2 or not all(
+        isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts
+    ):
+        raise DataError(
+            f"data.classes={spec!r}; allowed: a JSON object of at least two class names, each with its texts"
+        )
     return {name: some or [name] for name, some in classes.items()}
 
 
