@@ -39,20 +39,25 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pairs(data: Path) -> Any:
-    """The training pairs in `data`."""
-    from train.data import load_pairs
+def training(data: Path) -> Any:
+    """What the trainer makes of `data`."""
+    from helpers.data import tiny
 
-    return load_pairs(data, "train")
+    from train.config import Config
+    from train.data import open_training_data
+
+    return open_training_data(Config.from_dict(tiny(data)))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(pairs: Any) -> Any:
-    """The trainer's, of the training captions."""
-    from train.data import all_captions
-    from train.tokenizer import train_tokenizer
+def files(data: Path, training: Any) -> Any:
+    """What small towers for `data` are built from: their tokenizer."""
+    from helpers.data import tiny
 
-    return train_tokenizer(all_captions(pairs), 300)
+    from train import towers
+    from train.config import Config
+
+    return towers.build(Config.from_dict(tiny(data)).model, training.captions).files
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,11 @@
 
 A checkpoint is a folder `checkpoints/step-000120`:
 
-    model.safetensors  config.json  tokenizer.json  state.json    safe to share: no code in them
-    fingerprint.json                                              of the data, the code and the versions
-    engine/                                                       DeepSpeed's own, a file a rank, for resuming
-    manifest.json                                                 SHA-256 and size of all others
+    model.safetensors  config.json  state.json    safe to share: no code in them
+    tokenizer.json                                and whatever else its kind of towers is built from, likewise
+    fingerprint.json                              of the data, the code and the versions
+    engine/                                       DeepSpeed's own, a file a rank, for resuming
+    manifest.json                                 SHA-256 and size of all others
 
 It is written under another name, flushed to disk, and renamed; `checkpoints/latest` is written last. Whoever reads
 checks the manifest, reads the parts, and falls back to the newest checkpoint that is whole, readable and finite. No
@@ -18,7 +19,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,15 @@ from typing import Any
 import torch
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from tokenizers import Tokenizer
 
-from . import heartbeat
-from .config import CHANGEABLE, REPLACED, SKIP_WINDOW, Config, ConfigError, changes
+from . import heartbeat, towers
+from .config import CHANGEABLE, REPLACED, Config, changes
 from .files import explain, sha256_of, sync_file, sync_folder, write_atomically, write_new
 from .fingerprint import Fingerprint
-from .model import Clip
+from .options import SKIP_WINDOW, ConfigError
 
 FOLDER, LATEST, MANIFEST, ENGINE = "checkpoints", "latest", "manifest.json", "engine"
-WEIGHTS, CONFIG, TOKENIZER, STATE = "model.safetensors", "config.json", "tokenizer.json", "state.json"
-FINGERPRINT = "fingerprint.json"
+WEIGHTS, CONFIG, STATE, FINGERPRINT = "model.safetensors", "config.json", "state.json", "fingerprint.json"
 NAME = re.compile(r"step-[0-9]{6,}")
 SHOWN = 300  # characters of another library's error
 MAX_COUNT = 2**62  # of steps and the like
@@ -57,9 +56,10 @@ class State:
     step              how many steps are done; skipped ones count
     skipped           how many of them were skipped
     processes         by how many processes they were done
-    zero_stage        DeepSpeed ZeRO's, 1 to 3
+    zero_stage        DeepSpeed ZeRO's, 0 to 3
     skipped_in_a_row  how many were skipped since the last step that was not
     recent_skips      the numbers of the skipped ones among the last SKIP_WINDOW steps
+    bad               how many records were bad, and replaced, in all batches
     """
 
     step: int
@@ -68,9 +68,10 @@ class State:
     zero_stage: int
     skipped_in_a_row: int = 0
     recent_skips: tuple[int, ...] = ()
+    bad: int = 0
 
-    def after(self, applied: bool) -> State:
-        """The state one step on, whose batch was `applied` or skipped."""
+    def after(self, applied: bool, bad: int = 0) -> State:
+        """The state one step on, whose batch was `applied` or skipped, and had `bad` records replaced."""
         recent = tuple(step for step in self.recent_skips if step > self.step - SKIP_WINDOW)
         return replace(
             self,
@@ -78,6 +79,7 @@ class State:
             skipped=self.skipped + (not applied),
             skipped_in_a_row=0 if applied else self.skipped_in_a_row + 1,
             recent_skips=recent if applied else (*recent, self.step),
+            bad=self.bad + bad,
         )
 
 
@@ -106,15 +108,16 @@ def write_portable(
     folder: Path,
     weights: dict[str, torch.Tensor],
     config: Config,
-    tokenizer: Tokenizer,
+    files: Mapping[str, bytes],
     state: State,
     fingerprint: Fingerprint,
 ) -> None:
-    """Weights, configuration, tokenizer, state and fingerprint, none of which can run code."""
+    """Weights, configuration, the towers' own files, state and fingerprint, none of which can run code."""
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
     write_new(folder / WEIGHTS, save_safetensors(tensors))
     write_new(folder / CONFIG, json.dumps(config.to_dict(), indent=1).encode())
-    write_new(folder / TOKENIZER, tokenizer.to_str(pretty=True).encode())
+    for name, content in files.items():
+        write_new(folder / name, content)
     write_new(folder / STATE, json.dumps(asdict(state)).encode())
     write_new(folder / FINGERPRINT, fingerprint.to_json().encode())
 
@@ -174,8 +177,8 @@ def why_broken(folder: Path, engine: bool = False) -> str | None:
     if problem is not None:
         return f"is not whole ({problem})"
     try:
-        model, _ = read_model(folder)
-        bad = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+        bundle = read_bundle(folder)
+        bad = [name for name, tensor in bundle.module.state_dict().items() if not torch.isfinite(tensor).all()]
         if bad:
             return f"is not finite (NaN or infinity in {name_some(bad)})"
         state = read_state(folder)
@@ -203,7 +206,7 @@ def _why_not_whole(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
             if sha256_of(path) != entry["sha256"]:
                 return f"{name} has another SHA-256"
-        missing = {WEIGHTS, CONFIG, TOKENIZER, STATE} - set(entries)
+        missing = {WEIGHTS, CONFIG, STATE} - set(entries)
         return f"the manifest lacks {', '.join(sorted(missing))}" if missing else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return _short(error)
@@ -269,16 +272,20 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return mapping
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(folder / TOKENIZER))
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The towers' own files."""
+    ours = {WEIGHTS, CONFIG, STATE, FINGERPRINT, MANIFEST}
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name not in ours
+    }
 
 
-def read_model(folder: Path) -> tuple[Clip, Tokenizer]:
-    """The trained model in fp32 and its tokenizer, from safetensors and JSON."""
-    config, tokenizer = read_config(folder), read_tokenizer(folder)
-    model = Clip(config.model, tokenizer.get_vocab_size())
-    model.load_state_dict(load_safetensors((folder / WEIGHTS).read_bytes()))
-    return model.eval(), tokenizer
+def read_bundle(folder: Path) -> towers.Bundle:
+    """The trained towers in fp32, on the CPU, for evaluation: from safetensors and JSON."""
+    bundle = towers.build(read_config(folder).model, tuple, files=read_files(folder))
+    bundle.module.load_state_dict(load_safetensors((folder / WEIGHTS).read_bytes()))
+    bundle.module.eval()
+    return bundle
 
 
 def describe_mismatch(state: State, processes: int, zero_stage: int) -> str | None:

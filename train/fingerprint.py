@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -17,10 +17,10 @@ import torch
 
 import softclip_kernels
 
-from .data.manifest import read_manifest
 from .files import sha256_of
 
-PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "pillow")  # those that compute something of a step
+# Those that compute something of a step, where they are there.
+PACKAGES = ("torch", "deepspeed", "numpy", "tokenizers", "pillow", "open_clip_torch", "timm", "transformers")
 CODE = ("*.py", "*.so", "*.pyd")  # what runs: an extension that was compiled anew is other code
 SHORT = 12  # digits of a hash that a message shows
 
@@ -29,14 +29,16 @@ SHORT = 12  # digits of a hash that a message shows
 class Fingerprint:
     """What a run's results depend on.
 
-    data      SHA-256 in hex of the prepared folder, wherever it lies
-    code      SHA-256 in hex of softclip_kernels and the trainer, compiled parts included
-    versions  by name, the machine's kind among them
+    data        of the training data, wherever they lie: see data.record.Source
+    code        SHA-256 in hex of softclip_kernels and the trainer, compiled parts included
+    versions    by name, the machine's kind among them
+    evaluation  of the data that it is evaluated on, by name
     """
 
     data: str = ""
     code: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    evaluation: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -45,21 +47,15 @@ class Fingerprint:
     def from_json(cls, text: str) -> Fingerprint:
         """Raises ValueError or TypeError where the text is none."""
         made = cls(**json.loads(text))
-        if not (isinstance(made.data, str) and isinstance(made.code, str) and isinstance(made.versions, dict)):
-            raise TypeError("a fingerprint holds two texts and a mapping")
+        kinds = (str, str, dict, dict)
+        if not all(isinstance(getattr(made, one.name), kind) for one, kind in zip(fields(cls), kinds, strict=True)):
+            raise TypeError("a fingerprint holds two texts and two mappings")
         return made
 
 
-def take(folder: Path, device: torch.device) -> Fingerprint:
-    """Of the prepared data in `folder` and of what runs here, now."""
-    return Fingerprint(of_data(folder), of_code(), versions_of(device))
-
-
-def of_data(folder: Path) -> str:
-    """Splits, groups, size, and the sums of all shards, as the manifest has them; not the path."""
-    manifest = asdict(read_manifest(folder))
-    parts = {name: manifest[name] for name in ("shards", "group_names", "size")}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+def take(data: str, evaluation: dict[str, str], device: torch.device) -> Fingerprint:
+    """Of the data, and of what runs here, now."""
+    return Fingerprint(data, of_code(), versions_of(device), evaluation)
 
 
 def of_code() -> str:
@@ -78,7 +74,7 @@ def versions_of(device: torch.device) -> dict[str, str]:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = "none"
+            continue
     versions["platform"] = f"{platform.system()} {platform.machine()}"
     on_gpu = device.type == "cuda"
     versions["processor"] = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()

@@ -6,27 +6,31 @@ import gc
 import logging
 import time
 import warnings
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer
+import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, evaluate, fingerprint, metrics
+from . import checkpoint, evaluate, fingerprint, metrics, towers
 from .auto import settle
-from .config import SKIP_WINDOW, Config, ConfigError, OptimizerOptions
-from .data import HeldOut, Pairs, Sampler, all_captions, data_folder, describe_bad, load_pairs, read_held_out
+from .config import Config
+from .data import Batch, TrainingData, describe_bad, open_training_data
 from .engine import gather_weights, load_engine, make_engine, nonfinite
 from .evaluate import report
+from .evaluate.sets import Evaluation, read_evaluation
 from .files import explain
 from .heartbeat import Heartbeat
-from .model import Clip
+from .options import SKIP_WINDOW, ConfigError, OptimizerOptions
 from .signals import name_of, stop
 from .step import StepResult, train_step
-from .tokenizer import train_tokenizer
+from .towers import Bundle
 from .world import ElsewhereError, World, asked_to_stop, on_each, on_first
 
 
@@ -44,15 +48,23 @@ class Task:
     stop_after: int | None = None
 
 
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a step: what its batch was waited for, and all of it."""
+
+    data: float
+    step: float
+
+
 @dataclass
 class Trainer:
     """Everything a process holds while it trains.
 
-    config    with every `auto` of the training step settled
-    choices   how, in words
-    held_out  what it is evaluated on: rank 0's alone, None elsewhere
-    log       rank 0's alone, None elsewhere
-    state     the steps that are done and skipped
+    config      with every `auto` of the training step settled
+    choices     how, in words
+    evaluation  what it is evaluated on: rank 0's alone, None elsewhere
+    log         rank 0's alone, None elsewhere
+    state       the steps that are done and skipped
     """
 
     config: Config
@@ -60,10 +72,10 @@ class Trainer:
     run: Path
     world: World
     heartbeat: Heartbeat
+    bundle: Bundle
     engine: Any
-    sampler: Sampler
-    tokenizer: Tokenizer
-    held_out: HeldOut | None
+    data: TrainingData
+    evaluation: Evaluation | None
     log: metrics.Log | None
     state: checkpoint.State
     fingerprint: fingerprint.Fingerprint
@@ -100,39 +112,42 @@ def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
 
 
 def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
-    config, run = task.config, task.run
+    config, run, first = task.config, task.run, world.rank == 0
     _quiet()
-    folder, pairs, held_out = on_each(world, lambda: _read_data(config, world))
+    _check_share(config.optimizer, world.size)
+    data = on_each(world, lambda: open_training_data(config))
+    # Rank 0 evaluates; what is wrong with the held-out data is said before the first step.
+    evaluation = on_each(world, lambda: read_evaluation(config.data) if first else None)
     heartbeat.tick()
-    config, choices = on_first(world, lambda: settle(config, world.size, world.device))
-    now = on_first(world, lambda: fingerprint.take(folder, world.device))
-    resumed = on_first(world, lambda: _checkpoint_to_resume(replace(task, config=config), world, now))
-    if resumed is None:
-        text = on_first(world, lambda: train_tokenizer(all_captions(pairs), config.model.vocab_size).to_str())
-        tokenizer, state = Tokenizer.from_str(text), checkpoint.State(0, 0, world.size, config.job.zero_stage)
-    else:
-        tokenizer, state = on_each(world, lambda: (checkpoint.read_tokenizer(resumed), checkpoint.read_state(resumed)))
-    length, size = config.model.context_length, config.optimizer.batch_size
-    sampler = on_each(world, lambda: Sampler(pairs, tokenizer, length, size, config.job.seed))
+    resumed = on_first(world, lambda: checkpoint.find(run, engine=True) if checkpoint.has_any(run) else None)
+    bundle = _build(config, data, resumed, world)
+    config, choices = on_first(world, lambda: settle(config, bundle, world.size, world.device))
+    bundle.module.precision = config.job.precision
     heartbeat.tick()
-    torch.manual_seed(config.job.seed)
-    engine = make_engine(Clip(config.model, tokenizer.get_vocab_size(), config.job.precision), config, world)
+    evaluated = {} if evaluation is None else {name: one.source.fingerprint for name, one in evaluation.sets.items()}
+    now = on_first(world, lambda: fingerprint.take(data.source.fingerprint, evaluated, world.device))
+    state = checkpoint.State(0, 0, world.size, config.job.zero_stage)
+    if resumed is not None:
+        state = on_first(world, lambda: _check_resumed(replace(task, config=config), resumed, world, now))
+    engine = make_engine(bundle, config, world)
     if resumed is not None:
         load_engine(engine, resumed)
-    first = world.rank == 0
-    bad = sum(pairs.bad.values())
-    log = on_each(world, lambda: metrics.Log(run, state.step, config.optimizer.steps, bad) if first else None)
-    return Trainer(config, choices, run, world, heartbeat, engine, sampler, tokenizer, held_out, log, state, now)
+    log = on_each(world, lambda: metrics.Log(run, state.step, config.optimizer.steps) if first else None)
+    return Trainer(config, choices, run, world, heartbeat, bundle, engine, data, evaluation, log, state, now)
 
 
-def _read_data(config: Config, world: World) -> tuple[Path, Pairs, HeldOut | None]:
-    """The prepared folder, the training pairs, and on rank 0, which evaluates, the held-out ones too: what is wrong
-    with them is said before the first step, and they are read once. Every rank asks for the data; a lock lets one
-    prepare them."""
-    _check_share(config.optimizer, world.size)
-    folder, data = data_folder(config), config.data
-    pairs = load_pairs(folder, "train", corrupt=data.corrupt, seed=data.seed, max_bad_fraction=data.max_bad_fraction)
-    return folder, pairs, read_held_out(config, folder, pairs) if world.rank == 0 else None
+def _build(config: Config, data: TrainingData, resumed: Path | None, world: World) -> Bundle:
+    """The towers, alike on all ranks: those of a checkpoint, or new ones, for which rank 0 makes what must be learned
+    from the captions."""
+
+    def files() -> Mapping[str, bytes]:
+        if resumed is not None:
+            return checkpoint.read_files(resumed)
+        return towers.build(config.model, data.captions).files
+
+    shared = on_first(world, files)
+    torch.manual_seed(config.job.seed)
+    return on_each(world, lambda: towers.build(config.model, data.captions, files=shared))
 
 
 def _check_share(options: OptimizerOptions, processes: int) -> None:
@@ -147,19 +162,16 @@ def _check_share(options: OptimizerOptions, processes: int) -> None:
         )
 
 
-def _checkpoint_to_resume(task: Task, world: World, now: fingerprint.Fingerprint) -> Path | None:
-    """The newest good checkpoint, None where the run never wrote one; raises where it does not fit this job."""
-    if not checkpoint.has_any(task.run):
-        return None
-    folder, stop_after = checkpoint.find(task.run, engine=True), task.stop_after
-    state = checkpoint.read_state(folder)
+def _check_resumed(task: Task, folder: Path, world: World, now: fingerprint.Fingerprint) -> checkpoint.State:
+    """The state of the checkpoint to go on from; raises where it does not fit this job."""
+    state, stop_after = checkpoint.read_state(folder), task.stop_after
     problem = checkpoint.describe_mismatch(state, world.size, task.config.job.zero_stage)
     if problem is not None:
         raise checkpoint.CheckpointError(f"{folder}: {problem}")
     if stop_after is not None and stop_after < state.step:
         raise ConfigError(f"--stop-after {stop_after}, but {folder} has done {state.step} steps; allowed: that or more")
     _compare(task.config, folder, now)
-    return folder
+    return state
 
 
 def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None:
@@ -180,7 +192,7 @@ def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None
     data = fingerprint.other_data(then, now)
     if data is not None:
         raise checkpoint.CheckpointError(
-            f"{folder} was trained on other data (fingerprint {data}); let data.folder in the run's config.yaml name "
+            f"{folder} was trained on other data (fingerprint {data}); let data.source in the run's config.yaml name "
             "the data it was trained on, or start a new run"
         )
     software = fingerprint.other_software(then, now)
@@ -191,29 +203,59 @@ def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None
 def _loop(trainer: Trainer, last: int) -> str | None:
     """Train up to step `last`, or to the end of the step in which a rank is asked to stop: then returns the words for
     it."""
-    options = trainer.config.job
+    options, world = trainer.config.job, trainer.world
+    batches = trainer.data.batches(trainer.bundle, trainer.config, world, trainer.state.step, last)
     while trainer.state.step < last:
         began, step = time.perf_counter(), trainer.state.step
         trainer.heartbeat.enter(step, "training")
-        batch = trainer.sampler.share(step, trainer.world.rank, trainer.world.size, trainer.world.device)
+        batch = next(batches)
+        ready = time.perf_counter()
+        # Of dropout and the like: a function of (seed, step), too.
+        torch.manual_seed(_step_seed(options.seed, step, world.rank))
         trainer.engine.train()
-        result = train_step(trainer.engine, batch, step, trainer.config, trainer.world.group)
-        trainer.state = trainer.state.after(result.applied)
-        _record(trainer, step, result, time.perf_counter() - began, batch.keys)
+        result = train_step(trainer.engine, batch, step, trainer.config, world.group)
+        trainer.state = trainer.state.after(result.applied, result.bad)
+        _record(trainer, step, result, Times(ready - began, time.perf_counter() - began))
+        if result.bad:
+            _check_bad(trainer, batch)
         if not result.applied:
-            on_each(trainer.world, partial(_check_skipped, trainer, step))
-        if options.evaluate_every and (step + 1) % options.evaluate_every == 0:
+            _name_samples(trainer, step, batch)
+            on_each(world, partial(_check_skipped, trainer, step))
+        if options.evaluate_every and (step + 1) % options.evaluate_every == 0 and trainer.config.data.evaluate:
             trainer.heartbeat.enter(step, "evaluation")
             _evaluate_on_the_way(trainer, step)
         due = (step + 1) % options.checkpoint_every == 0 or step + 1 == last
-        request = asked_to_stop(trainer.world)
+        request = asked_to_stop(world)
         if due or request:
             trainer.heartbeat.enter(step, "saving")
             save(trainer)
-        if request or (due and (request := asked_to_stop(trainer.world))):  # it takes a while to save
+        if request or (due and (request := asked_to_stop(world))):  # it takes a while to save
             folder = trainer.run / checkpoint.FOLDER / checkpoint.name_of(step + 1)
             return f"stopped by {name_of(request)} after step {step}: {folder}; go on with --resume {trainer.run}"
     return None
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _check_bad(trainer: Trainer, batch: Batch) -> None:
+    """Count the bad records of a batch by reason, and raise DataError where there are too many in all. All ranks come
+    here together."""
+    counts: list[Any] = [None] * trainer.world.size
+    dist.all_gather_object(counts, batch.bad, group=trainer.world.group)
+    total = sum(map(Counter, counts), Counter[str]())
+    if trainer.log is not None:
+        trainer.log.say(f"step {trainer.state.step - 1}: bad samples replaced: {describe_bad(total)}")
+    on_each(trainer.world, lambda: trainer.data.check_bad(trainer.state.bad, trainer.state.step, total))
+
+
+def _name_samples(trainer: Trainer, step: int, batch: Batch) -> None:
+    """The samples of a skipped batch, of all ranks, into the log of the first."""
+    keys: list[Any] = [None] * trainer.world.size
+    dist.all_gather_object(keys, batch.keys, group=trainer.world.group)
+    if trainer.log is not None:
+        trainer.log.nonfinite(step, tuple(key for share in keys for key in share))
 
 
 def _check_skipped(trainer: Trainer, step: int) -> None:
@@ -240,11 +282,12 @@ def _check_skipped(trainer: Trainer, step: int) -> None:
     )
 
 
-def _record(trainer: Trainer, step: int, result: StepResult, seconds: float, keys: tuple[str, ...]) -> None:
+def _record(trainer: Trainer, step: int, result: StepResult, times: Times) -> None:
     """The step's row in the log, on the rank that has one."""
-    log, config = trainer.log, trainer.config
+    log, config, state = trainer.log, trainer.config, trainer.state
     if log is None:
         return
+    samples = config.optimizer.batch_size
     log.step(
         step,
         {
@@ -255,12 +298,17 @@ def _record(trainer: Trainer, step: int, result: StepResult, seconds: float, key
             "r1_text_to_image": result.r1_text_to_image,
             "lr": config.optimizer.lr_at(step),
             "grad_norm": result.grad_norm,
-            "samples_per_second": config.optimizer.batch_size / seconds,
-            "skipped": trainer.state.skipped,
+            "samples_per_second": samples / times.step,
+            "data_seconds": times.data,
+            "step_seconds": times.step,
+            "memory_bytes": metrics.memory_in_use(trainer.world.device),
+            "samples_seen": samples * state.step,
+            "epoch": samples * state.step / trainer.data.epoch_length,
+            "skipped": state.skipped,
+            "bad": state.bad,
         },
     )
     if not result.applied:
-        log.nonfinite(step, keys)
         log.say(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped; see {metrics.NONFINITE}")
 
 
@@ -286,7 +334,8 @@ def save(trainer: Trainer) -> None:
 
 
 def _commit(trainer: Trainer, scratch: Path, weights: dict[str, Tensor]) -> None:
-    checkpoint.write_portable(scratch, weights, trainer.config, trainer.tokenizer, trainer.state, trainer.fingerprint)
+    files = trainer.bundle.files
+    checkpoint.write_portable(scratch, weights, trainer.config, files, trainer.state, trainer.fingerprint)
     options = trainer.config.job
     checkpoint.commit(trainer.run, scratch, trainer.state.step, options.keep_checkpoints, options.keep_every)
 
@@ -301,49 +350,44 @@ def _check_finite(trainer: Trainer, bad: list[str]) -> None:
 
 
 def _evaluate_on_the_way(trainer: Trainer, step: int) -> None:
-    """Held-out R@1 by rank 0 while the others wait, in a model of its own. Training draws nothing from torch's global
-    generator after set-up, so this leaves no trace in it."""
+    """R@1 on the first set by rank 0 while the others wait, in towers of its own."""
     weights = gather_weights(trainer.engine, trainer.config.job.zero_stage)
 
     def evaluate_here() -> None:
-        assert trainer.log is not None and trainer.held_out is not None
-        model = Clip(trainer.config.model, trainer.tokenizer.get_vocab_size())
-        model.load_state_dict(weights)
-        pairs = trainer.held_out.splits["heldout"]
-        x = evaluate.embed_images(model.eval(), pairs.images)
-        image_to_text, text_to_image = evaluate.retrieve(model, trainer.tokenizer, pairs, x)
-        trainer.log.row(
-            step,
-            {
-                "heldout_r1_image_to_text": image_to_text.recall[1],
-                "heldout_r1_text_to_image": text_to_image.recall[1],
-            },
-        )
+        assert trainer.log is not None and trainer.evaluation is not None
+        bundle = towers.build(trainer.config.model, trainer.data.captions, files=trainer.bundle.files)
+        bundle.module.load_state_dict(weights)
+        bundle.module.to(trainer.world.device).eval()
+        name, pairs = next(iter(trainer.evaluation.sets.items()))
+        result = evaluate.evaluate_set(bundle, pairs, trainer.config.data, None)
+        ways = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
+        trainer.log.row(step, {f"{name}_r1_{way}": found.recall[1] for way, found in ways.items()})
 
     on_first(trainer.world, evaluate_here)
 
 
 def _finish(trainer: Trainer) -> None:
-    """The table and the plot by rank 0, from the checkpoint on disk: what `python -m train.evaluate` will read."""
+    """The table and the plot by rank 0, from the checkpoint on disk: what `evaluate RUN` will read."""
     trainer.heartbeat.enter(trainer.state.step, "evaluation")
 
     def evaluate_here() -> None:
-        assert trainer.log is not None and trainer.held_out is not None
-        folder = checkpoint.find(trainer.run)
-        results = evaluate.evaluate_checkpoint(folder, trainer.held_out, stop.check)
-        trainer.log.say(f"\n{report.text(results, trainer.held_out)}\n")  # first, for the disk may be full
-        report.write(trainer.run, folder, results, trainer.held_out)
-        trainer.log.say(f"{trainer.run / report.TABLE}, {metrics.plot(trainer.run)}")
+        assert trainer.log is not None and trainer.evaluation is not None
+        if trainer.evaluation.sets:
+            folder, device = checkpoint.find(trainer.run), trainer.world.device
+            results = evaluate.evaluate_checkpoint(folder, trainer.evaluation, trainer.config.data, device, stop.check)
+            trainer.log.say(f"\n{report.text(results, trainer.evaluation)}\n")  # first, for the disk may be full
+            report.write(trainer.run, folder, results, trainer.evaluation)
+            trainer.log.say(str(trainer.run / report.TABLE))
+        trainer.log.say(str(metrics.plot([trainer.run])))
 
     on_first(trainer.world, evaluate_here)
 
 
 def _describe(trainer: Trainer) -> str:
-    config, pairs, world = trainer.config, trainer.sampler.pairs, trainer.world
-    model = Clip(config.model, trainer.tokenizer.get_vocab_size())  # under ZeRO-3 the engine's lacks most parameters
-    count = sum(parameter.numel() for parameter in model.parameters())
+    config, world = trainer.config, trainer.world
+    count = sum(getattr(one, "ds_numel", one.numel()) for one in trainer.bundle.module.parameters())  # whole, in ZeRO-3
     return (
-        f"{count / 1e6:.2f} M parameters, {len(pairs)} pairs (bad samples left out: {describe_bad(pairs.bad)}), "
+        f"{config.model.towers}, {count / 1e6:.2f} M parameters, {trainer.data.describe()}, "
         f"{world.size} × {world.device.type}, ZeRO-{config.job.zero_stage}, {trainer.choices}"
     )
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from train.data.manifest import Manifest, write_manifest
 from train.data.shards import write_shard
 
 SIZE = 16
@@ -28,39 +28,54 @@ def picture(concept: int, vendor: str) -> bytes:
 
 
 def make_data(folder: Path, concepts: int = CONCEPTS, without_caption: int = 0) -> Path:
-    """`concepts` seen concepts and 10 unseen ones, in all four splits; the first `without_caption` samples of each have
-    nothing for captions but characters that are taken out."""
+    """`concepts` seen concepts and 10 unseen ones, in all four splits, each a shard; the first `without_caption` samples
+    of each have nothing for captions but characters that are taken out."""
     folder.mkdir(parents=True, exist_ok=True)
-    shards = {}
     for split, vendors in VENDORS.items():
         ids = range(concepts, concepts + 10) if split == "concepts" else range(concepts)
-        samples = [
-            (
-                f"{split}-{concept}-{vendor}",
-                picture(concept, vendor),
-                {
-                    "captions": [f"thing {concept}", f"a drawing of thing {concept}", f"{split} word {concept % 7}"],
-                    "concept": concept,
-                    "group": GROUPS[concept % len(GROUPS)],
-                    "hexcode": f"{concept:x}",
-                    "vendor": vendor,
-                },
-            )
-            for concept in ids
-            for vendor in vendors
-        ]
-        for _, _, record in samples[:without_caption]:
-            record["captions"] = ["\0\ufeff"]
-        shards[split] = (write_shard(folder / f"{split}-000000.tar", samples),)
-    write_manifest(folder, Manifest(SIZE, 0, {}, GROUPS, shards, {}, {}, "none"))
+        drawn = [(concept, vendor) for concept in ids for vendor in vendors]
+        samples = [sample(split, *one, captionless=index < without_caption) for index, one in enumerate(drawn)]
+        write_shard(shard_of(folder, split), samples)
+    classes = {
+        group: [f"thing {one}" for one in range(concepts) if GROUPS[one % len(GROUPS)] == group] for group in GROUPS
+    }
+    (folder / "classes.json").write_text(json.dumps(classes))
     return folder
+
+
+def sample(split: str, concept: int, vendor: str, captionless: bool = False) -> tuple[str, dict[str, bytes]]:
+    """Of a shard: its key, and its files by suffix."""
+    captions = [f"thing {concept}", f"a drawing of thing {concept}", f"{split} word {concept % 7}"]
+    record = {
+        "captions": ["\0\ufeff"] if captionless else captions,
+        "label": concept,
+        "class": GROUPS[concept % len(GROUPS)],
+        "vendor": vendor,
+    }
+    files = {
+        "png": picture(concept, vendor),
+        "txt": record["captions"][0].encode(),
+        "json": json.dumps(record).encode(),
+    }
+    return f"{split}-{concept}-{vendor}", files
+
+
+def shard_of(folder: Path, split: str) -> Path:
+    return folder / f"{split}-000000.tar"
 
 
 def tiny(folder: Path, **job: Any) -> dict[str, dict[str, Any]]:
     """The sections of a configuration that trains on `make_data` in well under a second a step."""
     return {
-        "data": {"folder": str(folder), "image_size": SIZE, "max_bad_fraction": 0.1},
+        "data": {
+            "source": str(shard_of(folder, "train")),
+            "distinct": "label",
+            "evaluate": {split: str(shard_of(folder, split)) for split in ("heldout", "vendor", "concepts")},
+            "classes": str(folder / "classes.json"),
+            "max_bad_fraction": 0.1,
+        },
         "model": {
+            "image_size": SIZE,
             "embed_dim": 16,
             "image_widths": [8, 16],
             "text_width": 16,

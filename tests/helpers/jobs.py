@@ -120,6 +120,7 @@ def steps_logged(run: Path) -> list[int]:
 
 
 def training_rows(run: Path) -> list[dict[str, Any]]:
-    """The logged numbers that depend on the training alone, not on the clock."""
+    """The logged numbers that depend on the training alone, not on the clock or the machine."""
+    other = ("samples_per_second", "data_seconds", "step_seconds", "memory_bytes")
     rows = metrics.read_rows(run / metrics.METRICS)
-    return [{name: value for name, value in row.items() if name != "samples_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in other} for row in rows]

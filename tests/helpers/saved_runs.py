@@ -5,29 +5,28 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
-from train import checkpoint
+from train import checkpoint, towers
 from train.config import Config
 from train.files import sha256_of
 from train.fingerprint import Fingerprint
-from train.model import Clip
 
 from .data import tiny
 
-FINGERPRINT = Fingerprint("data", "code", {"torch": "1"})
+FINGERPRINT = Fingerprint("data", "code", {"torch": "1"}, {"heldout": "other"})
 
 
 @functools.cache
-def weights(step: int, data: Path, vocab_size: int) -> dict[str, torch.Tensor]:
+def weights(step: int, data: Path, tokenizer: bytes) -> dict[str, torch.Tensor]:
     """Made once, before a fork writes them: threads of torch's would be missing there."""
     torch.manual_seed(step)
-    return Clip(Config.from_dict(tiny(data)).model, vocab_size).state_dict()
+    model = Config.from_dict(tiny(data)).model
+    return towers.build(model, tuple, files={"tokenizer.json": tokenizer}).module.state_dict()
 
 
 def junk(engine: Path) -> None:
@@ -37,7 +36,7 @@ def junk(engine: Path) -> None:
 def write_checkpoint(
     run: Path,
     data: Path,
-    tokenizer: Tokenizer,
+    files: Mapping[str, bytes],
     step: int,
     on: Callable[[Path], Any] = lambda scratch: None,
     engine: Callable[[Path], Any] = junk,
@@ -49,9 +48,9 @@ def write_checkpoint(
     on(scratch)
     (scratch / checkpoint.ENGINE).mkdir()
     engine(scratch / checkpoint.ENGINE)
-    tensors = weights(step, data, tokenizer.get_vocab_size())
+    tensors = weights(step, data, files["tokenizer.json"])
     config, state = Config.from_dict(tiny(data)), checkpoint.State(step, 0, 2, 1)
-    checkpoint.write_portable(scratch, tensors, config, tokenizer, state, FINGERPRINT)
+    checkpoint.write_portable(scratch, tensors, config, files, state, FINGERPRINT)
     return checkpoint.commit(run, scratch, step, keep, keep_every)
 
 

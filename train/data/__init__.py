@@ -1,36 +1,40 @@
 """The data of a run, from files to batches.
 
-emoji/     the default set: real image-text pairs, fetched and drawn once, by `python -m train.data` or on demand
-manifest   what a folder of prepared data holds
-shards     its tar files, written and read; what is corrupt is skipped and counted, what is hostile does no harm
-captions   the rules by which text is cleaned
-pairs      a split in memory
-run_data   which folder a run reads, and the splits that it is evaluated on
-sampler    the batch of each step, and a rank's share of it
-augment    how pictures reach the model
+record      an image-text pair, and what every source of them offers
+sources/    one for each layout: shards, folders, tables, Arrow, and several together
+captions    the rules by which text is cleaned
+images      pictures decoded, within limits
+sampler     which records each step takes: a function of (seed, step)
+corruption  captions exchanged on purpose
+loader      the batch of each step, made by worker processes
+stream      batches of what cannot be read at random
+training    all that together: what a run is trained on
+shards      the writer of shards
+emoji/      the default set: real image-text pairs, fetched and drawn once, by `python -m train.data` or on demand
 """
 
-from .augment import augment, composite
 from .emoji import SetupError, prepare_emoji
-from .manifest import DataError
-from .pairs import Pairs, all_captions, describe_bad, load_pairs
-from .run_data import HeldOut, data_folder, read_held_out
-from .sampler import Batch, Sampler, batch_indices
+from .images import decode
+from .loader import Batch, Loader
+from .record import BadRecordError, DataError, Record, Source
+from .sampler import StepSampler, batch_indices
+from .sources import open_source
+from .training import TrainingData, describe_bad, open_training_data
 
 __all__ = [
+    "BadRecordError",
     "Batch",
     "DataError",
-    "HeldOut",
-    "Pairs",
-    "Sampler",
+    "Loader",
+    "Record",
     "SetupError",
-    "all_captions",
-    "augment",
+    "Source",
+    "StepSampler",
+    "TrainingData",
     "batch_indices",
-    "composite",
-    "data_folder",
+    "decode",
     "describe_bad",
-    "load_pairs",
+    "open_source",
+    "open_training_data",
     "prepare_emoji",
-    "read_held_out",
 ]

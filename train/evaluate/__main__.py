@@ -6,28 +6,33 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from .. import checkpoint
-from ..config import ConfigError
-from ..data import DataError, SetupError, data_folder, read_held_out
+from ..data import DataError, SetupError
 from ..files import explain
-from ..fingerprint import SHORT, of_data
+from ..fingerprint import SHORT
+from ..options import ConfigError
 from . import evaluate_checkpoint, report
+from .sets import Evaluation, read_evaluation
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="Evaluate a finished or stopped run.")
-    parser.add_argument("run", type=Path, help="the run's folder, for example runs/emoji")
+    parser = argparse.ArgumentParser(description="Evaluate a finished or stopped run from its newest good checkpoint.")
+    parser.add_argument("run", type=Path, help="the run's folder, for example runs/emoji-1")
+    parser.add_argument("--device", default="cpu", help="where the towers run (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         folder = checkpoint.find(options.run, warn=lambda text: print(text, file=sys.stderr))
         config = checkpoint.read_config(folder)
-        data = data_folder(config)
-        _warn_of_other_data(folder, data)
-        held_out = read_held_out(config, data)
-        results = evaluate_checkpoint(folder, held_out)
-        print(f"{folder}\n\n{report.text(results, held_out)}", flush=True)  # first, for the disk may be full
-        report.write(options.run, folder, results, held_out)
+        if not config.data.evaluate:
+            raise ConfigError(f"{options.run} has no data.evaluate; set it when you resume the run")
+        evaluation = read_evaluation(config.data)
+        _warn_of_other_data(folder, evaluation)
+        results = evaluate_checkpoint(folder, evaluation, config.data, torch.device(options.device))
+        print(f"{folder}\n\n{report.text(results, evaluation)}", flush=True)  # first, for the disk may be full
+        report.write(options.run, folder, results, evaluation)
     except (checkpoint.CheckpointError, ConfigError, DataError, SetupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -37,12 +42,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _warn_of_other_data(folder: Path, data: Path) -> None:
-    """Held-out data are comparable only with the training data that they were held out from."""
+def _warn_of_other_data(folder: Path, evaluation: Evaluation) -> None:
+    """Figures are comparable only where the data are the same."""
     then = checkpoint.read_fingerprint(folder)
-    if then is not None and then.data != (now := of_data(data)):
-        words = f"{then.data[:SHORT]} then, {now[:SHORT]} in {data}"
-        print(f"warning: {folder.name} was trained on other data (fingerprint {words})", file=sys.stderr)
+    for name, pairs in evaluation.sets.items():
+        before, now = ("" if then is None else then.evaluation.get(name, "")), pairs.source.fingerprint
+        if before and before != now:
+            words = f"{name} holds other data than when {folder.name} was written"
+            print(f"warning: {words} (fingerprint {before[:SHORT]} then, {now[:SHORT]} now)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,14 @@
-"""Retrieval within a split: image → text and text → image."""
+"""Retrieval within a set: image → text and text → image."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..data import Pairs
-from ..model import Clip
-from .embed import embed_captions
-
 DEPTHS = (1, 5, 10)
+BLOCK = 1024  # queries at a time: the matrix of all similarities is never there
 
 
 @dataclass(frozen=True)
@@ -23,24 +19,25 @@ class Retrieval:
     chance: float
 
 
-def retrieve(model: Clip, tokenizer: Tokenizer, pairs: Pairs, x: Tensor) -> tuple[Retrieval, Retrieval]:
-    """Image → text and text → image, between all images of a split, x (n, E), and the canonical captions of all its
-    concepts.
+def retrieve(x: Tensor, y: Tensor, text_of: Tensor) -> tuple[Retrieval, Retrieval]:
+    """Image → text and text → image, between the images x (n, E) and the different texts y (m, E) of a set; text_of
+    (n,) int64.
 
-    Several drawings of one concept share its caption: an image has one right caption, a caption one or more right
-    images, any of which counts.
+    Several images may share one text: an image has one right text, a text one or more right images, any of which
+    counts.
     """
-    concepts, concept_of = torch.unique(pairs.concepts, return_inverse=True)
-    first = {int(concept): index for index, concept in reversed(list(enumerate(concept_of.tolist())))}
-    captions = [pairs.captions[first[index]][0] for index in range(len(concepts))]
-    similarity = x @ embed_captions(model, tokenizer, captions).T  # (images, captions); a few million entries at most
-    positive = torch.nn.functional.one_hot(concept_of, len(concepts)).bool()
-    return _recalls(similarity, positive), _recalls(similarity.T, positive.T)
+    own = torch.arange(len(y))
+    present = torch.isin(own, text_of)  # a text whose every picture is bad is asked for by nobody
+    return _recalls(x, text_of, y, own), _recalls(y[present], own[present], x, text_of)
 
 
-def _recalls(similarity: Tensor, positive: Tensor) -> Retrieval:
-    """Rows query columns; the best right column counts. A tie with a wrong column counts as a miss."""
-    best = similarity.masked_fill(~positive, -torch.inf).amax(1, keepdim=True)
-    better = ((similarity >= best) & ~positive).sum(1)
-    chance = float(positive.double().mean(1).mean())
-    return Retrieval({depth: float((better < depth).double().mean()) for depth in DEPTHS}, chance)
+def _recalls(queries: Tensor, wanted: Tensor, items: Tensor, held: Tensor) -> Retrieval:
+    """Query i wants the items that hold wanted[i]; the best of them counts. A tie with another item counts as a miss."""
+    better, chance = [], 0.0
+    for rows, ids in zip(queries.split(BLOCK), wanted.split(BLOCK), strict=True):
+        similarity, right = rows @ items.T, ids[:, None] == held
+        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        better.append(((similarity >= best) & ~right).sum(1))
+        chance += float(right.double().mean(1).sum())
+    counts = torch.cat(better)
+    return Retrieval({depth: float((counts < depth).double().mean()) for depth in DEPTHS}, chance / len(queries))
