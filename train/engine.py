@@ -12,6 +12,7 @@ from torch import nn
 from .config import Config
 from .deepspeed_options import settings
 from .optimizers import make_optimizer
+from .towers.bundle import Bundle
 from .world import World
 
 
@@ -37,8 +38,8 @@ class LossScale:
         return LossScale(self.value, self.good + 1)
 
 
-def make_engine(module: nn.Module, groups: list[dict[str, Any]], config: Config, world: World) -> Any:
-    """The DeepSpeed engine of `module`, whose trained parameters are in `groups` (see Bundle.parameter_groups).
+def make_engine(bundle: Bundle, config: Config, world: World) -> Any:
+    """The DeepSpeed engine of a pair of towers, which are moved to the device.
 
     Parameters are fp32 whatever the precision, to which the module autocasts, hence also the master copies that ZeRO
     keeps. So fp16 needs a loss scale but none of DeepSpeed's fp16: `engine.scaler` is ours, a LossScale, or None.
@@ -47,10 +48,13 @@ def make_engine(module: nn.Module, groups: list[dict[str, Any]], config: Config,
     forever.
     """
     made = settings(config, world.size, world.device.type == "cuda")
+    for parameter in bundle.module.parameters():
+        parameter.data = parameter.data.contiguous()  # engine_state takes pieces of it
+    groups = bundle.parameter_groups(config.optimizer.weight_decay, config.optimizer.layer_decay)
     optimizer = make_optimizer(groups, config.optimizer, config.job.zero_stage)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
-        model=module.to(world.device), optimizer=optimizer, config=made, dist_init_required=False
+        model=bundle.module.to(world.device), optimizer=optimizer, config=made, dist_init_required=False
     )
     engine.scaler = LossScale() if config.job.precision == "fp16" else None
     return engine

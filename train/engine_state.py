@@ -117,13 +117,17 @@ def load_engine(engine: Any, folder: Path) -> None:
 @torch.no_grad()
 def _load_weights(engine: Any, path: Path) -> None:
     partitioned = engine.zero_optimization_partition_weights()
-    parameters = dict(engine.module.named_parameters())
+    parameters = {name for name, _ in engine.module.named_parameters()}
+    held = engine.module.state_dict(keep_vars=True)
     with safe_open(path, framework="pt") as weights:
-        for name, tensor in engine.module.state_dict(keep_vars=True).items():
-            parameter = parameters.get(name)
-            gathered = partitioned and parameter is not None
+        for name, tensor in held.items():  # before the first one is gathered, for which all ranks wait
+            shapes = tuple(weights.get_slice(name).get_shape()), tuple(getattr(tensor, "ds_shape", tensor.shape))
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{name} has shape {shapes[0]} there and {shapes[1]} here")
+        for name, tensor in held.items():
+            gathered = partitioned and name in parameters
             # One at a time: whole, the model may not fit.
-            with deepspeed.zero.GatheredParameters([parameter] if gathered else [], modifier_rank=0, enabled=gathered):
+            with deepspeed.zero.GatheredParameters([tensor] if gathered else [], modifier_rank=0, enabled=gathered):
                 if not gathered or dist.get_rank() == 0:
                     tensor.copy_(weights.get_tensor(name))
     if engine.zero_optimization():
@@ -181,10 +185,10 @@ def gather_weights(engine: Any) -> dict[str, Tensor]:
     """On rank 0 the whole model's parameters and buffers, on the CPU; nothing on the others. Every rank must call it:
     under ZeRO-3 each parameter is gathered, one at a time."""
     partitioned, first = engine.zero_optimization_partition_weights(), dist.get_rank() == 0
-    trained = {name for name, _ in engine.module.named_parameters()}
+    parameters = {name for name, _ in engine.module.named_parameters()}
     weights = {}
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
-        gathered = partitioned and name in trained
+        gathered = partitioned and name in parameters
         with deepspeed.zero.GatheredParameters([tensor] if gathered else [], enabled=gathered):
             if first:
                 weights[name] = tensor.detach().to("cpu", copy=True)
