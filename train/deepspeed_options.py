@@ -103,7 +103,7 @@ def check(section: dict[str, Any]) -> None:
         raise ConfigError(f"deepspeed.{ZERO}={zero!r}; allowed: a mapping of DeepSpeed's options of ZeRO")
     _not_ours(f"deepspeed.{ZERO}", zero, OURS_OF_ZERO)
     for key in UNSUPPORTED_BY_ZERO:
-        if zero.get(key):
+        if key in zero:
             raise ConfigError(f"deepspeed.{ZERO}.{key}={zero[key]!r} is not supported here; leave it out")
     _check_zero(zero)
 

@@ -117,7 +117,7 @@ def load_engine(engine: Any, folder: Path) -> None:
 @torch.no_grad()
 def _load_weights(engine: Any, path: Path) -> None:
     partitioned = engine.zero_optimization_partition_weights()
-    parameters = {name for name, _ in engine.module.named_parameters()}
+    parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
     held = engine.module.state_dict(keep_vars=True)
     with safe_open(path, framework="pt") as weights:
         for name, tensor in held.items():  # before the first one is gathered, for which all ranks wait
@@ -185,7 +185,7 @@ def gather_weights(engine: Any) -> dict[str, Tensor]:
     """On rank 0 the whole model's parameters and buffers, on the CPU; nothing on the others. Every rank must call it:
     under ZeRO-3 each parameter is gathered, one at a time."""
     partitioned, first = engine.zero_optimization_partition_weights(), dist.get_rank() == 0
-    parameters = {name for name, _ in engine.module.named_parameters()}
+    parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
     weights = {}
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         gathered = partitioned and name in parameters

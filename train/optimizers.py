@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .config import ConfigError, OptimizerOptions
 
 TIMM = "timm:"
-PROBE_STEPS = 3
+SHAPE, CUT = (64, 48), (1000, 2072)
 
 
 def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions, zero_stage: int) -> torch.optim.Optimizer:
@@ -44,9 +45,13 @@ def _timm(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.opti
     try:
         info = get_optimizer_info(name)
     except ValueError as error:
-        raise ConfigError(f"optimizer.name={options.name!r}; allowed: a name of timm.optim.list_optimizers()") from error
+        raise ConfigError(
+            f"optimizer.name={options.name!r}; allowed: a name of timm.optim.list_optimizers()"
+        ) from error
     if info.second_order:
-        raise ConfigError(f"optimizer.name={options.name!r} needs second derivatives, which no loss here has; use adamw")
+        raise ConfigError(
+            f"optimizer.name={options.name!r} needs second derivatives, which no loss here has; use adamw"
+        )
     # What an optimizer does not know it is not given; one of three betas keeps its own.
     given: dict[str, Any] = {"eps": options.eps} if info.has_eps else {}
     if info.has_betas and info.num_betas == 2:
@@ -56,22 +61,25 @@ def _timm(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.opti
 
 def _is_elementwise(options: OptimizerOptions) -> bool:
     """Whether it updates a matrix as it updates the matrix's elements in two flat pieces, which is how ZeRO holds them.
-    Tried out: timm has some hundred optimizers, and more with every version."""
-    whole = torch.linspace(-1.0, 1.0, 12).view(3, 4).sin()
-    pieces = [piece.clone() for piece in whole.flatten().split((5, 7))]
-    together, apart = _probe([whole.clone()], options), _probe(pieces, options)
-    return torch.allclose(together, apart, rtol=1e-4, atol=1e-7)
+    Tried out: timm has some hundred optimizers, and more with every version. The matrix is large enough for those that
+    treat only large ones in another way, one part of it has another size than the other, and its first gradient is
+    orthogonal to it: some optimizers do something else only there."""
+    draw = torch.Generator().manual_seed(0)
+    whole = torch.randn(SHAPE, generator=draw) * torch.linspace(0.02, 0.2, SHAPE[0])[:, None]
+    gradients = [torch.randn(SHAPE, generator=draw) for _ in range(3)]
+    gradients[0] -= whole * (gradients[0] * whole).sum() / whole.square().sum()
+    pieces = whole.flatten().split(CUT)
+    together = _stepped([whole], gradients, options)
+    apart = _stepped(pieces, gradients, options)
+    return torch.allclose(together, apart, rtol=1e-4, atol=1e-6)
 
 
-def _probe(tensors: list[Tensor], options: OptimizerOptions) -> Tensor:
-    """The elements of `tensors` after some steps, whose gradients are functions of the elements' places."""
-    parameters = [torch.nn.Parameter(tensor) for tensor in tensors]
-    optimizer = _timm([{"params": parameters, "weight_decay": 0.1}], options)
-    for step in range(PROBE_STEPS):
-        gradient = torch.linspace(1.0, 3.0, 12).mul(step + 1.0).cos()
-        parts = gradient.split([parameter.numel() for parameter in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
+def _stepped(tensors: Sequence[Tensor], gradients: list[Tensor], options: OptimizerOptions) -> Tensor:
+    """The elements of `tensors` after a step with each gradient, which is cut as they are."""
+    parameters = [torch.nn.Parameter(tensor.clone()) for tensor in tensors]
+    optimizer = _timm([{"params": parameters, "weight_decay": 0.1, "lr": 0.1}], options)
+    for gradient in gradients:
+        for parameter, part in zip(parameters, gradient.flatten().split([one.numel() for one in tensors]), strict=True):
             parameter.grad = part.clone().view_as(parameter)
-        optimizer.param_groups[0]["lr"] = 0.1
         optimizer.step()
     return torch.cat([parameter.detach().flatten() for parameter in parameters])

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from helpers.towers import import_deepspeed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from helpers.towers import import_deepspeed
 from softclip_kernels.testing import dense_loss
 from train.config import Config
 from train.towers.bundle import Bundle

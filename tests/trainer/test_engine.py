@@ -98,9 +98,7 @@ def _fp16(group: Any, options: Any) -> dict[str, Any]:
 
 @BOTH_PASSES
 @EVERY_KIND
-def test_fp16_finds_its_loss_scale_and_keeps_its_parameters_in_fp32(
-    pool: Pool, kind: str, micro_batches: int
-) -> None:
+def test_fp16_finds_its_loss_scale_and_keeps_its_parameters_in_fp32(pool: Pool, kind: str, micro_batches: int) -> None:
     here, there = pool.run(_fp16, config(kind, precision="fp16", micro_batches=micro_batches))
     assert here == there
     skipped = here["applied"].count(False)
