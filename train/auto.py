@@ -51,8 +51,8 @@ def micro_batches(options: OptimizerOptions, share: int, tokens_per_pair: int) -
     pairs = options.micro_batch_tokens // tokens_per_pair
     if pairs == 0:
         raise ConfigError(
-            f"optimizer.micro_batch_tokens={options.micro_batch_tokens}; allowed: {tokens_per_pair} or more, the tokens "
-            "of one pair with these towers"
+            f"optimizer.micro_batch_tokens={options.micro_batch_tokens}; allowed: {tokens_per_pair} or more, the "
+            "tokens of one pair with these towers"
         )
     return math.ceil(share / pairs)
 

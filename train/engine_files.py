@@ -1,5 +1,5 @@
-"""The engine's files of a checkpoint, one for each rank. Reading runs no code: PyTorch's restricted reader builds tensors
-and plain values, nothing else."""
+"""The engine's files of a checkpoint, one for each rank. Reading runs no code: PyTorch's restricted reader builds
+tensors and plain values, nothing else."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ def why_unusable(folder: Path, processes: int) -> str | None:
     """Why no run can go on from the files of `processes` ranks in `folder`, or None. Reads all of them, one at a
     time."""
     if list(folder.glob(OF_DEEPSPEED)):
-        return (
-            f"{folder.name}/ holds DeepSpeed's own files: an earlier version wrote it, and only that can go on from it"
-        )
+        return f"{folder.name}/ holds DeepSpeed's own files: an earlier version wrote it, and can go on from it"
     names = {path.name for path in folder.iterdir()}
     if names != {file_of(rank) for rank in range(processes)}:
         return f"{folder.name}/ holds {len(names)} files, and not one of each of the {processes} ranks"

@@ -1,9 +1,9 @@
 """What an engine holds, by parameter: its part of a checkpoint, for any number of ranks and any ZeRO stage.
 
 Parameters are fp32, and ZeRO's master copies are the same numbers, so beside the weights a checkpoint needs nothing but
-the optimizer's state. Each rank writes the pieces of it that it holds, and by which elements of which parameter they
-are; each rank reads the pieces that it holds now, out of as many files as there were ranks. So the state is moved, never
-computed, and a run goes on with other ranks or another stage as exactly as with the same.
+the optimizer's state. Each rank writes the pieces of it that it holds, and which elements of which parameter they are;
+each rank reads the pieces that it holds now, out of as many files as there were ranks. So the state is moved, never
+computed, and a run goes on with other ranks or at another stage as exactly as with the same.
 
 (DeepSpeed's universal checkpoint is for the same purpose. Its reader (0.19.8) knows Adam's moments alone, gives all
 groups of ZeRO 3 the options of the first, fails on a rank without a part of some group, has no ZeRO 0, and unpickles
@@ -109,8 +109,8 @@ def load_engine(engine: Any, folder: Path) -> None:
         _load_state(engine, folder / checkpoint.ENGINE)
     except Exception as error:
         raise checkpoint.CheckpointError(
-            f"{folder}: the run cannot go on from it ({type(error).__name__}: {error}); remove this checkpoint, so that "
-            "an older one is used, or start a new run"
+            f"{folder}: the run cannot go on from it ({type(error).__name__}: {error}); remove this checkpoint, so "
+            "that an older one is used, or start a new run"
         ) from error
 
 

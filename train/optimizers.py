@@ -25,38 +25,39 @@ def make_optimizer(groups: list[dict[str, Any]], options: OptimizerOptions, zero
         return torch.optim.AdamW(groups, lr=options.lr, betas=betas, eps=options.eps)
     if options.name == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=options.betas[0])
-    if zero_stage > 0 and not _is_elementwise(options):
-        raise ConfigError(
-            f"optimizer.name={options.name!r} with job.zero_stage={zero_stage}: it looks at a parameter as a whole, and "
-            "ZeRO shows it pieces; allowed: job.zero_stage=0, or an optimizer that takes each element by itself, such "
-            "as adamw, sgd, timm:nadamw or timm:lion"
-        )
-    return _timm(groups, options)
+    optimizer = _timm(groups, options)
+    if zero_stage == 0:
+        return optimizer
+    asked = f"optimizer.name={options.name!r} with job.zero_stage={zero_stage}"
+    allowed = "job.zero_stage=0, or one that takes each element by itself, such as adamw, sgd, timm:nadamw or timm:lion"
+    if not _is_elementwise(options):
+        raise ConfigError(f"{asked}: it looks at a parameter as a whole, and ZeRO shows it pieces; allowed: {allowed}")
+    if optimizer.state:
+        raise ConfigError(f"{asked}: it keeps state of parameters before ZeRO has cut them; allowed: {allowed}")
+    return optimizer
 
 
 def _timm(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.optim.Optimizer:
+    asked = f"optimizer.name={options.name!r}"
     try:
         from timm.optim import create_optimizer_v2, get_optimizer_info
     except ImportError as error:
-        raise ConfigError(
-            f"optimizer.name={options.name!r} needs timm ({error}): pip install 'softclip-kernels[timm]'"
-        ) from error
+        raise ConfigError(f"{asked} needs timm ({error}): pip install 'softclip-kernels[timm]'") from error
     name = options.name.removeprefix(TIMM)
     try:
         info = get_optimizer_info(name)
     except ValueError as error:
-        raise ConfigError(
-            f"optimizer.name={options.name!r}; allowed: a name of timm.optim.list_optimizers()"
-        ) from error
+        raise ConfigError(f"{asked}; allowed: a name of timm.optim.list_optimizers()") from error
     if info.second_order:
-        raise ConfigError(
-            f"optimizer.name={options.name!r} needs second derivatives, which no loss here has; use adamw"
-        )
+        raise ConfigError(f"{asked} needs second derivatives, which no loss here has; use adamw")
     # What an optimizer does not know it is not given; one of three betas keeps its own.
     given: dict[str, Any] = {"eps": options.eps} if info.has_eps else {}
     if info.has_betas and info.num_betas == 2:
         given["betas"] = (options.betas[0], options.betas[1])
-    return create_optimizer_v2(groups, opt=name, lr=options.lr, momentum=options.betas[0], **given)
+    try:
+        return create_optimizer_v2(groups, opt=name, lr=options.lr, momentum=options.betas[0], **given)
+    except (AssertionError, ImportError) as error:  # of those that stand on other libraries yet
+        raise ConfigError(f"{asked} cannot be made here ({error}); use adamw") from error
 
 
 def _is_elementwise(options: OptimizerOptions) -> bool:

@@ -31,8 +31,8 @@ def _persons() -> int | None:
 
 def cpu_count(groups: str | None = None, mount: Path = CGROUPS) -> int:
     """The cores this process may use: those it may run on, or fewer where a control group, such as a container's,
-    limits its time. (Python 3.13's own does not know those; joblib's does, as far as the outermost group, and would be a
-    dependency for these lines.) `groups`: the contents of /proc/self/cgroup."""
+    limits its time. Python 3.13's own function does not know such limits; joblib's does, for the outermost group, and
+    would be a dependency for these lines. `groups`: the contents of /proc/self/cgroup."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         lines = (Path("/proc/self/cgroup").read_text() if groups is None else groups).splitlines()
@@ -40,7 +40,8 @@ def cpu_count(groups: str | None = None, mount: Path = CGROUPS) -> int:
         lines = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "":
+        names: tuple[str, ...]
+        if controllers == "":  # version 2
             root, names = mount, ("cpu.max",)
         elif "cpu" in controllers.split(","):
             root, names = mount / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")

@@ -57,11 +57,24 @@ def test_those_that_look_at_a_whole_parameter_are_refused_where_zero_cuts_it(nam
         made(f"timm:{name}", 1)
 
 
+def test_one_whose_state_is_there_before_zero_cuts_parameters_is_refused() -> None:
+    """DeepSpeed would make a new Adagrad, of one group with the first one's options."""
+    pytest.importorskip("timm")
+    with pytest.raises(
+        ConfigError, match=r"'timm:adagrad' with job\.zero_stage=2: it keeps state of parameters before"
+    ):
+        made("timm:adagrad", 2)
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
-    (("nosuch", r"a name of timm\.optim\.list_optimizers"), ("adahessian", "needs second derivatives")),
+    (
+        ("nosuch", r"a name of timm\.optim\.list_optimizers"),
+        ("adahessian", "needs second derivatives"),
+        ("fusedadam", r"cannot be made here \(.*APEX"),
+    ),
 )
-def test_what_timm_lacks_or_no_loss_here_has_is_refused(name: str, said: str) -> None:
+def test_what_timm_lacks_or_this_trainer_cannot_have_is_refused(name: str, said: str) -> None:
     pytest.importorskip("timm")
     with pytest.raises(ConfigError, match=said):
         made(f"timm:{name}", 0)
