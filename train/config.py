@@ -92,8 +92,8 @@ class Config:
 
 
 def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file with `section.name=value` overrides on top. Without a file it is the emoji run's,
-    or, where an override names other data, every option's default."""
+    """The configuration of a YAML file with `section.name=value` overrides on top. Without a file it is the emoji
+    run's, or, where an override names other data, every option's default."""
     path = DEFAULT_FILE if file is None else Path(file)
     own_data = file is None and any(override.strip().startswith("data.source=") for override in overrides)
     try:

@@ -154,7 +154,7 @@ def test_held_out_data_are_checked_before_training(data: Path, tmp_path: Path) -
     assert (len(pairs), pairs.left_out) == (9, {"broken_image": 1})
     with pytest.raises(DataError, match=r"data\.evaluate\.mine: of 10 records 1 \(broken_image 1\) are bad"):
         read_evaluation(replace(bad, max_bad_fraction=0.09))
-    with pytest.raises(DataError, match="none.tar"):
+    with pytest.raises(DataError, match=r"none\.tar"):
         read_evaluation(replace(bad, evaluate={"mine": str(tmp_path / "none.tar")}))
 
 

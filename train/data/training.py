@@ -53,8 +53,9 @@ class TrainingData:
         read = max(self.epoch_length, steps * self.sampler.batch_size)
         if bad > self.max_bad_fraction * read:
             raise DataError(
-                f"{bad} of the samples read so far were bad, the last for {describe_bad(reasons)}; allowed: the fraction "
-                f"{self.max_bad_fraction} of {read}; repair or leave out these samples, or raise data.max_bad_fraction"
+                f"{bad} of the samples read so far were bad, the last for {describe_bad(reasons)}; allowed: the "
+                f"fraction {self.max_bad_fraction} of {read}; repair or leave out these samples, or raise "
+                "data.max_bad_fraction"
             )
 
     def describe(self) -> str:
