@@ -125,7 +125,7 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     bundle.module.precision = config.job.precision
     heartbeat.tick()
     evaluated = {} if evaluation is None else {name: one.source.fingerprint for name, one in evaluation.sets.items()}
-    now = on_first(world, lambda: fingerprint.take(data.source.fingerprint, evaluated, world.device))
+    now = on_first(world, lambda: fingerprint.take(data.fingerprint, evaluated, world.device))
     state = checkpoint.State(0, 0, world.size, config.job.zero_stage)
     if resumed is not None:
         state = on_first(world, lambda: _check_resumed(replace(task, config=config), resumed, world, now))
@@ -204,7 +204,7 @@ def _loop(trainer: Trainer, last: int) -> str | None:
     """Train up to step `last`, or to the end of the step in which a rank is asked to stop: then returns the words for
     it."""
     options, world = trainer.config.job, trainer.world
-    batches = trainer.data.batches(trainer.bundle, trainer.config, world, trainer.state.step, last)
+    batches = trainer.data.batches(trainer.bundle, world, trainer.state.step, last)
     while trainer.state.step < last:
         began, step = time.perf_counter(), trainer.state.step
         trainer.heartbeat.enter(step, "training")

@@ -311,7 +311,7 @@ def test_a_run_goes_on_only_with_the_options_and_data_it_began_with(
 
 def test_a_fingerprint_is_of_the_data_and_not_of_their_place(data: Path, tmp_path: Path) -> None:
     def of_data(folder: Path) -> str:
-        return open_training_data(Config.from_dict(tiny(folder))).source.fingerprint
+        return open_training_data(Config.from_dict(tiny(folder))).fingerprint
 
     taken = fingerprint.take(of_data(data), {"heldout": "h"}, CPU)
     shutil.copytree(data, tmp_path / "copy")
