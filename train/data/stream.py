@@ -83,10 +83,10 @@ class Stream:
     def batches(self, first: int, last: int) -> Batches:
         """Those of the steps `first` to `last` - 1."""
         if self._rank == 0:
-            anew = f" The shards that were being read at step {first} are left where they were." if first else ""
+            anew = f", as from here, step {first}" if first else ""
             say(
-                f"{len(self._urls)} shards are streamed in random order, which no seed repeats exactly: a run that is "
-                f"resumed goes on at the beginning of others.{anew}"
+                f"data.source is a stream of {len(self._urls)} shards in random order, without positions to return to: "
+                f"a run that is resumed draws its shards anew{anew}"
             )
         samples = _Samples(self._urls, self._options, self._reading, self._ends, [self._seed, first, self._rank])
         items = produce(
@@ -129,7 +129,7 @@ class _Samples(IterableDataset[Chunk | DataError]):
         self._image_keys = options.image_key.lower().split(";")
         self._text_keys = options.text_key.lower().split(";")
         self._wanted = {*self._image_keys, *self._text_keys, "json"}
-        self._selected = 0  # members so far
+        self._url, self._broken, self._of_use = "", False, False  # the shard that is read
         self._sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
         self._bad: Counter[str] = Counter()
         self._in_a_row: Counter[str] = Counter()
@@ -173,22 +173,27 @@ class _Samples(IterableDataset[Chunk | DataError]):
 
     def _select(self, name: str) -> bool:
         wanted = name.rpartition("/")[2].partition(".")[2].lower() in self._wanted
-        self._selected += wanted
+        self._of_use |= wanted
         return wanted
 
     def _opened(self, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
         while True:
             url = self._urls[rng.integers(len(self._urls))]
-            selected = self._selected
+            self._url, self._broken, self._of_use = url, False, False
             try:
                 remote = urlparse(url).scheme in ("http", "https")
-                with contextlib.closing(gopen_curl(url) if remote else _path(url).open("rb")) as stream:
+                stream = gopen_curl(url) if remote else _path(url).open("rb")
+                try:
                     yield {"url": url, "stream": stream}
+                except GeneratorExit:  # nobody reads on, which curl calls a failure
+                    with contextlib.suppress(OSError):
+                        stream.close()
+                    return
+                stream.close()
             except OSError as error:
                 self._failed(error)
-            else:
-                if self._selected == selected:
-                    self._count("nothing_wanted_in_shard", url)
+            if not (self._broken or self._of_use):
+                self._count("nothing_wanted_in_shard", url)
 
     def _captions(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Those of the text, then those of the JSON."""
@@ -206,7 +211,9 @@ class _Samples(IterableDataset[Chunk | DataError]):
 
     def _failed(self, error: Exception) -> bool:
         """A shard that cannot be read, wholly or from here on, is left. The library goes on where this returns True."""
-        self._count("broken_shard", str(error))
+        if not self._broken:
+            self._broken = True
+            self._count("broken_shard", f"{self._url}: {error.args[0] if error.args else type(error).__name__}")
         return True
 
     def _count(self, reason: str, words: str = "") -> None:
