@@ -6,7 +6,8 @@ captions    the rules by which text is cleaned
 images      pictures decoded, within limits
 sampler     which records each step takes: a function of (seed, step)
 corruption  captions exchanged on purpose
-loader      the batch of each step, made by worker processes
+loader      the batch of each step
+workers     the processes that read and prepare
 stream      batches of what cannot be read at random
 training    all that together: what a run is trained on
 shards      the writer of shards
@@ -15,11 +16,11 @@ emoji/      the default set: real image-text pairs, fetched and drawn once, by `
 
 from .emoji import SetupError, prepare_emoji
 from .images import decode
-from .loader import Batch, Loader
+from .loader import Batch, Loader, describe_bad
 from .record import BadRecordError, DataError, Record, Source
 from .sampler import StepSampler, batch_indices
 from .sources import open_source
-from .training import TrainingData, describe_bad, open_training_data
+from .training import TrainingData, open_training_data
 
 __all__ = [
     "BadRecordError",
