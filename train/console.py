@@ -1,4 +1,4 @@
-"""The progress bar: where a run is, when it will be done, and how it goes, on a line of 100 columns."""
+"""The progress bar: where a run is, how long it still takes, and how it goes, on a line of 100 columns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from tqdm import tqdm
 
 SECONDS = {True: 1.0, False: 30.0}  # between updates on a terminal, and in a file, where each is a line more
-# By the name in a row: how the bar shows it. Of a terminal that is too narrow the end is cut.
+# By the name in a row: how the bar shows it. Where a terminal is too narrow, the end is cut.
 SHOWN: dict[str, Callable[[float], str]] = {
     "samples_per_second": lambda value: f"{tqdm.format_sizeof(value)}/s",
     "step_seconds": lambda value: f"{value:.2f}s",
@@ -17,9 +17,10 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "alpha": lambda value: f"α={value:.2f}",
     "scale": lambda value: f"scale={value:.1f}",
     "r1_image_to_text": lambda value: f"R@1={100 * value:.0f}%",
+    "skipped": lambda value: f"skip={value:.0f}" if value else "",
+    "bad": lambda value: f"bad={value:.0f}" if value else "",
     "memory_bytes": lambda value: f"{tqdm.format_sizeof(value)}B",
 }
-COUNTED = {"skipped": "skip", "bad": "bad"}  # where there are any
 
 
 class Bar:
@@ -32,7 +33,7 @@ class Bar:
             dynamic_ncols=True,
             mininterval=seconds,
             maxinterval=seconds,
-            bar_format="{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}",
+            bar_format="{n_fmt}/{total_fmt} ETA {remaining}{postfix}",
         )
 
     def step(self, values: Mapping[str, float]) -> None:
@@ -50,6 +51,4 @@ class Bar:
 
 def described(values: Mapping[str, float]) -> str:
     """A row in a few words; what it lacks is left out."""
-    shown = [show(values[name]) for name, show in SHOWN.items() if name in values]
-    counted = [f"{short}={values[name]:.0f}" for name, short in COUNTED.items() if values.get(name)]
-    return " ".join(shown + counted)
+    return " ".join(filter(None, (show(values[name]) for name, show in SHOWN.items() if name in values)))
