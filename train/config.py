@@ -82,7 +82,7 @@ class Config:
         """From nested mappings; what is left out keeps its default."""
         sections = {section.name: section.default_factory for section in fields(cls)}
         _known("section", mapping, sections)
-        made = {}
+        made: dict[str, Any] = {}
         for name, values in mapping.items():
             if not isinstance(values, dict):
                 raise ConfigError(f"section {name!r} is {values!r}; write its options as `name: value` lines below it")

@@ -16,8 +16,8 @@ emoji/      the default set: real image-text pairs, fetched and drawn once, by `
 
 from .emoji import SetupError, prepare_emoji
 from .images import decode
-from .loader import Batch, Loader, describe_bad
-from .record import BadRecordError, DataError, Record, Source
+from .loader import Batch, Loader
+from .record import BadRecordError, DataError, Record, Source, count_bad
 from .sampler import StepSampler, batch_indices
 from .sources import open_source
 from .training import TrainingData, open_training_data
@@ -33,8 +33,8 @@ __all__ = [
     "StepSampler",
     "TrainingData",
     "batch_indices",
+    "count_bad",
     "decode",
-    "describe_bad",
     "open_source",
     "open_training_data",
     "prepare_emoji",

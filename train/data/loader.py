@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ..options import DataOptions
 from ..towers.bundle import Prepare
 from .images import decode
-from .record import BadRecordError, DataError, Source
+from .record import BadRecordError, DataError, Source, describe_bad
 from .sampler import Draw, StepSampler
 from .workers import count_workers, produce
 
@@ -212,10 +212,3 @@ def trial(source: Source, options: DataOptions) -> None:
             f"({describe_bad(bad)}); see whether data.image_key, data.text_key, data.image_column and "
             "data.caption_column name what it holds, or repair it"
         )
-
-
-def describe_bad(bad: dict[str, int]) -> str:
-    """Bad records in words, by reason, the most frequent first."""
-    return (
-        ", ".join(f"{reason} {count}" for reason, count in sorted(bad.items(), key=lambda entry: -entry[1])) or "none"
-    )

@@ -33,10 +33,10 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from ..options import ConfigError, DataOptions
 from ..signals import say
 from ..towers.bundle import Prepare
-from .captions import BadCaptionError, clean
+from .captions import clean
 from .images import decode
-from .loader import Batches, Chunk, Reading, chunk_ends, describe_bad, joined
-from .record import BadRecordError, DataError
+from .loader import Batches, Chunk, Reading, chunk_ends, joined
+from .record import BadRecordError, DataError, describe_bad
 from .workers import count_workers, produce
 
 SCHEME = "stream:"
@@ -204,8 +204,6 @@ class _Samples(IterableDataset[Chunk | DataError]):
             return tuple(dict.fromkeys(map(clean, [*texts, *([also] if isinstance(also, str) else also)])))
         except UnicodeDecodeError as error:
             raise BadRecordError("broken_text") from error
-        except BadCaptionError as error:
-            raise BadRecordError(*error.args) from error
         except (ValueError, RecursionError, AttributeError, TypeError) as error:
             raise BadRecordError("broken_json") from error
 

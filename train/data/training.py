@@ -15,8 +15,8 @@ from ..options import ConfigError
 from ..towers.bundle import Bundle
 from ..world import World
 from .corruption import corruption_sources
-from .loader import Batches, Loader, describe_bad, trial
-from .record import BadRecordError, DataError
+from .loader import Batches, Loader, trial
+from .record import BadRecordError, DataError, count_bad, describe_bad
 from .sampler import StepSampler
 from .sources import open_source
 from .stream import SCHEME, Stream, shard_urls
@@ -100,9 +100,7 @@ class Indexed(TrainingData):
                 continue  # it is counted when its batch is read
 
     def describe(self) -> str:
-        left_out = self.source.left_out
-        words = f" ({describe_bad(left_out)})" if left_out else ""
-        return f"{len(self.source)} pairs (bad samples left out: {sum(left_out.values()) or 'none'}{words})"
+        return f"{len(self.source)} pairs (bad samples left out: {count_bad(self.source.left_out)})"
 
     def _loader(self, bundle: Bundle, world: World) -> Loader:
         return Loader(
