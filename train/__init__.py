@@ -1,4 +1,4 @@
-"""The trainer: run it as `python -m train`.
+"""The trainer: run it as `python -m train`, or as `softclip-train` where it is installed, as package softclip_train.
 
 To read it, begin with step, the training step on one page, then run (set-up, loop, end) and config (every option).
 
@@ -10,7 +10,10 @@ To read it, begin with step, the training step on one page, then run (set-up, lo
     data/                     what it is trained on; data/emoji/ is the default set
     evaluate/                 retrieval and zero-shot on held-out data: `python -m train.evaluate`
     checkpoint, fingerprint   checkpoints, and the data, code and versions that they were made with
-    metrics                   logs, progress bar and plot
+    metrics, console, tracker, plot
+                              logs, progress bar, and curves: `python -m train plot`
     heartbeat, signals, lock  who is alive, who was asked to stop, and who holds the run
     files                     crash-safe writes
 """
+
+PROGRAM = "softclip-train" if __name__ == "softclip_train" else f"python -m {__name__}"  # as messages name it

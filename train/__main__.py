@@ -1,16 +1,26 @@
-"""`python -m train`."""
+"""`python -m train`, and `softclip-train` where the package is installed."""
 
+import importlib
 import sys
+from typing import NoReturn
 
 from .signals import stop
 
-if __name__ == "__main__":
+COMMANDS = {"plot": ".plot", "evaluate": ".evaluate.__main__", "data": ".data.__main__"}  # besides training
+
+
+def main() -> NoReturn:
+    if sys.argv[1:] and sys.argv[1] in COMMANDS:
+        sys.exit(importlib.import_module(COMMANDS[sys.argv[1]], __package__).main(sys.argv[2:]))
     stop.listen()  # before the imports, which take seconds
 
-    from . import launch
-    from .cli import main
+    from . import cli, launch
 
-    status = main()
+    status = cli.main()
     if launch.is_launched():
         launch.leave(status)
     sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,9 +10,10 @@ import traceback
 from pathlib import Path
 from typing import TextIO
 
-from . import checkpoint, config, heartbeat, launch, lock
+from . import PROGRAM, checkpoint, config, heartbeat, launch, lock, tracker
 from .config import Config, ConfigError
-from .data import DataError, SetupError
+from .data.emoji import SetupError
+from .data.record import DataError
 from .files import explain, write_atomically
 from .signals import STOPPED, StoppedError, end, name_of, say, stop
 from .world import ElsewhereError, is_lost_contact, join_world
@@ -21,17 +22,25 @@ RUNS = Path("runs")
 CONFIG_FILE = "config.yaml"
 AUTO = "auto"
 AUTO_PATIENCE = 15.0  # seconds for the ranks of a job whose launcher was killed; they end within 10
+OTHER_COMMANDS = f"""other commands:
+  {PROGRAM} plot RUN [RUN ...]  draw the curves of runs together
+  {PROGRAM} evaluate RUN        evaluate a run from its newest checkpoint
+  {PROGRAM} data                prepare the emoji set
+Each tells more with --help."""
 USER_ERRORS = (ConfigError, checkpoint.CheckpointError, DataError, SetupError, lock.LockedError)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m train", description="Train a small CLIP with progressive self-distillation on emoji."
+        prog=PROGRAM,
+        description="Train CLIP-style towers with progressive self-distillation.",
+        epilog=OTHER_COMMANDS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.name=value", help="options on top of the configuration"
     )
-    parser.add_argument("--config", type=Path, help="a YAML file (default: train/configs/emoji.yaml)")
+    parser.add_argument("--config", type=Path, help="a YAML file (default: that of the emoji run)")
     parser.add_argument(
         "--folder", type=Path, help="the new run's folder (default: runs/<configuration's name>-<number>)"
     )
@@ -53,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         settings, run = _asked_for(options)
+        _check_tracker(settings.job.report)
         if launch.is_launched():
             return _run_rank(settings, run, options)
         count = launch.process_count(settings.job)
@@ -94,6 +104,14 @@ def _asked_for(options: argparse.Namespace) -> tuple[Config, Path]:
         raise ConfigError("started by torchrun or deepspeed: give --folder, so that all processes share one")
     stem = (options.config or config.DEFAULT_FILE).stem
     return settings, next(path for i in itertools.count(1) if not (path := RUNS / f"{stem}-{i}").exists())
+
+
+def _check_tracker(library: str) -> None:
+    """Raises ConfigError where the first rank, which reports, lacks what it is to report with."""
+    if library != "none" and os.environ.get("RANK", "0") == "0" and not tracker.is_installed(library):
+        raise ConfigError(
+            f"job.report={library!r}, but {library} is not installed; pip install {library}, or leave job.report out"
+        )
 
 
 def _check_changes(run: Path, before: Config, after: Config) -> None:

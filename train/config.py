@@ -82,7 +82,7 @@ class Config:
         """From nested mappings; what is left out keeps its default."""
         sections = {section.name: section.default_factory for section in fields(cls)}
         _known("section", mapping, sections)
-        made = {}
+        made: dict[str, Any] = {}
         for name, values in mapping.items():
             if not isinstance(values, dict):
                 raise ConfigError(f"section {name!r} is {values!r}; write its options as `name: value` lines below it")
@@ -92,8 +92,8 @@ class Config:
 
 
 def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file with `section.name=value` overrides on top. Without a file it is the emoji run's,
-    or, where an override names other data, every option's default."""
+    """The configuration of a YAML file with `section.name=value` overrides on top. Without a file it is the emoji
+    run's, or, where an override names other data, every option's default."""
     path = DEFAULT_FILE if file is None else Path(file)
     own_data = file is None and any(override.strip().startswith("data.source=") for override in overrides)
     try:

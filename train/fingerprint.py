@@ -59,11 +59,12 @@ def take(data: str, evaluation: dict[str, str], device: torch.device) -> Fingerp
 
 
 def of_code() -> str:
-    """Independent of git, of the folder and of compiled Python."""
+    """Independent of git, of where the packages lie, of the trainer's name there, and of compiled Python."""
     total = hashlib.sha256()
-    for package in (Path(softclip_kernels.__file__).parent, Path(__file__).parent):
+    packages = {"softclip_kernels": Path(softclip_kernels.__file__).parent, "train": Path(__file__).parent}
+    for name, package in packages.items():
         for path in sorted(path for pattern in CODE for path in package.rglob(pattern)):
-            total.update(f"{package.name}/{path.relative_to(package).as_posix()} {sha256_of(path)}\n".encode())
+            total.update(f"{name}/{path.relative_to(package).as_posix()} {sha256_of(path)}\n".encode())
     return total.hexdigest()
 
 

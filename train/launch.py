@@ -1,4 +1,4 @@
-"""From `python -m train` to one process for each rank: starting them, following them, and saying how they ended. What
+"""From one command to one process for each rank: starting them, following them, and saying how they ended. What
 the processes are to each other is in world."""
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def process_count(options: JobOptions) -> int:
 
 
 def launch(count: int, run: Path, arguments: Sequence[str], held: TextIO) -> int:
-    """Run `python -m train` with `arguments` in `count` processes; returns the exit status. Where one fails the others
+    """Run the trainer with `arguments` in `count` processes; returns the exit status. Where one fails the others
     are killed, and the message names the rank and its step. Asked to stop, it asks them and waits for their checkpoint.
     `held`: the run's lock, which every process inherits, so that it holds until the last of them has ended.
     """
@@ -59,7 +59,7 @@ def launch(count: int, run: Path, arguments: Sequence[str], held: TextIO) -> int
         "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(store.port),
     }
-    command = [sys.executable, "-m", "train", *arguments]
+    command = [sys.executable, "-m", str(__package__), *arguments]  # by the name that it goes by here
     ranks: list[subprocess.Popen[bytes]] = []
     stop.hurry = lambda: _kill(ranks)
     for rank in map(str, range(count)):

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: a JSON line and TensorBoard scalars a step, a progress bar, and a plot at the end. Only
+"""What a run writes as it goes: JSON lines, TensorBoard scalars, and the same to a tracker where one is asked for. Only
 rank 0 has a Log.
 """
 
@@ -7,89 +7,96 @@ from __future__ import annotations
 import io
 import json
 import math
-import sys
 import threading
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
+from .console import Bar
 from .files import explain, write_atomically
+from .tracker import Tracker
 
-METRICS, EVENTS, NONFINITE, PLOT = "metrics.jsonl", "tensorboard", "nonfinite.jsonl", "curves.png"
-BAR = ("loss", "alpha", "scale", "r1_image_to_text")
-BAR_SECONDS = {True: 1.0, False: 30.0}  # between updates on a terminal, and in a file, where each is a line more
+if TYPE_CHECKING:
+    import torch
+
+    from .config import Config
+
+METRICS, EVENTS, NONFINITE = "metrics.jsonl", "tensorboard", "nonfinite.jsonl"
+FLUSH_SECONDS = 1.0
 
 
 class Log:
     """Appends rows from step `start` on; rows of later steps, which a crash left behind the checkpoint, are removed
-    first. `bad_samples`: how many were left out of the training data, for the bar and every step's row."""
+    first. A write for each step of 20 ms would cost more than it tells, so rows go to the disk once a second, and where
+    somebody will look: see `flush`. A process that is killed loses those of its last second.
 
-    def __init__(self, run: Path, start: int, steps: int, bad_samples: int = 0) -> None:
+    config  the run's, for the tracker that its job.report names; None: without one
+    """
+
+    def __init__(self, run: Path, start: int, steps: int, config: Config | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._run, self._bad_samples = run, bad_samples
+        self._run = run
         for name in (METRICS, NONFINITE):
             _keep_before(run / name, start)
         self._files = {name: _Lines(run / name) for name in (METRICS, NONFINITE)}
+        self._flushed = -math.inf
         self._lost: set[str] = set()
         _end_threads_quietly()
         self._events: SummaryWriter | None = SummaryWriter(str(run / EVENTS), purge_step=start)
-        # tqdm's monitor redraws a bar that is older than maxinterval.
-        seconds = BAR_SECONDS[sys.stderr.isatty()]
-        self._bar = tqdm(
-            total=steps,
-            initial=start,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=seconds,
-            maxinterval=seconds,
-        )
+        self._bar = Bar(start, steps)
+        tracked = config is not None and config.job.report != "none"
+        self._tracker = Tracker(config.job.report, run, config.to_dict(), self.say) if config and tracked else None
 
-    def row(self, step: int, values: dict[str, float]) -> None:
+    def row(self, step: int, values: Mapping[str, float]) -> None:
         """Write numbers that belong to a step. JSON knows no NaN and no infinity: they are written as null."""
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._append(METRICS, {"step": step, **finite})
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._files[METRICS].append(json.dumps({"step": step, **dict.fromkeys(values), **finite}))
+        if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+            self.flush()
         try:
-            for name, value in values.items():
-                if self._events is not None:
-                    self._events.add_scalar(name, value, step)
+            if self._events is not None:
+                _add_scalars(self._events, step, values)
         except OSError as error:  # its thread has ended
             self._events = None
             self._complain(EVENTS, error, "its curves end here")
+        if self._tracker is not None:
+            self._tracker.log(step, finite)
 
-    def step(self, step: int, values: dict[str, float]) -> None:
-        """A row, and one step on the progress bar."""
-        self.row(step, {**values, "bad_samples": self._bad_samples})
-        shown = {name: f"{values[name]:.3f}" for name in BAR}
-        self._bar.set_postfix(
-            shown | ({"bad_samples": str(self._bad_samples)} if self._bad_samples else {}), refresh=False
-        )
-        self._bar.update()
+    def step(self, step: int, values: Mapping[str, float]) -> None:
+        """A row, and one step on the progress bar, which shows those of `values` that console names."""
+        self.row(step, values)
+        self._bar.step(values)
 
     def nonfinite(self, step: int, keys: tuple[str, ...]) -> None:
         """Name the samples of a batch that was skipped."""
-        self._append(NONFINITE, {"step": step, "keys": keys})
+        self._files[NONFINITE].append(json.dumps({"step": step, "keys": keys}))
+        self.flush()
 
     def say(self, text: str) -> None:
-        self._bar.write(text)
+        self.flush()
+        self._bar.say(text)
 
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        """Append a row. A log that cannot be written ends no run: its rows wait for room."""
-        try:
-            self._files[name].append(json.dumps(row))
-        except OSError as error:
-            self._complain(name, error, "its rows wait for room, and the run goes on")
+    def flush(self) -> None:
+        """Have all rows on the disk: before a checkpoint, whose steps no log may lack, and before a pause. A log that
+        cannot be written ends no run: its rows wait for room."""
+        self._flushed = time.monotonic()
+        for name, file in self._files.items():
+            try:
+                file.flush()
+            except OSError as error:
+                self._complain(name, error, "its rows wait for room, and the run goes on")
 
     def _complain(self, name: str, error: OSError, consequence: str) -> None:
         """Warn, once for each log."""
         if name not in self._lost:
             self._lost.add(name)
             error.filename = error.filename or str(self._run / name)
-            self.say(f"warning: {name} cannot be written ({explain(error)}): {consequence}")
+            self._bar.say(f"warning: {name} cannot be written ({explain(error)}): {consequence}")
 
     def close(self) -> None:
+        self.flush()
         self._bar.close()
         try:
             if self._events is not None:
@@ -98,6 +105,8 @@ class Log:
             self._complain(EVENTS, error, "its curves lack their end")
         for file in self._files.values():
             file.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
 
 class _Lines:
@@ -105,20 +114,31 @@ class _Lines:
     order."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._waiting = path, b""
+        self._path, self._waiting = path, bytearray()
         self._file: io.FileIO | None = None
 
     def append(self, line: str) -> None:
-        """Raises OSError where the line does not reach the file now; it waits for the next call."""
+        """Have the line wait for the next flush."""
         self._waiting += f"{line}\n".encode()
-        if self._file is None:
+
+    def flush(self) -> None:
+        """Raises OSError where the lines do not all reach the file now; those that are left wait for the next call."""
+        if self._waiting and self._file is None:
             self._file = io.FileIO(self._path, "a")
-        while self._waiting:
-            self._waiting = self._waiting[self._file.write(self._waiting) :]
+        while self._waiting and self._file is not None:
+            del self._waiting[: self._file.write(self._waiting)]
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _add_scalars(events: Any, step: int, values: Mapping[str, float]) -> None:
+    """What `events`, a SummaryWriter, does with add_scalar, but in one event: an eighth of the processor's time."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    events.file_writer.add_summary(Summary(value=scalars), step)
 
 
 def _end_threads_quietly() -> None:
@@ -151,37 +171,10 @@ def _keep_before(path: Path, start: int) -> None:
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
 
-def plot(run: Path) -> Path:
-    """Loss, α and R@1 over the steps as a PNG; returns its path."""
-    import matplotlib
+def memory_in_use(device: torch.device) -> int:
+    """What this process takes of the memory that bounds its batch: on a GPU the most that tensors took so far, on a CPU
+    what is resident now."""
+    import psutil  # which DeepSpeed brings
+    import torch
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = read_rows(run / METRICS)
-    trained = [row for row in rows if "loss" in row]
-    steps = [row["step"] for row in trained]
-    figure, (upper, lower) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
-    upper.plot(steps, _column(trained, "loss"), color="tab:blue", label="loss")
-    upper.set_ylabel("loss")
-    share = upper.twinx()
-    share.plot(steps, _column(trained, "alpha"), color="tab:orange", label="α (soft share)")
-    share.set(ylabel="α", ylim=(0, 1))
-    upper.legend(handles=[*upper.lines, *share.lines], loc="upper right")
-    lower.plot(steps, _column(trained, "r1_image_to_text"), label="in batch, image → text", alpha=0.7)
-    lower.plot(steps, _column(trained, "r1_text_to_image"), label="in batch, text → image", alpha=0.7)
-    for name, label in (("heldout_r1_image_to_text", "image → text"), ("heldout_r1_text_to_image", "text → image")):
-        points = [(row["step"] + 1, row[name]) for row in rows if name in row]
-        if points:
-            lower.plot(*zip(*points, strict=True), marker="o", label=f"held out, {label}")
-    lower.set(xlabel="step", ylabel="R@1", ylim=(0, 1))
-    lower.legend(loc="upper left")
-    figure.suptitle(run.name)
-    figure.savefig(run / PLOT, dpi=120)
-    pyplot.close(figure)
-    return run / PLOT
-
-
-def _column(rows: list[dict[str, Any]], name: str) -> list[float]:
-    values = (row.get(name) for row in rows)
-    return [value if isinstance(value, (int, float)) else math.nan for value in values]
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss

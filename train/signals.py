@@ -2,7 +2,7 @@
 
 Python runs a handler between two instructions of the main thread, which may stand in a collective for minutes. So the
 handlers here do nothing, and a thread reads what the interpreter's own handler, in C, writes down for each signal.
-Standard library only: `python -m train` listens before it imports what takes seconds.
+Standard library only: the trainer listens before it imports what takes seconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, TextIO, cast
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOPPED = 75  # exit status of a job that was asked to stop: sysexits' EX_TEMPFAIL, "try again later"
 INTERRUPTED = 128 + signal.SIGINT  # and of one that was interrupted a second time
-LAUNCHER = "TRAIN_LAUNCHER"  # in the environment of the ranks of `python -m train`: its process id
+LAUNCHER = "TRAIN_LAUNCHER"  # in the environment of the ranks that launch.launch starts: its process id
 LOOK_SECONDS = 1.0
 ORPHAN_SECONDS = 6.0  # which a rank has for its step and a checkpoint once its launcher is gone
 ORPHANED = 999  # stands beside the signals' numbers

@@ -28,13 +28,18 @@ class ElsewhereError(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among the job's. `threads`: how many of the CPU's it computes with."""
+    """This process among the job's.
+
+    threads     how many of the CPU's it computes with
+    ranks_here  how many of the processes share this machine
+    """
 
     rank: int
     size: int
     device: torch.device
     group: Any
     threads: int = 1
+    ranks_here: int = 1
 
 
 @contextmanager
@@ -49,9 +54,10 @@ def join_world(options: JobOptions) -> Iterator[World]:
         "nccl" if cuda else "gloo", store=_store(rank, size), rank=rank, world_size=size, timeout=WAIT
     )
     try:
-        threads = threads_of(options.threads, _ranks_on_this_machine())
+        ranks_here = _ranks_on_this_machine()
+        threads = threads_of(options.threads, ranks_here)
         torch.set_num_threads(threads)
-        yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, threads)
+        yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, threads, ranks_here)
     finally:
         dist.destroy_process_group()
 

@@ -28,8 +28,8 @@ def picture(concept: int, vendor: str) -> bytes:
 
 
 def make_data(folder: Path, concepts: int = CONCEPTS, without_caption: int = 0) -> Path:
-    """`concepts` seen concepts and 10 unseen ones, in all four splits, each a shard; the first `without_caption` samples
-    of each have nothing for captions but characters that are taken out."""
+    """`concepts` seen concepts and 10 unseen ones, in all four splits, each a shard; the first `without_caption`
+    samples of each have nothing for captions but characters that are taken out."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, vendors in VENDORS.items():
         ids = range(concepts, concepts + 10) if split == "concepts" else range(concepts)

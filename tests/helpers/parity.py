@@ -134,7 +134,7 @@ def train(problem: Problem, loss_of: LossFunction, seed: int = 0, watch: Watch =
     model = bundle.module
     groups = bundle.parameter_groups(options.weight_decay, None)
     optimizer = torch.optim.AdamW(groups, betas=(options.betas[0], options.betas[1]))
-    for step, batch in enumerate(problem.training.batches(bundle, config, ALONE, 0, options.steps)):
+    for step, batch in enumerate(problem.training.batches(bundle, ALONE, 0, options.steps)):
         for settings in optimizer.param_groups:
             settings["lr"] = options.lr_at(step)
         x, y, scale = model(batch.images, batch.tokens)

@@ -29,15 +29,18 @@ from train.options import SKIP_WINDOW, ConfigError
 from train.run import NonFiniteError, _check_skipped, _compare
 
 CPU = torch.device("cpu")
-OPTIMIZER_FILE = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+ENGINE_FILE = engine_files.file_of(1)
 
 
 def engine(folder: Path) -> None:
-    """Files as DeepSpeed lays them out for two ranks."""
-    engine_files.write(folder / "mp_rank_00_model_states.pt", {"module": {"a": torch.ones(3)}})
+    """Files of two ranks."""
     for rank in range(2):
-        state = {"state": {0: {"exp_avg": torch.ones(3)}}, "zero_stage": engine_files.ZeroStageEnum(1)}
-        engine_files.write(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", state)
+        engine_files.write(folder / engine_files.file_of(rank), engine_content(torch.ones(3)))
+
+
+def engine_content(moment: torch.Tensor) -> dict[str, Any]:
+    part = {"name": "a", "start": 0, "count": len(moment), "cut": {"exp_avg": moment}, "whole": {"step": torch.ones(())}}
+    return {"format": engine_files.FORMAT, "parts": [part], "groups": [{"lr": 1.0}], "loss_scale": None}
 
 
 def find(run: Path) -> tuple[str, list[str]]:
@@ -69,13 +72,11 @@ def test_moments_that_are_not_finite_are_passed_over_when_training_goes_on(
 ) -> None:
     write_checkpoint(tmp_path, data, files, 4, engine=engine)
     newest = write_checkpoint(tmp_path, data, files, 8, engine=engine)
-    engine_files.write(
-        newest / checkpoint.ENGINE / OPTIMIZER_FILE, {"state": [{"exp_avg": torch.tensor([1, torch.inf])}]}
-    )
+    engine_files.write(newest / checkpoint.ENGINE / ENGINE_FILE, engine_content(torch.tensor([1, torch.inf])))
     rewrite_manifest(newest)
     name, warnings = find(tmp_path)
     assert name == "step-000004"
-    assert f"engine/{OPTIMIZER_FILE} holds NaN or infinity" in warnings[0]
+    assert f"engine/{ENGINE_FILE} holds NaN or infinity" in warnings[0]
     assert checkpoint.find(tmp_path).name == "step-000008", "the weights, which evaluation reads, are good"
 
 
@@ -150,21 +151,19 @@ def test_a_payload_in_the_portable_part_is_never_run(
 
 
 @pytest.mark.parametrize("keep_zip", (True, False), ids=("torch.save", "pickle"))
-@pytest.mark.parametrize("name", ("mp_rank_00_model_states.pt", OPTIMIZER_FILE))
 def test_a_payload_in_the_engine_is_never_run(
-    tmp_path: Path, data: Path, files: dict[str, bytes], name: str, keep_zip: bool
+    tmp_path: Path, data: Path, files: dict[str, bytes], keep_zip: bool
 ) -> None:
     marker = tmp_path / "was run"
     write_checkpoint(tmp_path, data, files, 4, engine=engine)
     write_checkpoint(tmp_path, data, files, 8, engine=engine)
-    planted(tmp_path, f"{checkpoint.ENGINE}/{name}", marker, keep_zip)
+    planted(tmp_path, f"{checkpoint.ENGINE}/{ENGINE_FILE}", marker, keep_zip)
     found, warnings = find(tmp_path)
     assert found == "step-000004"
     asked = f"{os.mkdir.__module__}.mkdir"  # posix.mkdir
-    assert f"step-000008 cannot be used (UnpicklingError: {name} asks for {asked}; only tensors," in warnings[0]
-    files = engine_files.EngineFiles()  # what DeepSpeed reads with
+    assert f"step-000008 cannot be used (UnpicklingError: {ENGINE_FILE} asks for {asked}; only tensors " in warnings[0]
     with pytest.raises(pickle.UnpicklingError):
-        files.load(str(tmp_path / checkpoint.FOLDER / "step-000008" / checkpoint.ENGINE / name))
+        engine_files.read(tmp_path / checkpoint.FOLDER / "step-000008" / checkpoint.ENGINE / ENGINE_FILE)
     assert not marker.exists()
 
 
@@ -191,8 +190,7 @@ PARTS = (
     checkpoint.STATE,
     checkpoint.FINGERPRINT,
     checkpoint.MANIFEST,
-    f"{checkpoint.ENGINE}/mp_rank_00_model_states.pt",
-    f"{checkpoint.ENGINE}/{OPTIMIZER_FILE}",
+    f"{checkpoint.ENGINE}/{ENGINE_FILE}",
 )
 
 
@@ -311,7 +309,7 @@ def test_a_run_goes_on_only_with_the_options_and_data_it_began_with(
 
 def test_a_fingerprint_is_of_the_data_and_not_of_their_place(data: Path, tmp_path: Path) -> None:
     def of_data(folder: Path) -> str:
-        return open_training_data(Config.from_dict(tiny(folder))).source.fingerprint
+        return open_training_data(Config.from_dict(tiny(folder))).fingerprint
 
     taken = fingerprint.take(of_data(data), {"heldout": "h"}, CPU)
     shutil.copytree(data, tmp_path / "copy")

@@ -209,16 +209,13 @@ def test_a_damaged_checkpoint_falls_back(tmp_path: Path, data: Path, files: dict
         checkpoint.find(tmp_path, warnings.append)
 
 
-def test_a_checkpoint_reloads_and_says_what_it_fits(tmp_path: Path, data: Path, files: dict[str, bytes]) -> None:
+def test_a_checkpoint_reloads(tmp_path: Path, data: Path, files: dict[str, bytes]) -> None:
     folder = write_checkpoint(tmp_path, data, files, 4)
     bundle = checkpoint.read_bundle(folder)
     fresh = weights(4, data, files["tokenizer.json"])
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in bundle.module.state_dict().items())
     assert bundle.files == files
-    state = checkpoint.read_state(folder)
-    assert checkpoint.describe_mismatch(state, 2, 1) is None
-    assert "job.processes=2 and this job has 4" in str(checkpoint.describe_mismatch(state, 4, 1))
-    assert "job.zero_stage=1 and this job has 3" in str(checkpoint.describe_mismatch(state, 2, 3))
+    assert checkpoint.read_state(folder) == checkpoint.State(4, 0, 2, 1)
 
 
 def test_a_step_with_more_digits_is_newer(tmp_path: Path, data: Path, files: dict[str, bytes]) -> None:

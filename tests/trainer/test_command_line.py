@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.data import tiny
 
-from train import launch, lock
+from train import PROGRAM, launch, lock
+from train.__main__ import COMMANDS
+from train.__main__ import main as start
 from train.cli import main, parse
 from train.config import Config, load
 
@@ -44,6 +48,37 @@ def test_options_stand_in_any_order() -> None:
     assert (options.folder, options.stop_after) == (Path("there"), 3)
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_other_commands_are_listed_and_run_without_what_training_sets_up(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert f"\n  {PROGRAM} {command} " in capsys.readouterr().out
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(sys, "argv", ["train", command, "--nonsense"])
+    with pytest.raises(SystemExit) as left:
+        start()
+    assert left.value.code == 2
+    assert "usage: " in (said := capsys.readouterr().err) and "[section.name=value ...]" not in said
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    status, said = run_main(["--folder", str(tmp_path / "run"), "job.report=trackio"], capsys)
+    assert (status, list(tmp_path.iterdir())) == (2, [])
+    assert said == (
+        "error: job.report='trackio', but trackio is not installed; pip install trackio, or leave job.report out\n"
+    )
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2"}.items():  # which reports nothing, perhaps on another machine
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("train.cli._run_rank", lambda *_: 0)
+    assert main(["--folder", str(tmp_path / "run"), "job.report=trackio"]) == 0
+
+
 @pytest.fixture
 def stopped_run(tmp_path: Path, data: Path) -> Path:
     """A run of twelve steps that has done eight, as far as the command line looks."""
@@ -58,7 +93,7 @@ def stopped_run(tmp_path: Path, data: Path) -> Path:
     (
         (
             ["optimizer.lr=0.5", "optimizer.steps=20"],
-            ("cannot go on with another optimizer.lr (the run's: 0.0015, asked for: 0.5); allowed: data.folder, ",),
+            ("cannot go on with another optimizer.lr (the run's: 0.0015, asked for: 0.5); allowed: data.source, ",),
         ),
         (
             ["model.text_width=32", "job.seed=3"],

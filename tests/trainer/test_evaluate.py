@@ -103,7 +103,9 @@ def test_retrieval_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
     x, y, text_of = torch.randn(37, 4), torch.randn(11, 4), torch.randint(0, 9, (37,))  # nobody shows two of the texts
     whole = retrieve(x, y, text_of)
     monkeypatch.setattr("train.evaluate.retrieval.BLOCK", 5)
-    assert retrieve(x, y, text_of) == whole
+    cut = retrieve(x, y, text_of)
+    assert [one.recall for one in cut] == [one.recall for one in whole]
+    assert [one.chance for one in cut] == pytest.approx([one.chance for one in whole])
     assert whole[1].recall[10] < 1.0
     best = (y @ x.T).argmax(1)
     shown = text_of.unique()
@@ -111,7 +113,7 @@ def test_retrieval_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_collapsed_model_scores_nothing() -> None:
-    ways = retrieve(torch.ones(20, 3), torch.ones(10, 3), torch.arange(20) % 10)
+    ways = retrieve(torch.ones(40, 3), torch.ones(20, 3), torch.arange(40) % 20)
     assert {recall for way in ways for recall in way.recall.values()} == {0.0}, "ties must not count as hits"
 
 
@@ -147,14 +149,14 @@ def test_held_out_data_are_checked_before_training(data: Path, tmp_path: Path) -
     assert all(one.class_of is not None for one in found.sets.values())
 
     samples = [sample("heldout", concept, "v") for concept in range(10)]
-    samples[3][1]["png"] = b"\x89PNG\r\n\x1a\n and nothing more"
+    samples[3][1]["png"] = samples[3][1]["png"][:100]
     write_shard(tmp_path / "bad.tar", samples)
     bad = replace(options, evaluate={"mine": str(tmp_path / "bad.tar")}, max_bad_fraction=0.1)
     pairs = read_evaluation(bad).sets["mine"]
     assert (len(pairs), pairs.left_out) == (9, {"broken_image": 1})
     with pytest.raises(DataError, match=r"data\.evaluate\.mine: of 10 records 1 \(broken_image 1\) are bad"):
         read_evaluation(replace(bad, max_bad_fraction=0.09))
-    with pytest.raises(DataError, match="none.tar"):
+    with pytest.raises(DataError, match=r"none\.tar"):
         read_evaluation(replace(bad, evaluate={"mine": str(tmp_path / "none.tar")}))
 
 

@@ -110,7 +110,7 @@ def test_a_nan_sample_of_one_rank_is_skipped_counted_and_named_until_too_many_ar
     assert [row["alpha"] for row in rows] == [config.loss.alpha()(step) for step in range(5)]
     training = open_training_data(config)
     bundle = towers.build(config.model, training.captions)
-    batches = list(training.batches(bundle, config, parity.ALONE, 0, 5))
+    batches = list(training.batches(bundle, parity.ALONE, 0, 5))
     named = {row["step"]: tuple(row["keys"]) for row in metrics.read_rows(run / metrics.NONFINITE)}
     assert named == {step: batches[step].keys for step in (1, 2, 4)}
     state = checkpoint.read_state(checkpoint.find(run))
