@@ -107,7 +107,9 @@ def target_at(step: int, pairs: int, loss: LossOptions, seed: int) -> Target:
 def clamp_log_scale(log_scale: torch.nn.Parameter) -> None:
     """Keep the scale at or below 100 in the parameter, and in ZeRO's fp32 master copy, of which the optimizer makes the
     next step. Every rank calls it: the master copy is spread over them."""
-    master = safe_get_full_fp32_param(log_scale) if log_scale.requires_grad else None
+    if not log_scale.requires_grad:
+        return
+    master = safe_get_full_fp32_param(log_scale)
     if float((log_scale if master is None else master).max()) <= MAX_LOG_SCALE:  # stage 0 has no master copy
         return
     partitioned = hasattr(log_scale, "ds_id")  # stage 3

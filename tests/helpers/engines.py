@@ -70,11 +70,13 @@ def bundle(seed: int = 0, lock: str = "none", precision: str = "fp32") -> Bundle
     def parameter_groups(weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
         trained = {name: one for name, one in towers.named_parameters() if one.requires_grad}
         images, texts = ([one for name, one in trained.items() if name.startswith(side)] for side in ("image", "text"))
-        return [
+        scale = [one for name, one in trained.items() if name == "log_scale"]
+        groups: list[dict[str, Any]] = [
             {"params": images, "weight_decay": weight_decay, "lr_scale": 0.5},
             {"params": texts, "weight_decay": 0.0},
-            {"params": [towers.log_scale], "weight_decay": 0.0},
+            {"params": scale, "weight_decay": 0.0},
         ]
+        return [group for group in groups if group["params"]]
 
     return Bundle(towers, None, None, 8, 7, parameter_groups)  # type: ignore[arg-type]
 

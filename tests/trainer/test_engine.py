@@ -17,6 +17,11 @@ from train.engine import LossScale
 RANKS = 2
 STEPS = 6
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
+# For what depends little on how things are held: the rest is for make test-long.
+QUICK = ("0", "1 offload", "2", "3")
+MOST_KINDS = pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
+)
 BOTH_PASSES = pytest.mark.parametrize("micro_batches", (1, 3))
 # Of float32: the sums of a step are in other orders, and Adam (its eps is not small here) hands that on.
 TOLERANCE = 1e-5
@@ -52,26 +57,27 @@ def test_training_equals_a_plain_loop_with_the_dense_loss(pool: Pool, kind: str,
     assert [result.bad for result in results] == [3] * STEPS
 
 
-@EVERY_KIND
+@MOST_KINDS
 def test_sgd_with_momentum_does_so_too(pool: Pool, kind: str) -> None:
     options = config(kind, name="sgd", lr=0.1)
     expected, _ = plain_loop(options, STEPS)
     assert apart(pool.run(_train, options)[0][0], expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("lock", ("image", "log_scale"))
 @BOTH_PASSES
-@EVERY_KIND
-def test_a_locked_tower_stays_as_it_is(pool: Pool, kind: str, micro_batches: int) -> None:
+@MOST_KINDS
+def test_what_is_locked_stays_as_it_is(pool: Pool, kind: str, micro_batches: int, lock: str) -> None:
     options = config(kind, micro_batches=micro_batches)
-    found, _ = pool.run(_train, options, "image")[0]
-    expected, _ = plain_loop(options, STEPS, lock="image")
+    found, _ = pool.run(_train, options, lock)[0]
+    expected, _ = plain_loop(options, STEPS, lock=lock)
     assert apart(found, expected) < TOLERANCE
     initial = engines.bundle().module.state_dict()
-    assert all(torch.equal(found[name], initial[name]) for name in found if name.startswith("image"))
+    assert all(torch.equal(found[name], initial[name]) for name in found if name.startswith(lock))
 
 
 @BOTH_PASSES
-@EVERY_KIND
+@MOST_KINDS
 def test_a_loss_scale_changes_nothing_but_the_range(pool: Pool, kind: str, micro_batches: int) -> None:
     """In fp32, where nothing leaves the range: a power of two passes through products and sums without rounding."""
     options = config(kind, micro_batches=micro_batches)
@@ -97,7 +103,7 @@ def _fp16(group: Any, options: Any) -> dict[str, Any]:
 
 
 @BOTH_PASSES
-@EVERY_KIND
+@MOST_KINDS
 def test_fp16_finds_its_loss_scale_and_keeps_its_parameters_in_fp32(pool: Pool, kind: str, micro_batches: int) -> None:
     here, there = pool.run(_fp16, config(kind, precision="fp16", micro_batches=micro_batches))
     assert here == there
