@@ -1,4 +1,4 @@
-"""Towers of other libraries for all tests here; each is skipped where its library is missing."""
+"""Towers of other libraries, for the tests here; a file of tests is skipped where a library is missing."""
 
 from __future__ import annotations
 

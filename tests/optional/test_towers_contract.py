@@ -17,6 +17,9 @@ from PIL import Image
 from train.options import ConfigError
 from train.towers import Bundle, build
 
+for library in ("open_clip", "timm", "transformers"):
+    pytest.importorskip(library)
+
 CAPTIONS = ["a red cat", "a photo of a blue dog of a red cat of a dog", "Dog"]
 
 
