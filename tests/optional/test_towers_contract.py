@@ -98,7 +98,7 @@ def test_a_locked_tower_has_no_gradient_and_no_dropout(kind: Kind, tower: str, c
     assert grouped == {id(parameter) for parameter in named.values() if parameter.requires_grad}
     assert all(not part.training for part in module.modules() if has_only(part, frozen, module))
     assert module.training
-    assert ("projection on top" in str(bundle.notes)) == projected
+    assert ("locks a part" in str(bundle.notes)) == projected
 
 
 def has_only(part: torch.nn.Module, names: list[str], module: torch.nn.Module) -> bool:

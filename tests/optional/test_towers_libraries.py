@@ -64,7 +64,7 @@ def test_open_clip_reads_weights_from_a_file_and_from_a_folder(tmp_path: Path) -
     assert len(fresh.notes) == 2 and "random weights" in fresh.notes[0]
 
 
-def test_open_clip_takes_its_options(tmp_path: Path) -> None:
+def test_open_clip_takes_its_options(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     name = register_open_clip(tmp_path, "ViT-options")
     options = {"embed_dim": 40, "image_mean": (0.5, 0.5, 0.5), "aug_cfg": {"scale": (1.0, 1.0)}}
     bundle = build(ModelOptions(f"open_clip:{name}", options, image_size=48, context_length=6), list)
@@ -74,7 +74,10 @@ def test_open_clip_takes_its_options(tmp_path: Path) -> None:
     images = bundle.prepare([picture()], None)
     assert images.shape == (1, 3, 48, 48)
     assert abs(float(images.mean())) < 0.2, "the mean that was asked for"
+    assert "randomly" in caplog.text
+    caplog.clear()
     again = build(ModelOptions(f"open_clip:{name}", options, 48, 6), list, files=bundle.files)
+    assert "randomly" not in caplog.text, "weights follow"
     again.module.load_state_dict(bundle.module.state_dict())
 
 
@@ -96,7 +99,7 @@ def test_an_image_tower_of_timm_in_open_clip_has_layers_and_a_projection(tmp_pat
     name = register_open_clip(tmp_path, "timm-tiny", **vision, timm_proj="linear", image_size=224)
     bundle = build(ModelOptions(f"open_clip:{name}", lock="image"), list)
     assert bundle.module.locked == ()
-    assert "the projection on top of that tower is trained" in bundle.notes[-1]
+    assert "locks a part of that tower" in bundle.notes[-1]
     assert bundle.tokens_per_pair == 14 * 14 + LENGTH
     bundle = build(ModelOptions(f"open_clip:{name}"), list)
     module: Any = bundle.module

@@ -70,7 +70,7 @@ def build(
         module.compile_towers()
     notes = bundle.notes
     if options.lock != "none" and not module.locked:
-        notes += (f"model.lock={options.lock}: the projection on top of that tower is trained",)
+        notes += (f"model.lock={options.lock} locks a part of that tower; what follows it is trained",)
     if any(isinstance(part, _BatchNorm) and part.training for part in module.modules()):
         notes += ("batch norm: the loss depends on how a batch is cut into processes and micro-batches",)
     return replace(bundle, notes=notes)
