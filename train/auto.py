@@ -3,6 +3,7 @@ silently: a backend that was chosen here is asked for by name at every step, and
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -10,17 +11,18 @@ import torch
 from softclip_kernels import backends
 from softclip_kernels.problem import Problem
 
-from .config import Config, ConfigError
+from .config import Config, ConfigError, OptimizerOptions
+from .towers.bundle import Bundle
 
 BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # on x86 two, on ARM the last
 
 
 def precision(asked: str, device: torch.device) -> str:
-    """bf16 where the hardware multiplies it; a CPU that must emulate it is faster in fp32."""
+    """bf16 where the hardware multiplies it; else fp16 on a GPU, and on a CPU, which would emulate either, fp32."""
     if asked != "auto":
         return asked
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     known = torch.cpu.get_capabilities()
     return "bf16" if any(known.get(name) for name in BF16_INSTRUCTIONS) else "fp32"
 
@@ -41,11 +43,35 @@ def backend(asked: str, rows: int, width: int, device: torch.device) -> tuple[st
         raise ConfigError(f"loss.{error}") from error
 
 
-def settle(config: Config, processes: int, device: torch.device) -> tuple[Config, str]:
+def micro_batches(options: OptimizerOptions, share: int, tokens_per_pair: int) -> int:
+    """Parts that a process cuts its `share` of the batch into, so that none holds more tokens than asked for. Raises
+    ConfigError where that is less than a pair has."""
+    if options.micro_batch_tokens is None:
+        return options.micro_batches
+    pairs = options.micro_batch_tokens // tokens_per_pair
+    if pairs == 0:
+        raise ConfigError(
+            f"optimizer.micro_batch_tokens={options.micro_batch_tokens}; allowed: {tokens_per_pair} or more, the "
+            "tokens of one pair with these towers"
+        )
+    return math.ceil(share / pairs)
+
+
+def settle(config: Config, bundle: Bundle, processes: int, device: torch.device) -> tuple[Config, str]:
     """`config` with every `auto` of the training step replaced, and the choices in words."""
     width = precision(config.job.precision, device)
     share = config.optimizer.batch_size // processes
-    name, passed_over = backend(config.loss.backend, share, config.model.embed_dim, device)
-    settled = replace(config, loss=replace(config.loss, backend=name), job=replace(config.job, precision=width))
-    words = f"{width}{' (auto)' if config.job.precision == 'auto' else ''}, backend {name}"
+    name, passed_over = backend(config.loss.backend, share, bundle.width, device)
+    parts = micro_batches(config.optimizer, share, bundle.tokens_per_pair)
+    settled = replace(
+        config,
+        loss=replace(config.loss, backend=name),
+        optimizer=replace(config.optimizer, micro_batches=parts, micro_batch_tokens=None),
+        job=replace(config.job, precision=width),
+    )
+    words = f"{width}{' (auto)' if config.job.precision == 'auto' else ''}, "
+    if parts > 1:
+        most = math.ceil(share / parts)
+        words += f"{parts} micro-batches of up to {most} pairs, {most * bundle.tokens_per_pair} tokens, "
+    words += f"backend {name}"
     return settled, f"{words} ({passed_over})" if passed_over else words

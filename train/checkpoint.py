@@ -275,7 +275,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 def read_files(folder: Path) -> dict[str, bytes]:
     """The towers' own files."""
     ours = {WEIGHTS, CONFIG, STATE, FINGERPRINT, MANIFEST}
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name not in ours}
+    return {
+        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name not in ours
+    }
 
 
 def read_bundle(folder: Path) -> towers.Bundle:
@@ -286,24 +288,9 @@ def read_bundle(folder: Path) -> towers.Bundle:
     return bundle
 
 
-def describe_mismatch(state: State, processes: int, zero_stage: int) -> str | None:
-    """Why the engine's files of `state` cannot go on here, or None."""
-    pairs: dict[str, Any] = {
-        "job.processes": (state.processes, processes),
-        "job.zero_stage": (state.zero_stage, zero_stage),
-    }
-    for name, (then, now) in pairs.items():
-        if then != now:
-            return (
-                f"the checkpoint was written with {name}={then} and this job has {now}; its optimizer state is cut "
-                f"to fit that: resume with {then}, or start a new run"
-            )
-    return None
-
-
 def other_options(then: Config, now: Config) -> tuple[list[str], list[str]]:
     """The options that differ, in words: those that no run may go on with, and those that it may. How many processes
-    there are is not one: what counts is the number that started (see describe_mismatch)."""
+    were asked for is not one: what counts is the number that started."""
     differ = {name: pair for name, pair in changes(then, now).items() if name != "job.processes"}
     words = {name: f"{name}={before!r} then, {after!r} now" for name, (before, after) in differ.items()}
     return [words[name] for name in words if name not in CHANGEABLE], [

@@ -82,7 +82,7 @@ class Config:
         """From nested mappings; what is left out keeps its default."""
         sections = {section.name: section.default_factory for section in fields(cls)}
         _known("section", mapping, sections)
-        made = {}
+        made: dict[str, Any] = {}
         for name, values in mapping.items():
             if not isinstance(values, dict):
                 raise ConfigError(f"section {name!r} is {values!r}; write its options as `name: value` lines below it")
@@ -92,10 +92,12 @@ class Config:
 
 
 def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file (the emoji run's by default) with `section.name=value` overrides on top."""
+    """The configuration of a YAML file with `section.name=value` overrides on top. Without a file it is the emoji
+    run's, or, where an override names other data, every option's default."""
     path = DEFAULT_FILE if file is None else Path(file)
+    own_data = file is None and any(override.strip().startswith("data.source=") for override in overrides)
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        mapping = {} if own_data else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"the configuration {path} cannot be read ({error.strerror}); give a YAML file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes that are no text, absurd dates
@@ -165,6 +167,8 @@ def _typed(name: str, value: Any, annotation: str) -> Any:
             return float(value)
         if base == "str" and isinstance(value, str):
             return value
+    except ConfigError:  # of an element
+        raise
     except ValueError:
         pass
     raise ConfigError(f"{name}={value!r} is {type(value).__name__}; allowed: {annotation}")

@@ -1,106 +1,100 @@
-"""The DeepSpeed engine: how it is made and loaded, and what it holds."""
+"""The DeepSpeed engine: how it is made, and how it updates the parameters. What it holds is in engine_state."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-from torch import Tensor
+from torch import nn
 
-from . import checkpoint
 from .config import Config
-from .engine_files import EngineFiles, tensors
-from .model import Clip
+from .deepspeed_options import settings
+from .optimizers import make_optimizer
+from .towers.bundle import Bundle
 from .world import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by the names of its state
-MASTER = "master copy"
 
+@dataclass(frozen=True)
+class LossScale:
+    """What a loss is multiplied with, so that fp16 holds its gradients: as large as they allow.
 
-def make_engine(model: Clip, config: Config, world: World) -> Any:
-    """The DeepSpeed engine. Parameters are fp32 (bf16 is autocast), hence also the master copies that ZeRO keeps.
-
-    Nothing is compiled at the start. The optimizer is PyTorch's: DeepSpeed's own for CPUs gains nothing at this size.
-    And DeepSpeed's all-reduce through shared memory is left out: it waits for a lost rank forever.
+    value  the factor, a power of two
+    good   updates since it last changed
     """
-    options = config.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameter_groups(options.weight_decay), lr=options.lr, betas=(options.betas[0], options.betas[1])
-    )
-    settings = {
-        "train_micro_batch_size_per_gpu": options.batch_size // world.size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": options.max_grad_norm,
-        "zero_optimization": {"stage": config.job.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1_000_000_000,
-    }
+
+    value: float = 65536.0
+    good: int = 0
+
+    GROW_AFTER = 2000
+
+    def after(self, applied: bool) -> LossScale:
+        """Half of it where a gradient overflowed, twice where none did for a long time."""
+        if not applied:
+            return LossScale(max(self.value / 2, 1.0))
+        if self.good + 1 == self.GROW_AFTER:
+            return LossScale(self.value * 2)
+        return LossScale(self.value, self.good + 1)
+
+
+def make_engine(bundle: Bundle, config: Config, world: World) -> Any:
+    """The DeepSpeed engine of a pair of towers, which are moved to the device.
+
+    Parameters are fp32 whatever the precision, to which the module autocasts, hence also the master copies that ZeRO
+    keeps. So fp16 needs a loss scale but none of DeepSpeed's fp16: `engine.scaler` is ours, a LossScale, or None.
+
+    Nothing is compiled at the start. DeepSpeed's all-reduce through shared memory is left out: it waits for a lost rank
+    forever.
+    """
+    made = settings(config, world.size, world.device.type == "cuda")
+    for parameter in bundle.module.parameters():
+        parameter.data = parameter.data.contiguous()  # engine_state takes pieces of it
+    groups = bundle.parameter_groups(config.optimizer.weight_decay, config.optimizer.layer_decay)
+    optimizer = make_optimizer(groups, config.optimizer, config.job.zero_stage)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
-        model=model.to(world.device), optimizer=optimizer, config=settings, dist_init_required=False
+        model=bundle.module.to(world.device), optimizer=optimizer, config=made, dist_init_required=False
     )
-    engine.checkpoint_engine = EngineFiles()
-    engine._copy_recovery_script = lambda folder: None  # a checkpoint holds no code
+    engine.scaler = LossScale() if config.job.precision == "fp16" else None
     return engine
 
 
-def load_engine(engine: Any, folder: Path) -> None:
-    """Go on from the checkpoint in `folder`. Rank 0 has checked it before; files of another model or version are found
-    out only here, and raise CheckpointError."""
-    try:
-        engine.load_checkpoint(str(folder), tag=checkpoint.ENGINE)
-    except Exception as error:
-        raise checkpoint.CheckpointError(
-            f"{folder}: DeepSpeed cannot go on from {checkpoint.ENGINE}/ ({type(error).__name__}: {error}); remove "
-            "this checkpoint, so that an older one is used, or start a new run"
-        ) from error
+def loss_scale(engine: Any) -> float:
+    """What a loss must be multiplied with before its backward pass; update divides by it."""
+    return 1.0 if engine.scaler is None else engine.scaler.value
 
 
-def gather_weights(engine: Any, zero_stage: int) -> dict[str, Tensor]:
-    """The whole model's parameters, on the CPU; under ZeRO-3 they are gathered, which every rank must take part in."""
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=zero_stage == 3):
-        return {name: tensor.detach().cpu().clone() for name, tensor in engine.module.state_dict().items()}
+def update(engine: Any, max_grad_norm: float) -> tuple[bool, float]:
+    """Take the optimizer's step with the gradient of loss_scale times the loss, clipped to `max_grad_norm`. Where the
+    gradient of any rank is not finite nothing is updated, on no rank. Returns whether the step was taken, and the
+    gradient's norm before clipping."""
+    scale = loss_scale(engine)
+    if engine.zero_optimization():
+        # From here on, for DeepSpeed multiplies a loss with it too. It takes the whole gradient's norm first, and
+        # updates nothing where that is not finite.
+        engine.optimizer.loss_scale = scale
+        engine.step()
+        engine.optimizer.loss_scale = 1.0
+        applied, norm = not engine.optimizer.overflow, float(engine.get_global_grad_norm())
+    else:
+        applied, norm = _update_replicated(engine, scale, max_grad_norm)
+    if engine.scaler is not None:
+        engine.scaler = engine.scaler.after(applied)
+    return applied, norm
 
 
 @torch.no_grad()
-def nonfinite(engine: Any, weights: dict[str, Tensor], group: Any) -> list[str]:
-    """What holds NaN or infinity of the whole model's `weights`, of their fp32 master copies, and of the moments, of
-    which each rank holds its part: by parameter, and the same on every rank. Every rank calls it."""
-    local = [*tensors(weights), *tensors(engine.optimizer.state_dict())]
-    bad = torch.tensor(float(not all(torch.isfinite(tensor).all() for tensor in local)), device=engine.device)
-    dist.all_reduce(bad, op=dist.ReduceOp.MAX, group=group)
-    if not bad:
-        return []
-    names: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(names, _nonfinite_here(engine, weights), group=group)
-    return sorted(set().union(*names)) or ["the optimizer's state"]
-
-
-def _nonfinite_here(engine: Any, weights: dict[str, Tensor]) -> list[str]:
-    """What this rank alone can name."""
-    parts = dict(weights)
-    for name, parameter in engine.module.named_parameters():
-        for key, part in _local_parts(engine, parameter).items():
-            parts[f"{name} ({key})"] = part
-    return [name for name, part in parts.items() if not torch.isfinite(part).all()]
-
-
-def _local_parts(engine: Any, parameter: Any) -> dict[str, Tensor]:
-    """This rank's part of a parameter's master copy and moments. In ZeRO 1 and 2 by hand: DeepSpeed's own way to the
-    moments links those of the first parameter group alone, for the others have none yet when it looks."""
-    optimizer = engine.optimizer
-    moments = MOMENTS if optimizer.optimizer.state else ()
-    if hasattr(parameter, "ds_id"):
-        held = {f"moment {key}": safe_get_local_optimizer_state(parameter, key) for key in moments}
-        return {MASTER: safe_get_local_fp32_param(parameter), **held}
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return {}
-    address, flat = mapping.get_hp_fragment_address(), optimizer.single_partition_of_fp32_groups
-    state = optimizer.optimizer.state.get(flat[mapping.param_group_index], {})
-    held = {f"moment {key}": state[key].narrow(0, address.start, address.numel) for key in moments if key in state}
-    return {MASTER: mapping.hp_fragment, **held}
+def _update_replicated(engine: Any, scale: float, max_grad_norm: float) -> tuple[bool, float]:
+    """Stage 0: every rank holds the same gradient, the mean over all, so all of them decide alike."""
+    parameters = [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    for gradient in gradients:
+        gradient /= scale
+    norm = nn.utils.get_total_norm(gradients)
+    applied = bool(torch.isfinite(norm))
+    if applied:
+        nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+        engine.step()
+    engine.zero_grad()
+    return applied, float(norm)

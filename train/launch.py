@@ -16,7 +16,7 @@ from typing import NoReturn, TextIO
 import torch
 import torch.distributed as dist
 
-from . import heartbeat
+from . import heartbeat, threads
 from .config import ConfigError, JobOptions
 from .signals import INTERRUPTED, LAUNCHER, STOPPED, name_of, say, stop
 
@@ -51,7 +51,7 @@ def launch(count: int, run: Path, arguments: Sequence[str], held: TextIO) -> int
     heartbeat.clear(run)
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)  # the ranks meet there
     shared = {
-        "OMP_NUM_THREADS": str(max(cpu_count() // count, 1)),
+        threads.VARIABLE: str(max(threads.cpu_count() // count, 1)),
         **os.environ,
         LAUNCHER: str(os.getpid()),
         "WORLD_SIZE": str(count),
@@ -136,11 +136,6 @@ def _first_to_fail(statuses: dict[int, int]) -> tuple[int, int]:
     """The rank whose failure the others followed, of those that ended within one look, and its exit status: one that a
     signal killed comes before those that noticed and ended."""
     return min(statuses.items(), key=lambda entry: (entry[1] >= 0, entry[0]))
-
-
-def cpu_count() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def on_gpu(options: JobOptions) -> bool:

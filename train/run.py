@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, evaluate, fingerprint, metrics, towers
+from . import checkpoint, evaluate, fingerprint, metrics, plot, towers
 from .auto import settle
 from .config import Config
-from .data import Batch, TrainingData, describe_bad, open_training_data
-from .engine import gather_weights, load_engine, make_engine, nonfinite
+from .data import Batch, TrainingData, count_bad, open_training_data
+from .engine import make_engine
+from .engine_state import gather_weights, load_engine, nonfinite, save_engine
 from .evaluate import report
 from .evaluate.sets import Evaluation, read_evaluation
 from .files import explain
@@ -92,6 +93,8 @@ def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
     stop.act_at_once(None)
     asked_to_stop(trainer.world)
     if trainer.log is not None:
+        for note in trainer.bundle.notes:
+            trainer.log.say(f"{task.config.model.towers}: {note}")
         seconds = f"{time.perf_counter() - began:.1f} s"
         trainer.log.say(
             f"run {task.run}: {_describe(trainer)}, steps {trainer.state.step} to {last}; ready in {seconds}"
@@ -125,14 +128,14 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     bundle.module.precision = config.job.precision
     heartbeat.tick()
     evaluated = {} if evaluation is None else {name: one.source.fingerprint for name, one in evaluation.sets.items()}
-    now = on_first(world, lambda: fingerprint.take(data.source.fingerprint, evaluated, world.device))
+    now = on_first(world, lambda: fingerprint.take(data.fingerprint, evaluated, world.device))
     state = checkpoint.State(0, 0, world.size, config.job.zero_stage)
     if resumed is not None:
         state = on_first(world, lambda: _check_resumed(replace(task, config=config), resumed, world, now))
     engine = make_engine(bundle, config, world)
     if resumed is not None:
         load_engine(engine, resumed)
-    log = on_each(world, lambda: metrics.Log(run, state.step, config.optimizer.steps) if first else None)
+    log = on_each(world, lambda: metrics.Log(run, state.step, config.optimizer.steps, config) if first else None)
     return Trainer(config, choices, run, world, heartbeat, bundle, engine, data, evaluation, log, state, now)
 
 
@@ -162,18 +165,19 @@ def _check_share(options: OptimizerOptions, processes: int) -> None:
         )
 
 
-def _check_resumed(
-    task: Task, folder: Path, world: World, now: fingerprint.Fingerprint
-) -> checkpoint.State:
+def _check_resumed(task: Task, folder: Path, world: World, now: fingerprint.Fingerprint) -> checkpoint.State:
     """The state of the checkpoint to go on from; raises where it does not fit this job."""
     state, stop_after = checkpoint.read_state(folder), task.stop_after
-    problem = checkpoint.describe_mismatch(state, world.size, task.config.job.zero_stage)
-    if problem is not None:
-        raise checkpoint.CheckpointError(f"{folder}: {problem}")
     if stop_after is not None and stop_after < state.step:
         raise ConfigError(f"--stop-after {stop_after}, but {folder} has done {state.step} steps; allowed: that or more")
     _compare(task.config, folder, now)
-    return state
+    if state.processes != world.size:
+        print(
+            f"{folder.name} was written by {state.processes} processes, and {world.size} go on: with the same batches, "
+            "and sums in another order",
+            flush=True,
+        )
+    return replace(state, processes=world.size, zero_stage=task.config.job.zero_stage)
 
 
 def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None:
@@ -206,7 +210,7 @@ def _loop(trainer: Trainer, last: int) -> str | None:
     """Train up to step `last`, or to the end of the step in which a rank is asked to stop: then returns the words for
     it."""
     options, world = trainer.config.job, trainer.world
-    batches = trainer.data.batches(trainer.bundle, trainer.config, world, trainer.state.step, last)
+    batches = trainer.data.batches(trainer.bundle, world, trainer.state.step, last)
     while trainer.state.step < last:
         began, step = time.perf_counter(), trainer.state.step
         trainer.heartbeat.enter(step, "training")
@@ -248,7 +252,7 @@ def _check_bad(trainer: Trainer, batch: Batch) -> None:
     dist.all_gather_object(counts, batch.bad, group=trainer.world.group)
     total = sum(map(Counter, counts), Counter[str]())
     if trainer.log is not None:
-        trainer.log.say(f"step {trainer.state.step - 1}: bad samples replaced: {describe_bad(total)}")
+        trainer.log.say(f"step {trainer.state.step - 1}: bad samples replaced: {count_bad(total)}")
     on_each(trainer.world, lambda: trainer.data.check_bad(trainer.state.bad, trainer.state.step, total))
 
 
@@ -317,13 +321,12 @@ def _record(trainer: Trainer, step: int, result: StepResult, times: Times) -> No
 def save(trainer: Trainer) -> None:
     """A checkpoint of the present step; returns on all ranks once it is on disk. Where it cannot be, because the model
     is not finite or the disk is full, nothing of it stays, and all ranks raise together."""
-    step, weights = trainer.state.step, gather_weights(trainer.engine, trainer.config.job.zero_stage)
+    step, weights = trainer.state.step, gather_weights(trainer.engine)
     bad = nonfinite(trainer.engine, weights, trainer.world.group)
     on_each(trainer.world, partial(_check_finite, trainer, bad))
     try:
         scratch = on_first(trainer.world, lambda: checkpoint.begin(trainer.run, step))
-        trainer.engine.save_checkpoint(str(scratch), tag=checkpoint.ENGINE, save_latest=False)
-        on_each(trainer.world, trainer.engine.checkpoint_engine.raise_failure)
+        on_each(trainer.world, lambda: save_engine(trainer.engine, scratch / checkpoint.ENGINE))
         on_first(trainer.world, partial(_commit, trainer, scratch, weights))
     except (OSError, ElsewhereError) as error:
         on_first(trainer.world, lambda: checkpoint.abandon(trainer.run, step))
@@ -353,7 +356,7 @@ def _check_finite(trainer: Trainer, bad: list[str]) -> None:
 
 def _evaluate_on_the_way(trainer: Trainer, step: int) -> None:
     """R@1 on the first set by rank 0 while the others wait, in towers of its own."""
-    weights = gather_weights(trainer.engine, trainer.config.job.zero_stage)
+    weights = gather_weights(trainer.engine)
 
     def evaluate_here() -> None:
         assert trainer.log is not None and trainer.evaluation is not None
@@ -380,7 +383,7 @@ def _finish(trainer: Trainer) -> None:
             trainer.log.say(f"\n{report.text(results, trainer.evaluation)}\n")  # first, for the disk may be full
             report.write(trainer.run, folder, results, trainer.evaluation)
             trainer.log.say(str(trainer.run / report.TABLE))
-        trainer.log.say(str(metrics.plot([trainer.run])))
+        trainer.log.say(str(plot.plot([trainer.run])))
 
     on_first(trainer.world, evaluate_here)
 
@@ -390,7 +393,8 @@ def _describe(trainer: Trainer) -> str:
     count = sum(getattr(one, "ds_numel", one.numel()) for one in trainer.bundle.module.parameters())  # whole, in ZeRO-3
     return (
         f"{config.model.towers}, {count / 1e6:.2f} M parameters, {trainer.data.describe()}, "
-        f"{world.size} × {world.device.type}, ZeRO-{config.job.zero_stage}, {trainer.choices}"
+        f"{world.size} × {world.device.type}, {world.threads} CPU thread(s) each, ZeRO-{config.job.zero_stage}, "
+        f"{trainer.choices}"
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -20,8 +20,26 @@ from torch import Tensor
 from softclip_kernels import Exchange, Hard, ProgressiveSelfDistillation, Target, TwoPass, softclip_loss_with_ranks
 
 from .config import Config, LossOptions
-from .data.sampler import Batch
-from .model import MAX_LOG_SCALE
+from .engine import loss_scale, update
+from .towers.contrastive import MAX_LOG_SCALE
+
+
+class Share(Protocol):
+    """What the step asks of a rank's share of a batch, b pairs, on its device.
+
+    images  (b, 3, H, W) float32
+    tokens  (b, L) int64
+    bad     records that were left out while it was read, counted by reason
+    """
+
+    @property
+    def images(self) -> Tensor: ...
+
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def bad(self) -> Mapping[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -32,6 +50,7 @@ class StepResult:
     r1_*       in-batch R@1
     scale      the logit scale that the loss was taken with
     grad_norm  before clipping; NaN where the loss is not finite
+    bad        records that were left out
     """
 
     applied: bool
@@ -40,32 +59,34 @@ class StepResult:
     r1_text_to_image: float
     scale: float
     grad_norm: float
+    bad: int
 
 
-def train_step(engine: Any, batch: Batch, step: int, config: Config, group: Any) -> StepResult:
+def train_step(engine: Any, batch: Share, step: int, config: Config, group: Any) -> StepResult:
     """One optimizer step. Where any rank's loss or gradient is not finite, no rank updates its parameters."""
     for settings in engine.optimizer.param_groups:
-        settings["lr"] = config.optimizer.lr_at(step)
+        settings["lr"] = config.optimizer.lr_at(step) * settings.get("lr_scale", 1.0)
     (x, y, scale), backward = encode(engine, batch, config.optimizer.micro_batches)
     target = target_at(step, config.optimizer.batch_size, config.loss, config.job.seed)
     exchange = Exchange(group, step=step)  # errors name the step
     loss, ranks = softclip_loss_with_ranks(x, y, scale, target, group=exchange, backend=config.loss.backend)
 
     # One exchange before the backward pass: what is logged, and whether every rank's loss is finite.
-    local = torch.stack([torch.isfinite(loss), loss.detach(), *ranks.recall(1)]).double()
+    bad = loss.new_tensor(sum(batch.bad.values()))
+    local = torch.stack([torch.isfinite(loss), loss.detach(), *ranks.recall(1), bad]).double()
     dist.all_reduce(local, group=group)
-    finite, *averages = (local / dist.get_world_size(group)).tolist()
+    finite, loss_value, image_to_text, text_to_image, _ = (local / dist.get_world_size(group)).tolist()
     applied, grad_norm = finite == 1.0, float("nan")
     if applied:
-        backward(loss)
-        engine.step()  # ZeRO takes the whole gradient's norm first, and updates nothing where that is not finite
-        applied, grad_norm = not engine.optimizer.overflow, float(engine.get_global_grad_norm())
+        backward(loss * loss_scale(engine))
+        applied, grad_norm = update(engine, config.optimizer.max_grad_norm)
         clamp_log_scale(engine.module.log_scale)
-    loss_value, image_to_text, text_to_image = averages
-    return StepResult(applied, loss_value, image_to_text, text_to_image, float(scale.detach()), grad_norm)
+    return StepResult(
+        applied, loss_value, image_to_text, text_to_image, float(scale.detach()), grad_norm, round(float(local[-1]))
+    )
 
 
-def encode(engine: Any, batch: Batch, micro_batches: int) -> tuple[tuple[Tensor, ...], Callable[[Tensor], None]]:
+def encode(engine: Any, batch: Share, micro_batches: int) -> tuple[tuple[Tensor, ...], Callable[[Tensor], None]]:
     """The model's outputs over this rank's share, and what to call with the loss: one pass, or two (see TwoPass)."""
     if micro_batches == 1:
         return engine(batch.images, batch.tokens), engine.backward
@@ -84,15 +105,15 @@ def target_at(step: int, pairs: int, loss: LossOptions, seed: int) -> Target:
 
 @torch.no_grad()
 def clamp_log_scale(log_scale: torch.nn.Parameter) -> None:
-    """Keep the scale at or below 100 in ZeRO's fp32 master copy, of which the optimizer makes the next step, and in the
-    parameter itself. Every rank calls it: the master copy is spread over them."""
-    master = safe_get_full_fp32_param(log_scale)
-    if float(master.max()) <= MAX_LOG_SCALE:
+    """Keep the scale at or below 100 in the parameter, and in ZeRO's fp32 master copy, of which the optimizer makes the
+    next step. Every rank calls it: the master copy is spread over them."""
+    master = safe_get_full_fp32_param(log_scale) if log_scale.requires_grad else None
+    if float((log_scale if master is None else master).max()) <= MAX_LOG_SCALE:  # stage 0 has no master copy
         return
     partitioned = hasattr(log_scale, "ds_id")  # stage 3
     if partitioned:  # piece by piece: DeepSpeed cannot set a whole parameter with fewer elements than ranks
         safe_set_local_fp32_param(log_scale, safe_get_local_fp32_param(log_scale).clamp(max=MAX_LOG_SCALE))
-    else:
+    elif master is not None:
         safe_set_full_fp32_param(log_scale, master.clamp(max=MAX_LOG_SCALE))
     with deepspeed.zero.GatheredParameters([log_scale], modifier_rank=0, enabled=partitioned):
         log_scale.clamp_(max=MAX_LOG_SCALE)

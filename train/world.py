@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 
 from .config import JobOptions
-from .launch import LOOPBACK, cpu_count, is_launched_by_train, on_gpu
+from .launch import LOOPBACK, is_launched_by_train, on_gpu
 from .signals import stop
+from .threads import threads_of
 
 WAIT = timedelta(days=7)  # of a collective: what bounds it is the heartbeat, which knows whether anybody moves
 T = TypeVar("T")
@@ -27,12 +28,18 @@ class ElsewhereError(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """This process among the job's."""
+    """This process among the job's.
+
+    threads     how many of the CPU's it computes with
+    ranks_here  how many of the processes share this machine
+    """
 
     rank: int
     size: int
     device: torch.device
     group: Any
+    threads: int = 1
+    ranks_here: int = 1
 
 
 @contextmanager
@@ -47,9 +54,10 @@ def join_world(options: JobOptions) -> Iterator[World]:
         "nccl" if cuda else "gloo", store=_store(rank, size), rank=rank, world_size=size, timeout=WAIT
     )
     try:
-        if not cuda:
-            torch.set_num_threads(max(cpu_count() // _ranks_on_this_machine(), 1))
-        yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD)
+        ranks_here = _ranks_on_this_machine()
+        threads = threads_of(options.threads, ranks_here)
+        torch.set_num_threads(threads)
+        yield World(dist.get_rank(), dist.get_world_size(), device, dist.group.WORLD, threads, ranks_here)
     finally:
         dist.destroy_process_group()
 

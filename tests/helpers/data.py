@@ -28,15 +28,17 @@ def picture(concept: int, vendor: str) -> bytes:
 
 
 def make_data(folder: Path, concepts: int = CONCEPTS, without_caption: int = 0) -> Path:
-    """`concepts` seen concepts and 10 unseen ones, in all four splits, each a shard; the first `without_caption` samples
-    of each have nothing for captions but characters that are taken out."""
+    """`concepts` seen concepts and 10 unseen ones, in all four splits, each a shard; the first `without_caption`
+    samples of each have nothing for captions but characters that are taken out."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, vendors in VENDORS.items():
         ids = range(concepts, concepts + 10) if split == "concepts" else range(concepts)
         drawn = [(concept, vendor) for concept in ids for vendor in vendors]
         samples = [sample(split, *one, captionless=index < without_caption) for index, one in enumerate(drawn)]
         write_shard(shard_of(folder, split), samples)
-    classes = {group: [f"thing {one}" for one in range(concepts) if GROUPS[one % len(GROUPS)] == group] for group in GROUPS}
+    classes = {
+        group: [f"thing {one}" for one in range(concepts) if GROUPS[one % len(GROUPS)] == group] for group in GROUPS
+    }
     (folder / "classes.json").write_text(json.dumps(classes))
     return folder
 
@@ -50,7 +52,11 @@ def sample(split: str, concept: int, vendor: str, captionless: bool = False) -> 
         "class": GROUPS[concept % len(GROUPS)],
         "vendor": vendor,
     }
-    files = {"png": picture(concept, vendor), "txt": record["captions"][0].encode(), "json": json.dumps(record).encode()}
+    files = {
+        "png": picture(concept, vendor),
+        "txt": record["captions"][0].encode(),
+        "json": json.dumps(record).encode(),
+    }
     return f"{split}-{concept}-{vendor}", files
 
 

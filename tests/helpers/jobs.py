@@ -100,7 +100,7 @@ def configuration(folder: Path, data: Path, steps: int = 24, micro_batches: int 
     sections = tiny(data, **job)
     sections["optimizer"] |= {"steps": steps, "micro_batches": micro_batches}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
     return folder / "tiny.yaml"
 
 

@@ -18,7 +18,7 @@ from train.fingerprint import Fingerprint
 
 from .data import tiny
 
-FINGERPRINT = Fingerprint("data", "code", {"torch": "1"})
+FINGERPRINT = Fingerprint("data", "code", {"torch": "1"}, {"heldout": "other"})
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.data import augment, composite
+from train.towers.small.augment import AUGMENT_DRAWS, augment, composite
 
 SIZE = 16
 
@@ -31,12 +31,13 @@ def test_pictures_are_moved_and_never_mirrored() -> None:
     images = torch.zeros(64, 4, SIZE, SIZE, dtype=torch.uint8)
     images[:, 1, :, : SIZE // 2] = 255  # left half solid green, right half clear
     images[:, 3, :, : SIZE // 2] = 255
-    out = augment(images, torch.Generator().manual_seed(3))
+    draws = torch.rand(64, AUGMENT_DRAWS, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    out = augment(images, draws)
     assert out.shape == (64, 3, SIZE, SIZE)
     assert out.dtype == torch.float32
     assert out.abs().amax() <= 1 + 1e-6
-    assert torch.equal(out, augment(images, torch.Generator().manual_seed(3)))
-    assert not torch.equal(out, augment(images, torch.Generator().manual_seed(4)))
+    assert torch.equal(out[5:9], augment(images[5:9], draws[5:9])), "each by its own numbers"
+    assert not torch.equal(out, augment(images, draws.flip(1)))
     middle = out[:, :, SIZE // 2]
     torch.testing.assert_close(middle[:, :, 4], torch.tensor([-1.0, 1.0, -1.0]).expand(64, 3))  # never mirrored
     right = middle[:, :, SIZE - 2]  # the background

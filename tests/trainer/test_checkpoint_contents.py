@@ -15,29 +15,38 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.data import picture, tiny
+from helpers.data import sample, shard_of, tiny
 from helpers.saved_runs import FINGERPRINT, Payload, rewrite_manifest, write_checkpoint
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
 
 from train import checkpoint, engine_files, fingerprint
-from train.config import SKIP_WINDOW, Config, ConfigError, load
-from train.data.manifest import read_manifest, write_manifest
+from train.config import Config, load
+from train.data import open_training_data
 from train.data.shards import write_shard
 from train.evaluate import report
 from train.evaluate.__main__ import main
+from train.options import SKIP_WINDOW, ConfigError
 from train.run import NonFiniteError, _check_skipped, _compare
 
 CPU = torch.device("cpu")
-OPTIMIZER_FILE = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+ENGINE_FILE = engine_files.file_of(1)
 
 
 def engine(folder: Path) -> None:
-    """Files as DeepSpeed lays them out for two ranks."""
-    engine_files.write(folder / "mp_rank_00_model_states.pt", {"module": {"a": torch.ones(3)}})
+    """Files of two ranks."""
     for rank in range(2):
-        state = {"state": {0: {"exp_avg": torch.ones(3)}}, "zero_stage": engine_files.ZeroStageEnum(1)}
-        engine_files.write(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt", state)
+        engine_files.write(folder / engine_files.file_of(rank), engine_content(torch.ones(3)))
+
+
+def engine_content(moment: torch.Tensor) -> dict[str, Any]:
+    part = {
+        "name": "a",
+        "start": 0,
+        "count": len(moment),
+        "cut": {"exp_avg": moment},
+        "whole": {"step": torch.ones(())},
+    }
+    return {"format": engine_files.FORMAT, "parts": [part], "groups": [{"lr": 1.0}], "loss_scale": None}
 
 
 def find(run: Path) -> tuple[str, list[str]]:
@@ -51,10 +60,10 @@ def find(run: Path) -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_weights_that_are_not_finite_are_passed_over(
-    tmp_path: Path, data: Path, tokenizer: Tokenizer, value: float
+    tmp_path: Path, data: Path, files: dict[str, bytes], value: float
 ) -> None:
-    write_checkpoint(tmp_path, data, tokenizer, 4)
-    newest = write_checkpoint(tmp_path, data, tokenizer, 8)
+    write_checkpoint(tmp_path, data, files, 4)
+    newest = write_checkpoint(tmp_path, data, files, 8)
     tensors = load_file(newest / checkpoint.WEIGHTS)
     tensors["text.norm.bias"][3] = value
     save_file(tensors, newest / checkpoint.WEIGHTS)
@@ -65,17 +74,15 @@ def test_weights_that_are_not_finite_are_passed_over(
 
 
 def test_moments_that_are_not_finite_are_passed_over_when_training_goes_on(
-    tmp_path: Path, data: Path, tokenizer: Tokenizer
+    tmp_path: Path, data: Path, files: dict[str, bytes]
 ) -> None:
-    write_checkpoint(tmp_path, data, tokenizer, 4, engine=engine)
-    newest = write_checkpoint(tmp_path, data, tokenizer, 8, engine=engine)
-    engine_files.write(
-        newest / checkpoint.ENGINE / OPTIMIZER_FILE, {"state": [{"exp_avg": torch.tensor([1, torch.inf])}]}
-    )
+    write_checkpoint(tmp_path, data, files, 4, engine=engine)
+    newest = write_checkpoint(tmp_path, data, files, 8, engine=engine)
+    engine_files.write(newest / checkpoint.ENGINE / ENGINE_FILE, engine_content(torch.tensor([1, torch.inf])))
     rewrite_manifest(newest)
     name, warnings = find(tmp_path)
     assert name == "step-000004"
-    assert f"engine/{OPTIMIZER_FILE} holds NaN or infinity" in warnings[0]
+    assert f"engine/{ENGINE_FILE} holds NaN or infinity" in warnings[0]
     assert checkpoint.find(tmp_path).name == "step-000008", "the weights, which evaluation reads, are good"
 
 
@@ -132,13 +139,13 @@ def planted(run: Path, name: str, marker: Path, keep_zip: bool = False) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", (checkpoint.WEIGHTS, checkpoint.CONFIG, checkpoint.TOKENIZER, checkpoint.STATE, checkpoint.FINGERPRINT)
+    "name", (checkpoint.WEIGHTS, checkpoint.CONFIG, "tokenizer.json", checkpoint.STATE, checkpoint.FINGERPRINT)
 )
 def test_a_payload_in_the_portable_part_is_never_run(
-    tmp_path: Path, data: Path, tokenizer: Tokenizer, name: str
+    tmp_path: Path, data: Path, files: dict[str, bytes], name: str
 ) -> None:
     marker = tmp_path / "was run"
-    write_checkpoint(tmp_path, data, tokenizer, 8, engine=engine)
+    write_checkpoint(tmp_path, data, files, 8, engine=engine)
     planted(tmp_path, name, marker)
     pickle.loads((tmp_path / checkpoint.FOLDER / "step-000008" / name).read_bytes())
     assert marker.is_dir(), "the payload works"
@@ -150,21 +157,19 @@ def test_a_payload_in_the_portable_part_is_never_run(
 
 
 @pytest.mark.parametrize("keep_zip", (True, False), ids=("torch.save", "pickle"))
-@pytest.mark.parametrize("name", ("mp_rank_00_model_states.pt", OPTIMIZER_FILE))
 def test_a_payload_in_the_engine_is_never_run(
-    tmp_path: Path, data: Path, tokenizer: Tokenizer, name: str, keep_zip: bool
+    tmp_path: Path, data: Path, files: dict[str, bytes], keep_zip: bool
 ) -> None:
     marker = tmp_path / "was run"
-    write_checkpoint(tmp_path, data, tokenizer, 4, engine=engine)
-    write_checkpoint(tmp_path, data, tokenizer, 8, engine=engine)
-    planted(tmp_path, f"{checkpoint.ENGINE}/{name}", marker, keep_zip)
+    write_checkpoint(tmp_path, data, files, 4, engine=engine)
+    write_checkpoint(tmp_path, data, files, 8, engine=engine)
+    planted(tmp_path, f"{checkpoint.ENGINE}/{ENGINE_FILE}", marker, keep_zip)
     found, warnings = find(tmp_path)
     assert found == "step-000004"
     asked = f"{os.mkdir.__module__}.mkdir"  # posix.mkdir
-    assert f"step-000008 cannot be used (UnpicklingError: {name} asks for {asked}; only tensors," in warnings[0]
-    files = engine_files.EngineFiles()  # what DeepSpeed reads with
+    assert f"step-000008 cannot be used (UnpicklingError: {ENGINE_FILE} asks for {asked}; only tensors " in warnings[0]
     with pytest.raises(pickle.UnpicklingError):
-        files.load(str(tmp_path / checkpoint.FOLDER / "step-000008" / checkpoint.ENGINE / name))
+        engine_files.read(tmp_path / checkpoint.FOLDER / "step-000008" / checkpoint.ENGINE / ENGINE_FILE)
     assert not marker.exists()
 
 
@@ -187,18 +192,17 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 PARTS = (
     checkpoint.WEIGHTS,
     checkpoint.CONFIG,
-    checkpoint.TOKENIZER,
+    "tokenizer.json",
     checkpoint.STATE,
     checkpoint.FINGERPRINT,
     checkpoint.MANIFEST,
-    f"{checkpoint.ENGINE}/mp_rank_00_model_states.pt",
-    f"{checkpoint.ENGINE}/{OPTIMIZER_FILE}",
+    f"{checkpoint.ENGINE}/{ENGINE_FILE}",
 )
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_no_damage_of_any_part_is_a_traceback(tmp_path: Path, data: Path, tokenizer: Tokenizer, part: str) -> None:
-    write_checkpoint(tmp_path / "whole", data, tokenizer, 8, engine=engine)
+def test_no_damage_of_any_part_is_a_traceback(tmp_path: Path, data: Path, files: dict[str, bytes], part: str) -> None:
+    write_checkpoint(tmp_path / "whole", data, files, 8, engine=engine)
     for how, act in DAMAGES.items():
         run = tmp_path / how
         shutil.copytree(tmp_path / "whole", run)
@@ -224,16 +228,16 @@ def test_a_checkpoints_folder_that_cannot_be_read_is_no_new_run(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("content", (b"", b"\xff", b"step-000099", b"../../step-000004", b"null"))
-def test_the_name_of_the_latest_is_a_hint(tmp_path: Path, data: Path, tokenizer: Tokenizer, content: bytes) -> None:
-    write_checkpoint(tmp_path, data, tokenizer, 8, engine=engine)
+def test_the_name_of_the_latest_is_a_hint(tmp_path: Path, data: Path, files: dict[str, bytes], content: bytes) -> None:
+    write_checkpoint(tmp_path, data, files, 8, engine=engine)
     (tmp_path / checkpoint.FOLDER / checkpoint.LATEST).write_bytes(content)
     assert find(tmp_path) == ("step-000008", [])
 
 
 def test_a_checkpoint_of_an_earlier_version_loads_and_a_newer_ones_is_named(
-    tmp_path: Path, data: Path, tokenizer: Tokenizer
+    tmp_path: Path, data: Path, files: dict[str, bytes]
 ) -> None:
-    folder = write_checkpoint(tmp_path, data, tokenizer, 8, engine=engine)
+    folder = write_checkpoint(tmp_path, data, files, 8, engine=engine)
     (folder / checkpoint.FINGERPRINT).unlink()
     state = {"step": 8, "skipped": 2, "processes": 2, "zero_stage": 1}
     (folder / checkpoint.STATE).write_text(json.dumps(state))
@@ -241,6 +245,7 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_a_newer_ones_is_named(
     for name in ("keep_every", "max_skipped_in_a_row", "max_skipped_share"):
         options["job"].pop(name)
     options["job"]["max_skipped"] = 10
+    options["data"]["folder"], options["data"]["image_size"] = "somewhere", 16
     (folder / checkpoint.CONFIG).write_text(json.dumps(options))
     rewrite_manifest(folder)
     assert find(tmp_path) == ("step-000008", [])
@@ -262,7 +267,7 @@ def test_an_option_of_an_earlier_version_is_named_with_those_in_its_place(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "text", (b"\xff\xfe", b"a: 0000-99-99", b"[" * 5000, b'data: {folder: "a\\0b"}', b"job: {seed: 1e30}")
+    "text", (b"\xff\xfe", b"a: 0000-99-99", b"[" * 5000, b'data: {source: "a\\0b"}', b"job: {seed: 1e30}")
 )
 def test_a_damaged_configuration_is_named(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "run.yaml").write_bytes(text)
@@ -280,9 +285,9 @@ def changed(data: Path, section: str, **options: Any) -> Config:
 
 
 def test_a_run_goes_on_only_with_the_options_and_data_it_began_with(
-    tmp_path: Path, data: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: Path, files: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_checkpoint(tmp_path, data, tokenizer, 8)
+    folder = write_checkpoint(tmp_path, data, files, 8)
     same = Config.from_dict(tiny(data))
     _compare(same, folder, FINGERPRINT)
     assert capsys.readouterr().out == ""
@@ -295,7 +300,7 @@ def test_a_run_goes_on_only_with_the_options_and_data_it_began_with(
         capsys.readouterr().out
     )
     with pytest.raises(
-        checkpoint.CheckpointError, match=r"other data \(fingerprint data then, d2 now\); let data\.folder"
+        checkpoint.CheckpointError, match=r"other data \(fingerprint data then, d2 now\); let data\.source"
     ):
         _compare(same, folder, replace(FINGERPRINT, data="d2"))
     _compare(same, folder, replace(FINGERPRINT, code="c2", versions={"torch": "2", "numpy": "3"}))
@@ -309,16 +314,17 @@ def test_a_run_goes_on_only_with_the_options_and_data_it_began_with(
 
 
 def test_a_fingerprint_is_of_the_data_and_not_of_their_place(data: Path, tmp_path: Path) -> None:
-    taken = fingerprint.take(data, CPU)
+    def of_data(folder: Path) -> str:
+        return open_training_data(Config.from_dict(tiny(folder))).fingerprint
+
+    taken = fingerprint.take(of_data(data), {"heldout": "h"}, CPU)
     shutil.copytree(data, tmp_path / "copy")
-    assert fingerprint.take(tmp_path / "copy", CPU) == taken
+    assert of_data(tmp_path / "copy") == taken.data
     assert {"python", "torch", "deepspeed", "numpy", "softclip_kernels", "platform"} <= taken.versions.keys()
     assert fingerprint.Fingerprint.from_json(taken.to_json()) == taken
-    manifest = read_manifest(data)
-    record = {"captions": ["thing 0"], "concept": 0, "group": "food", "hexcode": "0", "vendor": "noto"}
-    shard = write_shard(tmp_path / "copy" / "train-000000.tar", [("a", picture(0, "noto"), record)])
-    write_manifest(tmp_path / "copy", replace(manifest, shards={**manifest.shards, "train": (shard,)}))
-    assert fingerprint.of_data(tmp_path / "copy") != taken.data
+    changed = [sample("train", concept, "other") for concept in range(20)]
+    write_shard(shard_of(tmp_path / "copy", "train"), changed)
+    assert of_data(tmp_path / "copy") != taken.data
 
 
 def test_a_fingerprint_knows_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,14 +341,16 @@ def test_a_fingerprint_knows_other_code(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_evaluation_warns_of_other_data_and_of_what_it_cannot_write(
-    tmp_path: Path, data: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: Path, files: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_checkpoint(tmp_path, data, tokenizer, 8)
+    write_checkpoint(tmp_path, data, files, 8)
     assert main([str(tmp_path)]) == 0
-    assert "warning: step-000008 was trained on other data (fingerprint data then, " in capsys.readouterr().err
+    assert (
+        "warning: heldout holds other data than when step-000008 was written (fingerprint " in capsys.readouterr().err
+    )
     (tmp_path / report.TABLE).unlink()
     (tmp_path / report.TABLE).mkdir()
     assert main([str(tmp_path)]) == 1
     said = capsys.readouterr()
-    assert "| held-out drawings | 40 | 40 |" in said.out, "what cannot be written is said"
+    assert "| heldout | 40 | 40 |" in said.out, "what cannot be written is said"
     assert f"error: Is a directory: {tmp_path / report.TABLE}\n" in said.err

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from helpers import ROOT
 
-from train.config import Config, ConfigError, LossOptions, OptimizerOptions, load
+from train.config import Config, changes, load
+from train.options import ConfigError, DataOptions, LossOptions, OptimizerOptions
 
 
 def test_the_default_configuration_round_trips(tmp_path: Path) -> None:
@@ -21,13 +22,36 @@ def test_the_default_configuration_round_trips(tmp_path: Path) -> None:
 
 
 def test_overrides_are_typed_as_the_option_is() -> None:
-    config = load(
-        None, ["optimizer.lr=2e-3", "optimizer.weight_decay=0", "model.image_widths=[8, 16]", "data.folder=a"]
-    )
+    config = load(None, ["optimizer.lr=2e-3", "optimizer.weight_decay=0", "model.image_widths=[8, 16]", "data.index=a"])
     assert config.optimizer.lr == 2e-3  # YAML reads 2e-3 as text
     assert isinstance(config.optimizer.weight_decay, float)
     assert config.model.image_widths == (8, 16)
-    assert load(None, ["data.folder=null"]).data.folder is None
+    assert load(None, ["data.index=null"]).data.index is None
+    assert load(None, ["optimizer.layer_decay=1"]).optimizer.layer_decay == 1.0
+    assert load(None, ["model.compile=true"]).model.compile is True
+    assert load(None, ["data.evaluate.mine=a b", "data.evaluate.vendor=c"]).data.evaluate == {
+        "heldout": "emoji:heldout", "vendor": "c", "concepts": "emoji:concepts", "mine": "a b"
+    }  # fmt: skip
+    assert load(None, ["model.options.drop=0.1", "deepspeed.zero_optimization.overlap_comm=true"]).deepspeed == {
+        "zero_optimization": {"overlap_comm": True}
+    }
+
+
+def test_without_a_file_it_is_the_emoji_run_unless_other_data_are_named(tmp_path: Path) -> None:
+    assert load().data.source == "emoji:train"
+    assert load().data.evaluate
+    assert load(None, ["data.source=pairs"]).data == DataOptions(source="pairs")
+    (tmp_path / "mine.yaml").write_text("data: {distinct: label}", encoding="utf-8")
+    assert load(tmp_path / "mine.yaml", ["data.source=pairs"]).data == DataOptions(source="pairs", distinct="label")
+
+
+def test_changes_are_named_by_option_and_the_free_section_as_one() -> None:
+    before, after = load(), load(None, ["data.evaluate.vendor=c", "job.seed=1", "deepspeed.a.b=1"])
+    assert changes(before, before) == {}
+    found = changes(before, after)
+    assert list(found) == ["deepspeed", "data.evaluate", "job.seed"]
+    assert found["job.seed"] == (0, 1)
+    assert found["deepspeed"] == ({}, {"a": {"b": 1}})
 
 
 @pytest.mark.parametrize(
@@ -37,7 +61,7 @@ def test_overrides_are_typed_as_the_option_is() -> None:
             "optimizer.learning_rate=1",
             r"unknown option of 'optimizer': learning_rate; allowed: batch_size, betas, .*lr",
         ),
-        ("optimiser.lr=1", r"unknown section: optimiser; allowed: data, job, loss, model, optimizer"),
+        ("optimiser.lr=1", r"unknown section: optimiser; allowed: data, deepspeed, job, loss, model, optimizer"),
         ("optimizer.steps=many", r"optimizer\.steps='many' is str; allowed: int"),
         ("optimizer.steps=1.5", r"optimizer\.steps=1\.5 is float; allowed: int"),
         ("optimizer.steps=0", r"optimizer\.steps=0; allowed: 1 or more"),
@@ -46,7 +70,20 @@ def test_overrides_are_typed_as_the_option_is() -> None:
         ("loss.target=siglip", r"loss\.target='siglip'; allowed: 'psd', 'hard'"),
         ("loss.backend=foo", r"loss\.backend='foo'; allowed: 'auto', .*'chunked'"),
         ("loss.alpha_end=1.1", r"loss\.alpha_end=1\.1; allowed: 0\.0 to 1\.0"),
-        ("job.zero_stage=0", r"job\.zero_stage=0; allowed: 1, 2, 3"),
+        ("job.zero_stage=4", r"job\.zero_stage=4; allowed: 0, 1, 2, 3"),
+        ("job.offload_parameters=true", r"job\.offload_parameters=true with job\.zero_stage=1; allowed: with 3"),
+        ("model.compile=1", r"model\.compile=1 is int; allowed: bool"),
+        ("data.evaluate=pairs", r"data\.evaluate='pairs' is str; allowed: dict\[str, str\]"),
+        ("data.evaluate.mine=3", r"data\.evaluate\.mine=3 is int; allowed: str"),
+        ("data.source.a=3", r"'data\.source\.a=3': 'data\.source' is no section"),
+        ("data.source=''", r"data\.source=''; allowed: a path, which is not empty"),
+        ("data.weights=[1, 2]", r"data\.weights=\[1\.0, 2\.0\] for 1 sources; allowed: one for each"),
+        ("data.folder=a", r"data\.folder is of an earlier version; give data\.source instead"),
+        ("optimizer.name=adam-w", r"optimizer\.name='adam-w'; allowed: 'adamw', 'sgd', or 'timm:'"),
+        (
+            "optimizer.schedule=cooldown",
+            r"optimizer\.cooldown_steps=0 with optimizer\.schedule='cooldown'; allowed: 1 to",
+        ),
         ("job.seed=true", r"job\.seed=True is bool; allowed: int"),
         ("model.text_heads=5", r"model\.text_width=192 must be a multiple of model\.text_heads=5"),
         ("steps=3", r"'steps=3': write section\.name=value"),
@@ -78,6 +115,9 @@ def test_learning_rate_and_soft_share_equal_their_closed_forms() -> None:
     assert options.lr_at(10) == 1.0
     assert options.lr_at(60) == pytest.approx(0.55)
     assert options.lr_at(110) == pytest.approx(0.1)
+    assert replace(options, schedule="constant").lr_at(109) == 1.0
+    cooldown = replace(options, schedule="cooldown", cooldown_steps=20)
+    assert [cooldown.lr_at(step) for step in (4, 10, 89, 90, 100, 110)] == pytest.approx([0.5, 1, 1, 1, 0.55, 0.1])
     loss = LossOptions(hard_steps=10, rise_steps=20, alpha_start=0.1, alpha_end=0.5)
     values = [loss.alpha()(step) for step in (0, 9, 10, 20, 30, 500)]
     assert values == pytest.approx([0.0, 0.0, 0.1, 0.3, 0.5, 0.5])

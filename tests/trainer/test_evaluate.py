@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,61 +11,76 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.data import tiny
-from tokenizers import Tokenizer
+from helpers.data import GROUPS, sample, shard_of, tiny
 
-from train.config import Config, ConfigError
-from train.data import DataError, Pairs, data_folder, load_pairs, read_held_out
-from train.data.manifest import read_manifest, write_manifest
-from train.data.run_data import describe_groups
-from train.evaluate import evaluate_split
+from train.config import Config
+from train.data import DataError
+from train.data.shards import write_shard
+from train.evaluate import evaluate_set
 from train.evaluate.__main__ import main
 from train.evaluate.retrieval import DEPTHS, retrieve
+from train.evaluate.sets import read_classes, read_evaluation
 from train.evaluate.zero_shot import prototypes
-from train.tokenizer import encode
+from train.options import DataOptions
+from train.towers import Bundle
+from train.towers.contrastive import Contrastive
 
 
-class Fixed(torch.nn.Module):
-    """Embeddings that are given: the pictures' as they come, and a table of texts', found by their tokens."""
+class Fixed(Contrastive):
+    """Embeddings that are given: a table of pictures', by their first pixel, and one of texts', by their number."""
 
-    def __init__(self, x: torch.Tensor, texts: dict[str, torch.Tensor], tokenizer: Tokenizer) -> None:
+    def __init__(self, x: torch.Tensor, y: torch.Tensor) -> None:
         super().__init__()
-        self.x = x
-        self.table = {tuple(encode(tokenizer, [text], 12)[0].tolist()): row for text, row in texts.items()}
-        self.text = torch.nn.Module()
-        self.text.positions = torch.nn.Parameter(torch.empty(12, 1))
+        self.x, self.y = x, y
+        self.log_scale = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, images: Any, tokens: Any) -> Any:
-        if images is not None:
-            return self.x, None, None
-        return None, torch.stack([self.table[tuple(row)] for row in tokens.tolist()]), None
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        return self.x[images[:, 0, 0, 0].long()]
 
-
-def made_pairs(concepts: torch.Tensor, groups: torch.Tensor, names: tuple[str, ...]) -> Pairs:
-    n = len(concepts)
-    return Pairs(
-        images=torch.zeros(n, 4, 2, 2, dtype=torch.uint8),
-        captions=[(f"thing {concept}",) for concept in concepts.tolist()],
-        concepts=concepts,
-        groups=groups,
-        group_names=names,
-        vendors=("v",) * n,
-        keys=tuple(map(str, range(n))),
-        corrupted=torch.zeros(n, dtype=torch.bool),
-        bad={},
-    )
+    def encode_texts(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.y[tokens[:, 0]]
 
 
-def test_retrieval_and_zero_shot_agree_with_sorting(tokenizer: Tokenizer) -> None:
+def bundle_of(x: torch.Tensor, y: torch.Tensor, pictures: list[Any]) -> Bundle:
+    """`pictures`: the bytes of those that x is of, in order; a text "thing 7" is number 7 of y."""
+    number = {one: index for index, one in enumerate(pictures)}
+
+    def prepare(images: Sequence[Any], seeds: Any) -> torch.Tensor:
+        assert seeds is None, "an evaluation augments nothing"
+        return torch.tensor([number[np.asarray(one).tobytes()] for one in images], dtype=torch.float32).view(
+            -1, 1, 1, 1
+        )
+
+    def tokenize(texts: Sequence[str]) -> torch.Tensor:
+        return torch.tensor([[int(text.removeprefix("thing "))] for text in texts])
+
+    return Bundle(Fixed(x, y), prepare, tokenize, x.shape[1], 1, lambda *_: [])
+
+
+def pictures_of(evaluation_set: Any) -> list[bytes]:
+    from train.data import decode
+
+    read = (evaluation_set.source.read(int(index)) for index in evaluation_set.records)
+    return [np.asarray(decode(record.image, 1 << 20)).tobytes() for record in read]
+
+
+def test_retrieval_and_zero_shot_agree_with_sorting(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    x, y = (torch.from_numpy(generator.normal(size=(n, 3))) for n in (40, 25))
-    concepts = torch.cat([torch.arange(25), torch.from_numpy(generator.integers(0, 25, 15))])
-    pairs = made_pairs(concepts, concepts % 3, ("a", "b", "c"))
-    model = Fixed(x, {f"thing {concept}": y[concept] for concept in range(25)}, tokenizer)
-    groups = [[f"thing {concept}" for concept in range(group, 25, 3)] for group in range(3)]
-    assert [sorted(one) for one in groups] == describe_groups(pairs)
-    centers = prototypes(model, tokenizer, groups)  # type: ignore[arg-type]
-    result = evaluate_split(model, tokenizer, pairs, centers)  # type: ignore[arg-type]
+    x, y = (torch.nn.functional.normalize(torch.from_numpy(generator.normal(size=(n, 3))).float()) for n in (40, 25))
+    concepts = np.concatenate([np.arange(25), generator.integers(0, 25, 15)])
+    samples = [sample("heldout", int(concept), f"v{index}") for index, concept in enumerate(concepts)]
+    write_shard(shard_of(tmp_path, "heldout"), samples)
+    classes = {group: [f"thing {one}" for one in range(index, 25, 4)] for index, group in enumerate(GROUPS)}
+    (tmp_path / "classes.json").write_text(json.dumps(classes))
+    options = DataOptions(
+        evaluate={"heldout": str(shard_of(tmp_path, "heldout"))}, classes=str(tmp_path / "classes.json")
+    )
+    evaluation = read_evaluation(options)
+    pairs = evaluation.sets["heldout"]
+    bundle = bundle_of(x, y, pictures_of(pairs))
+    centers = prototypes(bundle, evaluation.classes.values())
+    result = evaluate_set(bundle, pairs, options, centers)
+
     order = (x @ y.T).argsort(1, descending=True)
     orders = (y @ x.T).argsort(1, descending=True)
     for depth in DEPTHS:
@@ -74,56 +91,73 @@ def test_retrieval_and_zero_shot_agree_with_sorting(tokenizer: Tokenizer) -> Non
     assert result.image_to_text.chance == pytest.approx(1 / 25)
     assert result.text_to_image.chance == pytest.approx(40 / 25 / 40)
     assert (result.images, result.captions) == (40, 25)
-    means = torch.stack([y[group::3].mean(0) / y[group::3].mean(0).norm() for group in range(3)])
-    hits = [(means @ row).argmax() == concept % 3 for row, concept in zip(x, concepts, strict=True)]
+    means = torch.stack([y[group::4].mean(0) / y[group::4].mean(0).norm() for group in range(4)])
+    hits = [(means @ row).argmax() == concept % 4 for row, concept in zip(x, concepts, strict=True)]
+    assert result.zero_shot is not None
     assert result.zero_shot.accuracy == pytest.approx(np.mean(hits))
-    assert result.zero_shot.majority == pytest.approx((torch.bincount(concepts % 3).max() / 40).item())
+    assert result.zero_shot.majority == pytest.approx((np.bincount(concepts % 4).max() / 40).item())
 
 
-def test_a_group_that_training_never_saw_is_described_by_its_name() -> None:
-    pairs = made_pairs(torch.tensor([3, 3]), torch.tensor([1, 1]), ("food-drink", "flags"))
-    assert describe_groups(pairs) == [["food and drink"], ["thing 3"]]
+def test_retrieval_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, y, text_of = torch.randn(37, 4), torch.randn(11, 4), torch.randint(0, 9, (37,))  # nobody shows two of the texts
+    whole = retrieve(x, y, text_of)
+    monkeypatch.setattr("train.evaluate.retrieval.BLOCK", 5)
+    cut = retrieve(x, y, text_of)
+    assert [one.recall for one in cut] == [one.recall for one in whole]
+    assert [one.chance for one in cut] == pytest.approx([one.chance for one in whole])
+    assert whole[1].recall[10] < 1.0
+    best = (y @ x.T).argmax(1)
+    shown = text_of.unique()
+    assert whole[1].recall[1] == pytest.approx((text_of[best[shown]] == shown).double().mean().item())
 
 
-def test_a_collapsed_model_scores_nothing(tokenizer: Tokenizer, pairs: Pairs) -> None:
-    model = Fixed(torch.ones(len(pairs), 3), {texts[0]: torch.ones(3) for texts in pairs.captions}, tokenizer)
-    ways = retrieve(model, tokenizer, pairs, model.x)  # type: ignore[arg-type]
+def test_a_collapsed_model_scores_nothing() -> None:
+    ways = retrieve(torch.ones(40, 3), torch.ones(20, 3), torch.arange(40) % 20)
     assert {recall for way in ways for recall in way.recall.values()} == {0.0}, "ties must not count as hits"
 
 
-def test_held_out_data_are_checked_before_training(data: Path, tmp_path: Path, pairs: Pairs) -> None:
-    config = Config.from_dict(tiny(data))
-    assert data_folder(config) == data
-    found = read_held_out(config, data, pairs)
-    assert {name: len(split) for name, split in found.splits.items()} == {"heldout": 40, "vendor": 40, "concepts": 10}
-    corrupted = load_pairs(data, "train", corrupt=0.5)
-    assert describe_groups(corrupted) != found.groups
-    assert read_held_out(config, data, corrupted).groups == read_held_out(config, data).groups == found.groups
-
-    manifest = read_manifest(data)
-    for path in data.glob("*.tar"):
-        (tmp_path / path.name).symlink_to(path)
-    write_manifest(tmp_path, replace(manifest, shards={name: manifest.shards[name] for name in ("train", "heldout")}))
-    with pytest.raises(DataError, match="lacks the splits concepts, vendor, which the evaluation needs"):
-        read_held_out(config, tmp_path, pairs)
-    write_manifest(tmp_path, manifest)
-    (tmp_path / "vendor-000000.tar").unlink()
-    (tmp_path / "vendor-000000.tar").write_bytes(b"")
-    with pytest.raises(DataError, match="is not what its manifest describes"):
-        read_held_out(config, tmp_path, pairs)
-    unchecked = tuple(replace(shard, sha256="") for shard in manifest.shards["vendor"])
-    write_manifest(tmp_path, replace(manifest, shards={**manifest.shards, "vendor": unchecked}))
-    with pytest.raises(DataError, match="truncated_tar"):
-        read_held_out(config, tmp_path, pairs)
-    generous = replace(config, data=replace(config.data, max_bad_fraction=1.0))
-    with pytest.raises(DataError, match=r"the split 'vendor' .* holds no sample"):
-        read_held_out(generous, tmp_path, pairs)
+def test_records_without_labels_share_a_text_where_their_captions_are_the_same(tmp_path: Path) -> None:
+    samples = [sample("heldout", concept, vendor) for concept in range(3) for vendor in ("a", "b")]
+    for _, files in samples:
+        del files["json"]
+    write_shard(tmp_path / "x.tar", samples)
+    options = DataOptions(evaluate={"mine": str(tmp_path / "x.tar")})
+    pairs = read_evaluation(options).sets["mine"]
+    assert pairs.texts == ("thing 0", "thing 1", "thing 2")
+    assert pairs.text_of.tolist() == [0, 0, 1, 1, 2, 2]
+    assert pairs.class_of is None
 
 
-def test_pictures_of_another_size_than_configured_are_refused(data: Path) -> None:
-    config = Config.from_dict(tiny(data))
-    with pytest.raises(ConfigError, match=r"image_size=48, but .* have 16 pixels a side; set data\.image_size=16"):
-        data_folder(replace(config, data=replace(config.data, image_size=48)))
+def test_a_class_without_texts_is_described_by_its_name(tmp_path: Path) -> None:
+    file = tmp_path / "classes.json"
+    file.write_text('{"food and drink": [], "flags": ["thing 3"]}')
+    assert read_classes(str(file), 0) == {"food and drink": ["food and drink"], "flags": ["thing 3"]}
+    for text in ("[]", '{"one": []}', '{"a": "b", "c": []}', '{"a": [1], "c": []}'):
+        file.write_text(text)
+        with pytest.raises(DataError, match=r"data\.classes='.*classes.json'; allowed: a JSON object of at least two"):
+            read_classes(str(file), 0)
+    file.write_text("{")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_classes(str(file), 0)
+
+
+def test_held_out_data_are_checked_before_training(data: Path, tmp_path: Path) -> None:
+    options = Config.from_dict(tiny(data)).data
+    found = read_evaluation(options)
+    assert {name: len(one) for name, one in found.sets.items()} == {"heldout": 40, "vendor": 40, "concepts": 10}
+    assert all(one.class_of is not None for one in found.sets.values())
+
+    samples = [sample("heldout", concept, "v") for concept in range(10)]
+    samples[3][1]["png"] = samples[3][1]["png"][:100]
+    write_shard(tmp_path / "bad.tar", samples)
+    bad = replace(options, evaluate={"mine": str(tmp_path / "bad.tar")}, max_bad_fraction=0.1)
+    pairs = read_evaluation(bad).sets["mine"]
+    assert (len(pairs), pairs.left_out) == (9, {"broken_image": 1})
+    with pytest.raises(DataError, match=r"data\.evaluate\.mine: of 10 records 1 \(broken_image 1\) are bad"):
+        read_evaluation(replace(bad, max_bad_fraction=0.09))
+    with pytest.raises(DataError, match=r"none\.tar"):
+        read_evaluation(replace(bad, evaluate={"mine": str(tmp_path / "none.tar")}))
 
 
 def test_evaluate_names_a_missing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,17 +13,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from helpers import parity
 from helpers.data import tiny
 from helpers.jobs import ROOT, TIMEOUT, configuration, environment, finish, start, wait_for
 
-from train import checkpoint, heartbeat, launch, metrics
+from train import checkpoint, heartbeat, launch, metrics, towers
 from train.config import Config
-from train.data import Sampler, load_pairs
-from train.tokenizer import train_tokenizer
-
-CPU = torch.device("cpu")
-
+from train.data import open_training_data
 
 # --- Lost and stuck ranks
 
@@ -112,10 +108,11 @@ def test_a_nan_sample_of_one_rank_is_skipped_counted_and_named_until_too_many_ar
     assert [row["step"] for row in rows if row["loss"] is None] == [1, 2, 4]
     config = Config.from_dict(tiny(data))
     assert [row["alpha"] for row in rows] == [config.loss.alpha()(step) for step in range(5)]
-    pairs = load_pairs(data, "train")
-    sampler = Sampler(pairs, train_tokenizer(["thing"], 300), 12, config.optimizer.batch_size, config.job.seed)
+    training = open_training_data(config)
+    bundle = towers.build(config.model, training.captions)
+    batches = list(training.batches(bundle, parity.ALONE, 0, 5))
     named = {row["step"]: tuple(row["keys"]) for row in metrics.read_rows(run / metrics.NONFINITE)}
-    assert named == {step: sampler.share(step, 0, 1, CPU).keys for step in (1, 2, 4)}
+    assert named == {step: batches[step].keys for step in (1, 2, 4)}
     state = checkpoint.read_state(checkpoint.find(run))
     assert (state.skipped, state.skipped_in_a_row, state.recent_skips) == (2, 0, (1, 2)), "a resumed run counts on"
 

@@ -20,9 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from softclip_kernels import Hard
-from train import checkpoint
+from train import checkpoint, towers
 from train.config import Config
-from train.model import Clip
 from train.step import target_at
 
 STEPS, RESUMED = 40, 20  # RESUMED: at least so many come after a resume
@@ -74,7 +73,7 @@ def parameters(run: Path) -> dict[str, Tensor]:
 def initial_parameters(run: Path) -> dict[str, Tensor]:
     config = checkpoint.read_config(checkpoint.find(run))
     torch.manual_seed(config.job.seed)
-    return Clip(config.model, checkpoint.read_tokenizer(checkpoint.find(run)).get_vocab_size()).state_dict()
+    return towers.build(config.model, tuple, files=checkpoint.read_files(checkpoint.find(run))).module.state_dict()
 
 
 def disagreement(run: Path, other: Path) -> dict[str, float]:
@@ -120,11 +119,11 @@ def test_any_number_of_processes_trains_the_same_model(
     assert exceeded(found) == {}
 
 
-def test_a_job_trains_with_the_dense_loss_of_the_share_that_it_logs(job: Job, data: Path) -> None:
+def test_a_job_trains_with_the_dense_loss_of_the_share_that_it_logs(job: Job) -> None:
     """Against a few lines of PyTorch in this process: the batch, α, learning rate and clipping of every step."""
     run = job()
     config = checkpoint.read_config(checkpoint.find(run))
-    plain, rows = parity.train(parity.problem_of(config, data), parity.exact), training_rows(run)
+    plain, rows = parity.train(parity.problem_of(config), parity.exact), training_rows(run)
     for logged, values in (("loss", plain.losses), ("grad_norm", plain.grad_norms), ("scale", plain.scales)):
         assert [row[logged] for row in rows] == pytest.approx(values, rel=CLOSE[logged]), logged
     for step, row in enumerate(rows):

@@ -113,7 +113,7 @@ def test_each_signal_stops_the_job_with_a_checkpoint_that_the_next_job_goes_on_f
     status, said = finish(start("--resume", str(run), f"optimizer.steps={done + 2}", "job.evaluate_every=1"))
     assert status == 0, said
     assert steps_logged(run) == list(range(done + 2))
-    assert "| held-out drawings | 40 |" in said
+    assert "| heldout | 40 |" in said
     kept = config.load(run / "config.yaml")
     assert (kept.optimizer.steps, kept.job.evaluate_every, kept.job.keep_checkpoints) == (done + 2, 1, 3)
 
@@ -230,7 +230,7 @@ def test_a_rank_that_hangs_in_set_up_ends_the_job(data: Path, tmp_path: Path) ->
     assert status == 1
     assert ", step 0, set-up: no progress of any rank for " in said
     assert "(job.setup_timeout_seconds=10)" in said
-    assert "in load_pairs" in said or "rank 1: step 0, set-up" in said
+    assert "in open_training_data" in said or "rank 1: step 0, set-up" in said
 
 
 # --- Other launchers

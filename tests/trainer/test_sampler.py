@@ -1,89 +1,32 @@
-"""The batch of each step and a rank's share of it, and the tokens of its captions."""
+"""What each step reads: functions of (seed, step)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import resource
+import time
 
 import numpy as np
 import pytest
-import torch
-from helpers.data import CONCEPTS, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
 
-from train.config import Config, ConfigError
-from train.data import Batch, Pairs, Sampler, batch_indices
-from train.model import Clip
-from train.tokenizer import PAD_ID, encode
-
-CPU = torch.device("cpu")
+from train.data.corruption import corruption_sources
+from train.data.record import DataError
+from train.data.sampler import StepSampler, batch_indices, permuted
+from train.options import ConfigError
 
 
-def joined(shares: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([one.images for one in shares]), torch.cat([one.tokens for one in shares])
+def images(sampler: StepSampler, steps: int) -> np.ndarray:
+    """The records of so many steps, one after another."""
+    return np.concatenate([sampler.draw(step).image for step in range(steps)])
 
 
-def test_a_batch_does_not_depend_on_the_number_of_ranks(pairs: Pairs, tokenizer: Tokenizer) -> None:
-    sampler = Sampler(pairs, tokenizer, 12, 24, seed=3)
-    whole = joined([sampler.share(5, 0, 1, CPU)])
-    for ranks in (2, 3, 4):
-        cut = joined([sampler.share(5, rank, ranks, CPU) for rank in range(ranks)])
-        assert all(torch.equal(one, other) for one, other in zip(whole, cut, strict=True))
-    again = Sampler(pairs, tokenizer, 12, 24, seed=3).share(5, 0, 1, CPU)
-    assert torch.equal(again.images, whole[0])
-    assert again.keys == sampler.share(5, 1, 2, CPU).keys
-    assert not torch.equal(sampler.share(6, 0, 1, CPU).images, whole[0])
-    assert not torch.equal(Sampler(pairs, tokenizer, 12, 24, seed=4).share(5, 0, 1, CPU).images, whole[0])
-
-
-def test_a_batch_takes_each_concept_once_and_reaches_every_drawing(pairs: Pairs, tokenizer: Tokenizer) -> None:
-    concept_of = dict(zip(pairs.keys, pairs.concepts.tolist(), strict=True))
-    sampler = Sampler(pairs, tokenizer, 12, CONCEPTS, seed=0)
-    drawn: set[str] = set()
-    for step in range(12):  # each of the two drawings of a concept is missed with a chance of 2^-12
-        keys = sampler.share(step, 0, 1, CPU).keys
-        assert len({concept_of[key] for key in keys}) == CONCEPTS
-        drawn.update(keys)
-    assert len(drawn) > 0.95 * len(pairs)
-    with pytest.raises(
-        ConfigError, match=rf"batch_size={CONCEPTS + 1}; allowed: at most {CONCEPTS}, the number of conc"
-    ):
-        Sampler(pairs, tokenizer, 12, CONCEPTS + 1, seed=0)
-
-
-def test_captions_belong_to_their_drawings(pairs: Pairs, tokenizer: Tokenizer) -> None:
-    sampler = Sampler(pairs, tokenizer, 12, CONCEPTS, seed=0)
-    captions = dict(zip(pairs.keys, pairs.captions, strict=True))
-    chosen = set()
-    for step in range(3):
-        batch = sampler.share(step, 0, 1, CPU)
-        for key, tokens in zip(batch.keys, batch.tokens, strict=True):
-            allowed = encode(tokenizer, list(captions[key]), 12)
-            position = (allowed == tokens).all(1).nonzero().flatten().tolist()
-            assert position, f"{key} came with another's caption"
-            chosen.update(position)
-    assert chosen == {0, 1, 2}, "every caption of a drawing has its turn"
-
-
-def test_tokens_are_cut_and_padded(tokenizer: Tokenizer) -> None:
-    tokens = encode(tokenizer, ["thing 1", "a drawing of thing 1 and of many other things besides"], 8)
-    assert tokens.shape == (2, 8)
-    assert (tokens[0] == PAD_ID).any()
-    assert not (tokens[1] == PAD_ID).any()
-    assert encode(tokenizer, ["THING 1"], 8).tolist() == tokens[:1].tolist(), "case is no difference"
-
-
-def test_padding_does_not_change_an_embedding(data: Path, tokenizer: Tokenizer) -> None:
-    model = Clip(Config.from_dict(tiny(data)).model, tokenizer.get_vocab_size()).eval()
-    tokens = encode(tokenizer, ["thing 1"], 12)
-    length = int((tokens != PAD_ID).sum())
-    torch.testing.assert_close(model(None, tokens)[1], model(None, tokens[:, :length])[1])
+# --- Orders and batches
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 5))
 @settings(max_examples=150, deadline=None)
-def test_batches_cover_epochs_and_repeat_no_sample(one: int, other: int, seed: int) -> None:
+def test_batches_cover_epochs_and_repeat_no_record(one: int, other: int, seed: int) -> None:
     n, batch = max(one, other), min(one, other)
     steps = [batch_indices(n, batch, step, seed) for step in range(4 * n // batch + 3)]
     assert all(step.shape == (batch,) and step.dtype == np.int64 for step in steps)
@@ -91,7 +34,7 @@ def test_batches_cover_epochs_and_repeat_no_sample(one: int, other: int, seed: i
     if n >= 2 * batch:
         stream = np.concatenate(steps)
         for start in range(0, len(stream) - n + 1, n):
-            assert sorted(stream[start : start + n]) == list(range(n)), "an epoch shows every sample once"
+            assert sorted(stream[start : start + n]) == list(range(n)), "an epoch shows every record once"
     last = len(steps) - 1
     assert np.array_equal(batch_indices(n, batch, last, seed), steps[last]), "a pure function of the step"
 
@@ -99,8 +42,168 @@ def test_batches_cover_epochs_and_repeat_no_sample(one: int, other: int, seed: i
 def test_batches_differ_by_seed_and_epoch_and_refuse_nonsense() -> None:
     assert not np.array_equal(batch_indices(100, 50, 0, 0), batch_indices(100, 50, 0, 1))
     assert not np.array_equal(batch_indices(100, 50, 0, 0), batch_indices(100, 50, 2, 0))
-    batch_indices(100, 30, 0, 0)[:] = 0  # a caller's change must not reach the next caller
-    assert len(set(batch_indices(100, 30, 0, 0).tolist())) == 30
     for n, batch in ((10, 0), (10, 11)):
         with pytest.raises(ValueError, match=rf"batch={batch} must lie in \[1, n=10\]"):
             batch_indices(n, batch, 0, 0)
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**63 - 1), st.integers(0, 2**31))
+@settings(max_examples=100, deadline=None)
+def test_an_order_is_a_permutation_that_is_computed_in_any_pieces(n: int, seed: int, epoch: int) -> None:
+    order = permuted(np.arange(n), n, seed, epoch)
+    assert sorted(order.tolist()) == list(range(n))
+    some = np.random.default_rng(0).permutation(n)[: n // 2]
+    assert np.array_equal(permuted(some, n, seed, epoch), order[some])
+
+
+@pytest.mark.parametrize("n", (3, 7, 16, 40))
+def test_orders_are_as_random_as_shuffled_ones(n: int) -> None:
+    """How often each thing lies at each place, and follows each other thing, against chance: each within 5 standard
+    deviations of what chi-squared has."""
+    epochs = 3000
+    places, follows = np.zeros((n, n)), np.zeros((n, n))
+    for epoch in range(epochs):
+        order = permuted(np.arange(n), n, 5, epoch)
+        places[np.arange(n), order] += 1
+        np.add.at(follows, (order[:-1], order[1:]), 1)
+    expected, others = epochs / n, ~np.eye(n, dtype=bool)
+    for counts, freedom in ((places, (n - 1) ** 2), (follows[others], n * (n - 1) - 1)):
+        chi = ((counts - expected) ** 2 / expected).sum()
+        assert abs(chi - freedom) < 5 * (2 * freedom) ** 0.5
+
+
+# --- Draws
+
+
+def test_draws_follow_from_seed_and_step_and_are_all_there() -> None:
+    one, again, other = (StepSampler([50], 8, seed) for seed in (3, 3, 4))
+    for step in (5, 0, 11, 5):  # in any order
+        for name in ("image", "text", "caption", "seed"):
+            values = getattr(one.draw(step), name)
+            assert np.array_equal(values, getattr(again.draw(step), name)) and len(values) == 8
+            assert not np.array_equal(values, getattr(other.draw(step), name))
+            assert name in ("image", "text") or len(set(values)) == 8
+    draws = one.draw(2)
+    assert np.array_equal(draws.image, draws.text)
+    assert ((draws.caption >= 0) & (draws.caption < 1)).all() and (draws.seed >= 0).all()
+    first = draws.at(0)
+    assert (first.image, first.text, first.seed) == (draws.image[0], draws.text[0], draws.seed[0])
+
+
+def test_captions_have_their_turn_alike() -> None:
+    drawn = np.concatenate([StepSampler([64], 64, 0).draw(step).caption for step in range(50)])
+    counts = np.bincount((drawn * 4).astype(int), minlength=4)
+    assert (abs(counts - 800) < 5 * 800**0.5).all()
+
+
+def test_a_batch_takes_each_label_once_and_reaches_every_record() -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(40) * 5 - 7, 2))  # of any numbers
+    sampler = StepSampler([30, 50], 40, 0, labels=labels)
+    assert sampler.epoch_length == 40
+    drawn: set[int] = set()
+    for step in range(12):  # each of the two records of a label is missed with a chance of 2^-12
+        batch = sampler.draw(step).image
+        assert len(set(labels[batch])) == 40
+        drawn.update(batch.tolist())
+    assert len(drawn) > 0.95 * 80
+    with pytest.raises(ConfigError, match=r"batch_size=41; allowed: at most 40, the number of labels"):
+        StepSampler([30, 50], 41, 0, labels=labels)
+    with pytest.raises(ConfigError, match=r"data.weights=\[1.0, 2.0\] with data.distinct='label'"):
+        StepSampler([30, 50], 8, 0, labels=labels, weights=[1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("weights", "taken"),
+    (
+        ((1.0, 1.0), (30, 50)),
+        ((0.5, 1.0), (15, 50)),  # a part of the first source in each epoch, all of it over two
+        ((1.0, 0.1), (30, 5)),
+        ((2.0, 1.0), (60, 50)),  # twice in an epoch, but never twice in a batch
+        ((2.5, 0.3), (75, 15)),
+    ),
+)
+def test_weights_give_each_source_its_share_of_every_epoch(weights: tuple[float, ...], taken: tuple[int, ...]) -> None:
+    sampler = StepSampler([30, 50], 10, 1, weights=weights)
+    assert abs(sampler.epoch_length - sum(taken)) <= 2 * np.ceil(max(weights))  # each part is rounded
+    length, epochs = sampler.epoch_length, 20
+    stream = images(sampler, length * epochs // 10)
+    for epoch in range(epochs):
+        first = (stream[epoch * length : (epoch + 1) * length] < 30).sum()
+        assert abs(first - taken[0]) <= np.ceil(max(weights))
+    counts = np.bincount(stream, minlength=80)
+    for source in (counts[:30], counts[30:]):
+        assert source.max() - source.min() <= 1, "every record has its turn as often as any other of its source"
+    for step in range(len(stream) // 10):
+        assert len(set(stream[step * 10 : (step + 1) * 10])) == 10
+
+
+def test_a_batch_that_needs_more_than_there_is_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer.batch_size=81; allowed: at most 80, the number of pairs"):
+        StepSampler([30, 50], 81, 0)
+    with pytest.raises(ConfigError, match=r"optimizer.batch_size=60; allowed: at most 55"):
+        StepSampler([30, 50], 60, 0, weights=[1.0, 0.5])
+
+
+def test_a_spare_is_of_a_later_batch_and_not_in_this_one() -> None:
+    sampler = StepSampler([50], 20, 2)
+    batch = set(sampler.draw(3).image.tolist())
+    none = 0
+    for position in range(20):
+        for attempt in range(1, 6):
+            spare, again = (s.spare(3, position, attempt) for s in (sampler, StepSampler([50], 20, 2)))
+            assert spare == again
+            expected = sampler.draw(3 + attempt).at(position)
+            assert spare == (None if expected.image in batch else expected)
+            none += spare is None
+    assert 0 < none < 100
+
+
+def test_a_spare_has_none_of_the_labels_of_the_batch() -> None:
+    labels = np.arange(60) % 30
+    sampler = StepSampler([60], 12, 0, labels=labels)
+    batch = set(labels[sampler.draw(0).image])
+    spares = [sampler.spare(0, position, attempt) for position in range(12) for attempt in range(1, 9)]
+    found = [labels[spare.image] for spare in spares if spare is not None]
+    assert found and not batch & set(found)
+
+
+@pytest.mark.long
+def test_ten_million_records_take_no_memory_and_no_time() -> None:
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    sampler = StepSampler([9_000_000, 1_000_000], 32_768, 0, weights=[1.0, 0.5])
+    for step in (*range(20), 289, 290, 291, 10**6):  # an epoch ends with step 290
+        assert len(set(sampler.draw(step).image.tolist())) == 32_768
+    assert time.perf_counter() - began < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+# --- Corruption
+
+
+@given(st.lists(st.integers(0, 30), min_size=40, max_size=80), st.floats(0.5, 1), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_corruption_never_keeps_the_label(labels: list[int], share: float, seed: int) -> None:
+    try:
+        source = corruption_sources(labels, share, seed)
+    except DataError:
+        assert max(map(labels.count, labels)) > 5, "refused although no label is frequent"
+        return
+    ids = np.asarray(labels)
+    moved = source != np.arange(len(ids))
+    assert moved.sum() == round(share * len(ids))
+    assert sorted(source) == list(range(len(ids))), "captions are exchanged, none lost"
+    assert (ids[source] != ids)[moved].all()
+    assert np.array_equal(source, corruption_sources(labels, share, seed))
+
+
+def test_corruption_of_one_label_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data.corrupt=0.5 chooses 5 of 10 records.*cannot be exchanged"):
+        corruption_sources([1] * 10, 0.5, 0)
+
+
+def test_corrupted_records_come_with_their_captions_of_another() -> None:
+    source = corruption_sources(np.arange(50), 0.3, 5)
+    assert not np.array_equal(source, corruption_sources(np.arange(50), 0.3, 6))
+    draws = StepSampler([50], 50, 0, corruption=source).draw(0)
+    assert np.array_equal(draws.text, source[draws.image])
+    assert (draws.text != draws.image).sum() == 15

@@ -6,7 +6,8 @@ captions    the rules by which text is cleaned
 images      pictures decoded, within limits
 sampler     which records each step takes: a function of (seed, step)
 corruption  captions exchanged on purpose
-loader      the batch of each step, made by worker processes
+loader      the batch of each step
+workers     the processes that read and prepare
 stream      batches of what cannot be read at random
 training    all that together: what a run is trained on
 shards      the writer of shards
@@ -16,10 +17,10 @@ emoji/      the default set: real image-text pairs, fetched and drawn once, by `
 from .emoji import SetupError, prepare_emoji
 from .images import decode
 from .loader import Batch, Loader
-from .record import BadRecordError, DataError, Record, Source
+from .record import BadRecordError, DataError, Record, Source, count_bad
 from .sampler import StepSampler, batch_indices
 from .sources import open_source
-from .training import TrainingData, describe_bad, open_training_data
+from .training import TrainingData, open_training_data
 
 __all__ = [
     "BadRecordError",
@@ -32,8 +33,8 @@ __all__ = [
     "StepSampler",
     "TrainingData",
     "batch_indices",
+    "count_bad",
     "decode",
-    "describe_bad",
     "open_source",
     "open_training_data",
     "prepare_emoji",

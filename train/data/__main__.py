@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from .emoji import SetupError, prepare_emoji
+from .emoji.manifest import Manifest, read_manifest
 from .emoji.sources import PACKAGES, VENDOR_PACKAGES
-from .manifest import Manifest, read_manifest
 
 
 def summary(manifest: Manifest) -> str:
@@ -38,7 +38,10 @@ def main(arguments: list[str] | None = None) -> int:
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{folder} ready in {time.perf_counter() - start:.1f} s\n\n{summary(read_manifest(folder))}")
+    print(f"{folder} ready in {time.perf_counter() - start:.1f} s")
+    made = read_manifest(folder)
+    if made is not None:  # nobody altered it in this moment
+        print(f"\n{summary(made)}")
     return 0
 
 

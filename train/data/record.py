@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,3 +56,14 @@ class Source(Protocol):
     def labels(self) -> np.ndarray | None:
         """(len,) int64, the label of every record without reading its image; None where not every record has one."""
         ...
+
+
+def describe_bad(bad: Mapping[str, int]) -> str:
+    """Bad records in words, by reason, the most frequent first."""
+    reasons = sorted(bad.items(), key=lambda entry: -entry[1])
+    return ", ".join(f"{reason} {count}" for reason, count in reasons) or "none"
+
+
+def count_bad(bad: Mapping[str, int]) -> str:
+    """How many there are, and why."""
+    return f"{sum(bad.values())} ({describe_bad(bad)})" if bad else "none"

@@ -1,37 +1,93 @@
-"""What a run is trained on: a source, the batch of each step, and the account of what is bad in it."""
+"""What a run is trained on: the batch of each step, and the account of what is bad in it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from ..config import Config
 from ..heartbeat import tick
-from ..towers import Bundle
+from ..options import ConfigError
+from ..towers.bundle import Bundle
 from ..world import World
 from .corruption import corruption_sources
-from .loader import Batch, Loader, trial
-from .record import BadRecordError, DataError, Source
+from .loader import Batches, Loader, trial
+from .record import BadRecordError, DataError, count_bad, describe_bad
 from .sampler import StepSampler
 from .sources import open_source
+from .stream import SCHEME, Stream, shard_urls
 
 CAPTIONS_READ = 200_000  # records at most that a tokenizer is trained on
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """`sampler` says which records each step takes of `source`."""
+class TrainingData(ABC):
+    """`fingerprint`: hex SHA-256 of what it holds; `epoch_length`: in samples."""
 
-    source: Source
-    sampler: StepSampler
-    max_bad_fraction: float
+    fingerprint: str
+    epoch_length: int
 
-    @property
-    def epoch_length(self) -> int:
-        """In records."""
-        return self.sampler.epoch_length
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def batches(self, bundle: Bundle, world: World, first: int, last: int) -> Batches:
+        """This rank's share of the batches of steps `first` to `last` - 1, in order."""
+        return self._loader(bundle, world).batches(first, last)
+
+    @abstractmethod
+    def captions(self) -> Iterable[str]:
+        """What a tokenizer is trained on."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """How much there is, in words."""
+
+    @abstractmethod
+    def _loader(self, bundle: Bundle, world: World) -> Any: ...
+
+    def check_bad(self, bad: int, steps: int, reasons: Mapping[str, int]) -> None:
+        """Raises DataError where, of all samples of `steps` steps, and of an epoch at least, too many were bad."""
+        limit = self._config.data.max_bad_fraction
+        read = max(self.epoch_length, steps * self._config.optimizer.batch_size)
+        if bad > limit * read:
+            raise DataError(
+                f"{bad} of the samples read so far were bad, the last for {describe_bad(reasons)}; allowed: the "
+                f"fraction {limit} of {read}; repair or leave out these samples, or raise data.max_bad_fraction"
+            )
+
+
+def open_training_data(config: Config) -> TrainingData:
+    """Raises DataError or ConfigError where the data cannot be read, are mostly bad, or too few for a batch."""
+    return Streamed(config) if config.data.source.startswith(SCHEME) else Indexed(config)
+
+
+class Indexed(TrainingData):
+    """A source that is read at random: what a step takes is a function of (seed, step)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        options = config.data
+        self.source = open_source(options.source, options)
+        trial(self.source, options)
+        labels = self.source.labels() if options.distinct == "label" or options.corrupt else None
+        if options.distinct == "label" and labels is None:
+            raise ConfigError(
+                f"data.distinct='label', but not every record of data.source={options.source!r} has a label; use "
+                "data.distinct=none"
+            )
+        exchanged = np.arange(len(self.source)) if labels is None else labels
+        self.sampler = StepSampler(
+            getattr(self.source, "lengths", [len(self.source)]),
+            config.optimizer.batch_size,
+            config.job.seed,
+            weights=options.weights,
+            labels=labels if options.distinct == "label" else None,
+            corruption=corruption_sources(exchanged, options.corrupt, options.seed) if options.corrupt else None,
+        )
+        self.fingerprint, self.epoch_length = self.source.fingerprint, self.sampler.epoch_length
 
     def captions(self) -> Iterable[str]:
         """All captions, or those of CAPTIONS_READ records, evenly spaced."""
@@ -43,36 +99,53 @@ class TrainingData:
             except BadRecordError:
                 continue  # it is counted when its batch is read
 
-    def batches(self, bundle: Bundle, config: Config, world: World, first: int, last: int) -> Iterator[Batch]:
-        """This rank's share of the batches of steps `first` to `last` - 1, in order."""
-        loader = Loader(self.source, self.sampler, bundle, config.data, world)
-        return loader.steps(first, last)
+    def describe(self) -> str:
+        return f"{len(self.source)} pairs (bad samples left out: {count_bad(self.source.left_out)})"
 
-    def check_bad(self, bad: int, steps: int, reasons: Mapping[str, int]) -> None:
-        """Raises DataError where, of all records read in `steps` steps, and of an epoch at least, too many were bad."""
-        read = max(self.epoch_length, steps * self.sampler.batch_size)
-        if bad > self.max_bad_fraction * read:
-            raise DataError(
-                f"{bad} of the samples read so far were bad, the last for {describe_bad(reasons)}; allowed: the fraction "
-                f"{self.max_bad_fraction} of {read}; repair or leave out these samples, or raise data.max_bad_fraction"
-            )
+    def _loader(self, bundle: Bundle, world: World) -> Loader:
+        return Loader(
+            self.source,
+            self.sampler,
+            bundle.prepare,
+            bundle.tokenize,
+            world.rank,
+            world.size,
+            self._config.data,
+            world.device,
+            world.ranks_here,
+        )
+
+
+class Streamed(TrainingData):
+    """Shards without positions; see stream."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._urls = shard_urls(config.data.source)
+        names = [url.rpartition("/")[2] for url in self._urls]
+        self.fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        self.epoch_length = config.data.epoch_samples or 1  # Stream refuses a run without it
+
+    def captions(self) -> Iterable[str]:
+        raise ConfigError(
+            f"model.towers={self._config.model.towers!r} trains a tokenizer on the captions, and "
+            f"data.source={self._config.data.source!r} can only be read from end to end; use towers that bring their "
+            "own tokenizer, or shards on disk"
+        )
 
     def describe(self) -> str:
-        return f"{len(self.source)} pairs (bad samples left out: {describe_bad(self.source.left_out)})"
+        return f"a stream of {len(self._urls)} shards"
 
-
-def open_training_data(config: Config) -> TrainingData:
-    """Raises DataError or ConfigError where the data cannot be read, are mostly bad, or too few for a batch."""
-    options = config.data
-    source = open_source(options.source, options)
-    trial(source, options)
-    labels = source.labels() if options.distinct == "label" or options.corrupt else None
-    raise NotImplementedError
-
-
-def describe_bad(bad: Mapping[str, int]) -> str:
-    """Bad samples in words, by reason, the most frequent first."""
-    if not bad:
-        return "none"
-    reasons = sorted(bad.items(), key=lambda entry: -entry[1])
-    return f"{sum(bad.values())} ({', '.join(f'{reason} {count}' for reason, count in reasons)})"
+    def _loader(self, bundle: Bundle, world: World) -> Stream:
+        options = self._config.optimizer
+        return Stream(
+            options.batch_size,
+            self._config.job.seed,
+            bundle.prepare,
+            bundle.tokenize,
+            world.rank,
+            world.size,
+            self._config.data,
+            world.device,
+            world.ranks_here,
+        )

@@ -65,6 +65,7 @@ def evaluate_set(bundle: Bundle, pairs: EvaluationSet, options: DataOptions, cen
     y = embed_texts(bundle, pairs.texts)
     text_of = torch.from_numpy(pairs.text_of[kept])
     image_to_text, text_to_image = retrieve(x, y, text_of)
-    classified = centers is not None and pairs.class_of is not None
-    zero_shot = classify(x, centers, torch.from_numpy(pairs.class_of[kept])) if classified else None
+    zero_shot = None
+    if centers is not None and pairs.class_of is not None:
+        zero_shot = classify(x, centers, torch.from_numpy(pairs.class_of[kept]))
     return SetResult(len(x), len(y), image_to_text, text_to_image, zero_shot)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..data import describe_bad
+from ..data import count_bad
 from ..files import write_atomically
 from . import SetResult
 from .retrieval import DEPTHS
@@ -34,7 +34,7 @@ def table(results: dict[str, SetResult]) -> str:
 
 def text(results: dict[str, SetResult], evaluation: Evaluation) -> str:
     """The table, and what it was not computed on."""
-    bad = [f"{name}: {describe_bad(pairs.left_out)}" for name, pairs in evaluation.sets.items()]
+    bad = [f"{name}: {count_bad(pairs.left_out)}" for name, pairs in evaluation.sets.items()]
     return f"{table(results)}\n\nBad samples left out: {'; '.join(bad)}."
 
 

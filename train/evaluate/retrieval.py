@@ -32,7 +32,7 @@ def retrieve(x: Tensor, y: Tensor, text_of: Tensor) -> tuple[Retrieval, Retrieva
 
 
 def _recalls(queries: Tensor, wanted: Tensor, items: Tensor, held: Tensor) -> Retrieval:
-    """Query i wants the items that hold wanted[i]; the best of them counts. A tie with another item counts as a miss."""
+    """Query i wants the items that hold wanted[i]; the best of them counts. A tie with another item is a miss."""
     better, chance = [], 0.0
     for rows, ids in zip(queries.split(BLOCK), wanted.split(BLOCK), strict=True):
         similarity, right = rows @ items.T, ids[:, None] == held

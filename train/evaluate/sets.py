@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data import BadRecordError, DataError, Source, decode, describe_bad, open_source
-from ..data.emoji import classes_file
+from ..data import BadRecordError, DataError, Source, count_bad, decode, open_source
+from ..data.emoji import CLASSES, prepare_emoji
 from ..heartbeat import tick
 from ..options import DataOptions
 
@@ -60,7 +60,8 @@ def read_evaluation(options: DataOptions) -> Evaluation:
 
 def read_classes(spec: str, seed: int) -> dict[str, list[str]]:
     """The texts that describe each class, by its name; a class without texts is described by its name."""
-    path = classes_file(spec, seed) if spec.startswith(EMOJI) else Path(spec)
+    name, _, size = spec.partition("@")
+    path = prepare_emoji(size=int(size or 48), seed=seed) / CLASSES if name == EMOJI else Path(spec)
     try:
         classes = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -68,8 +69,12 @@ def read_classes(spec: str, seed: int) -> dict[str, list[str]]:
             f"data.classes={spec!r} cannot be read ({error}); give a JSON file of class names and lists of texts"
         ) from error
     texts = list(classes.values()) if isinstance(classes, dict) else [None]
-    if len(texts) < 2 or not all(isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts):
-        raise DataError(f"data.classes={spec!r}; allowed: a JSON object of at least two class names, each with its texts")
+    if len(texts) < 2 or not all(
+        isinstance(some, list) and all(isinstance(text, str) for text in some) for some in texts
+    ):
+        raise DataError(
+            f"data.classes={spec!r}; allowed: a JSON object of at least two class names, each with its texts"
+        )
     return {name: some or [name] for name, some in classes.items()}
 
 
@@ -96,7 +101,7 @@ def read_set(name: str, source: Source, options: DataOptions, classes: Sequence[
         names.append(record.class_name)
     if bad.total() > options.max_bad_fraction * total:
         raise DataError(
-            f"data.evaluate.{name}: of {total} records {describe_bad(bad)} are bad, at most the fraction "
+            f"data.evaluate.{name}: of {total} records {count_bad(bad)} are bad, at most the fraction "
             f"{options.max_bad_fraction} may be; repair them or leave them out, or raise data.max_bad_fraction"
         )
     if not kept:

@@ -8,6 +8,9 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 RANK = os.environ.get("RANK")
@@ -18,39 +21,49 @@ SLOW_SECONDS = 1.2
 def bad_data_on_rank_1() -> None:
     from train import data
 
-    real = data.load_pairs
+    real = data.open_training_data
 
-    def load_pairs(*arguments: Any, **options: Any) -> Any:
+    def open_training_data(*arguments: Any) -> Any:
         if RANK == "1":
             raise data.DataError("spoilt for a test")
-        return real(*arguments, **options)
+        return real(*arguments)
 
-    data.load_pairs = load_pairs
+    data.open_training_data = open_training_data
 
 
 def no_memory_on_rank_1() -> None:
-    from train.model import Clip
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from train import engine
 
-    def parameter_groups(self: Clip, weight_decay: float) -> Any:
+    def make_engine(*_: Any) -> Any:
         raise MemoryError("none left for a test")
 
     if RANK == "1":
-        Clip.parameter_groups = parameter_groups  # type: ignore[method-assign]
+        engine.make_engine = make_engine
+
+
+def _with_each_batch(act: Callable[[int, Any], None]) -> None:
+    """Have `act` called with the number and this rank's share of every step's batch, before it is trained on."""
+    from train.data import TrainingData
+
+    real = TrainingData.batches
+
+    def batches(self: Any, bundle: Any, world: Any, first: int, last: int) -> Any:
+        for step, batch in enumerate(real(self, bundle, world, first, last), first):
+            act(step, batch)
+            yield batch
+
+    TrainingData.batches = batches  # type: ignore[method-assign]
 
 
 def nan_on_rank_1() -> None:
     """One picture of rank 1's share of the steps 1, 2 and 4."""
-    from train.data import Sampler
 
-    real = Sampler.share
-
-    def share(self: Sampler, step: int, rank: int, *others: Any) -> Any:
-        batch = real(self, step, rank, *others)
-        if rank == 1 and step in (1, 2, 4):
+    def spoil(step: int, batch: Any) -> None:
+        if RANK == "1" and step in (1, 2, 4):
             batch.images[0, 0, 0, 0] = float("nan")
-        return batch
 
-    Sampler.share = share  # type: ignore[method-assign]
+    _with_each_batch(spoil)
 
 
 def nan_moment_on_rank_1() -> None:
@@ -95,10 +108,14 @@ def full_disk() -> None:
 
 
 def one_share_for_all() -> None:
-    from train.data import Sampler
+    from train.data import TrainingData
 
-    real = Sampler.share
-    Sampler.share = lambda self, step, rank, *others: real(self, step, 0, *others)  # type: ignore[method-assign]
+    real = TrainingData.batches
+
+    def batches(self: Any, bundle: Any, world: Any, *steps: int) -> Any:
+        return real(self, bundle, replace(world, rank=0), *steps)
+
+    TrainingData.batches = batches  # type: ignore[method-assign]
 
 
 def forgotten_moments() -> None:
@@ -111,17 +128,14 @@ def forgotten_moments() -> None:
 
 def leaks() -> None:
     """A handle and 20 kB a step, and a thread every tenth."""
-    from train.data import Sampler
+    kept = []
 
-    real, kept = Sampler.share, []
-
-    def share(self: Sampler, step: int, *others: Any) -> Any:
+    def leak(step: int, batch: Any) -> None:
         kept.append((os.open(os.devnull, os.O_RDONLY), b"x" * 20_000))
         if step % 10 == 0:
             threading.Thread(target=threading.Event().wait, daemon=True).start()
-        return real(self, step, *others)
 
-    Sampler.share = share  # type: ignore[method-assign]
+    _with_each_batch(leak)
 
 
 def stuck_saving() -> None:
@@ -149,14 +163,14 @@ def stuck_set_up() -> None:
     """Rank 1 stands still while it reads the data."""
     from train import data
 
-    real = data.load_pairs
+    real = data.open_training_data
 
-    def load_pairs(*arguments: Any, **options: Any) -> Any:
+    def open_training_data(*arguments: Any) -> Any:
         if RANK == "1":
             time.sleep(STUCK_SECONDS)
-        return real(*arguments, **options)
+        return real(*arguments)
 
-    data.load_pairs = load_pairs
+    data.open_training_data = open_training_data
 
 
 def slow_evaluation_and_saving() -> None:
@@ -164,33 +178,29 @@ def slow_evaluation_and_saving() -> None:
     from train import checkpoint
     from train.evaluate import embed
 
-    composite, sync_file = embed.composite, checkpoint.sync_file
+    tick, sync_file = embed.heartbeat.tick, checkpoint.sync_file
 
-    def slow_composite(*arguments: Any) -> Any:
+    def slow_tick() -> None:
         time.sleep(SLOW_SECONDS)
-        return composite(*arguments)
+        tick()
 
     def slow_sync_file(path: Any) -> None:
         time.sleep(SLOW_SECONDS)
         sync_file(path)
 
     embed.CHUNK = 8
-    embed.composite = slow_composite
+    embed.heartbeat = SimpleNamespace(tick=slow_tick)  # type: ignore[assignment]
     checkpoint.sync_file = slow_sync_file
 
 
 def rank_1_killed_once() -> None:
     """At step 5 of the first of several starts under torchrun."""
-    from train.data import Sampler
 
-    real = Sampler.share
-
-    def share(self: Sampler, step: int, rank: int, *others: Any) -> Any:
-        if rank == 1 and step == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    def kill(step: int, batch: Any) -> None:
+        if RANK == "1" and step == 5 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, step, rank, *others)
 
-    Sampler.share = share  # type: ignore[method-assign]
+    _with_each_batch(kill)
 
 
 if RANK is not None:

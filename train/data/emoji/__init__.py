@@ -6,10 +6,12 @@
     concepts   what is drawn: concepts, their families and captions
     drawings   who drew it: the vendors' SVG drawings, rendered
     splits     which pictures are trained on, and which are held out
-    prepare    all of it in order, into shards with a manifest
+    prepare    all of it in order, into ordinary WebDataset shards
+    manifest   what a finished set-up says about itself
 """
 
-from .prepare import prepare_emoji
+from .prepare import CLASSES, prepare_emoji
 from .sources import SetupError
+from .splits import SPLITS
 
-__all__ = ["SetupError", "prepare_emoji"]
+__all__ = ["CLASSES", "SPLITS", "SetupError", "prepare_emoji"]

@@ -32,17 +32,17 @@ def composite(images: Tensor, background: Tensor | None) -> Tensor:
     return _over(color, alpha, background.to(color))
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, draws: Tensor) -> Tensor:
     """Turn, scale and shift each picture a little and lay it on white or on a random color.
 
-    images     (b, 4, H, W) uint8 RGBA, not premultiplied, on any device
-    generator  source of all the randomness, on any device: AUGMENT_DRAWS numbers for each picture
+    images  (b, 4, H, W) uint8 RGBA, not premultiplied
+    draws   (b, AUGMENT_DRAWS) uniform numbers in [0, 1), all the randomness there is
 
-    Returns (b, 3, H, W) float32 in [-1, 1], on the device of the images. Pictures are never mirrored: arrows, letters
-    and hands would change their meaning.
+    Returns (b, 3, H, W) float32 in [-1, 1]. Pictures are never mirrored: arrows, letters and hands would change their
+    meaning.
     """
     color, alpha = _premultiplied(images)
-    draws = torch.rand(len(images), AUGMENT_DRAWS, generator=generator, device=generator.device).to(color)
+    draws = draws.to(color)
     angle = (draws[:, 0] * 2.0 - 1.0) * math.radians(MAX_DEGREES)
     zoom = 1.0 / (SCALE_RANGE[0] + draws[:, 1] * (SCALE_RANGE[1] - SCALE_RANGE[0]))
     shift = (draws[:, 2:4] * 2.0 - 1.0) * (2.0 * MAX_SHIFT)  # affine_grid measures from -1 to 1

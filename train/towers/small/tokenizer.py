@@ -25,8 +25,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Sorted: what is learned must not depend on the order of the samples.
-    tokenizer.train_from_iterator(sorted(captions), trainer)
+    # Each once and sorted: what is learned must not depend on the order of the samples.
+    tokenizer.train_from_iterator(sorted(set(captions)), trainer)
     start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{START} $A {END}", special_tokens=[(START, start), (END, end)]
@@ -34,11 +34,16 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, captions: Sequence[str], length: int) -> Tensor:
-    """(n, length) int64 token ids, cut or padded with PAD_ID. A caption that spells a special token is text: otherwise
-    a "[PAD]" in it would hide it from the tower, and an "[END]" would end it."""
-    tokenizer.encode_special_tokens = True
-    tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=PAD_ID, pad_token=PAD)
-    encodings = tokenizer.encode_batch(list(captions))
-    return torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64).view(-1, length)
+class Tokenize:
+    """Captions → (n, length) int64 token ids, cut or padded with PAD_ID. A caption that spells a special token is text:
+    otherwise a "[PAD]" in it would hide it from the tower, and an "[END]" would end it."""
+
+    def __init__(self, tokenizer: Tokenizer, length: int) -> None:
+        tokenizer.encode_special_tokens = True
+        tokenizer.enable_truncation(length)
+        tokenizer.enable_padding(length=length, pad_id=PAD_ID, pad_token=PAD)
+        self.tokenizer, self.length = tokenizer, length
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        encodings = self.tokenizer.encode_batch(list(captions))
+        return torch.tensor([encoding.ids for encoding in encodings], dtype=torch.int64).view(-1, self.length)

@@ -13,11 +13,12 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .config import ModelOptions
+from ...options import ModelOptions
+from ..contrastive import Contrastive
 from .tokenizer import PAD_ID
 
-MAX_LOG_SCALE = math.log(100.0)
 NORM_GROUPS = 8
 GRID = 6  # side of the last maps: 48 pixels after three stages; other sizes are averaged down or repeated up to it
 
@@ -42,6 +43,8 @@ class ImageTower(nn.Module):
     maps are not averaged over space: what is where tells one drawing from another.
     """
 
+    checkpointing = False
+
     def __init__(self, widths: tuple[int, ...], embed_dim: int) -> None:
         super().__init__()
         stages: list[nn.Module] = [nn.Conv2d(3, widths[0], 3, stride=2, padding=1)]
@@ -57,7 +60,9 @@ class ImageTower(nn.Module):
         self.project = nn.Linear(features, embed_dim, bias=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.stages(images)
+        maps = images
+        for stage in self.stages:
+            maps = checkpoint(stage, maps, use_reentrant=False) if self.checkpointing else stage(maps)
         if maps.shape[2:] != (GRID, GRID):
             maps = F.adaptive_avg_pool2d(maps, GRID)
         return cast(Tensor, self.project(self.norm(maps.flatten(1))))
@@ -89,10 +94,12 @@ class TextBlock(nn.Module):
 class TextTower(nn.Module):
     """(b, L) token ids → (b, E), not normalized: the mean over tokens that are not padding."""
 
-    def __init__(self, options: ModelOptions, vocab_size: int) -> None:
+    checkpointing = False
+
+    def __init__(self, options: ModelOptions, context_length: int, vocab_size: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, options.text_width)
-        self.positions = nn.Parameter(torch.empty(options.context_length, options.text_width))
+        self.positions = nn.Parameter(torch.empty(context_length, options.text_width))
         width, heads = options.text_width, options.text_heads
         self.blocks = nn.ModuleList(TextBlock(width, heads) for _ in range(options.text_layers))
         self.norm = nn.LayerNorm(options.text_width)
@@ -104,36 +111,24 @@ class TextTower(nn.Module):
         visible = tokens != PAD_ID
         x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
         for block in self.blocks:
-            x = block(x, visible[:, None, None, :])
+            arguments = x, visible[:, None, None, :]
+            x = checkpoint(block, *arguments, use_reentrant=False) if self.checkpointing else block(*arguments)
         weights = visible.to(x.dtype).unsqueeze(2)
         pooled = (self.norm(x) * weights).sum(1) / weights.sum(1).clamp(min=1)
         return cast(Tensor, self.project(pooled))
 
 
-class Clip(nn.Module):
-    """Images and captions → unit embeddings in fp32 and the logit scale.
+class Small(Contrastive):
+    """An image tower of convolutions beside a text transformer, from `options`' widths and layers."""
 
-    The scale is kept as its logarithm; step.clamp_log_scale keeps that at or below MAX_LOG_SCALE.
-    """
-
-    def __init__(self, options: ModelOptions, vocab_size: int, precision: str = "fp32") -> None:
+    def __init__(self, options: ModelOptions, context_length: int, vocab_size: int, scale: float) -> None:
         super().__init__()
         self.image = ImageTower(options.image_widths, options.embed_dim)
-        self.text = TextTower(options, vocab_size)
-        self.log_scale = nn.Parameter(torch.tensor([math.log(options.initial_scale)]))
-        self.autocast = precision == "bf16"
+        self.text = TextTower(options, context_length, vocab_size)
+        self.log_scale = nn.Parameter(torch.tensor([math.log(scale)]))
 
-    def forward(self, images: Tensor | None, tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """images (b, 3, H, W), tokens (b, L) → x (b, E), y (b, E), scale (1,). None gives an empty embedding."""
-        with torch.autocast(self.log_scale.device.type, torch.bfloat16, enabled=self.autocast):
-            x = self.log_scale.new_empty(0) if images is None else self.image(images)
-            y = self.log_scale.new_empty(0) if tokens is None else self.text(tokens)
-        # Norms, similarities and the loss stay in fp32: they are a small part of the work and decide its precision.
-        x, y = (F.normalize(rows.float(), dim=-1) if len(rows) else rows for rows in (x, y))
-        return x, y, self.log_scale.float().exp()
+    def encode_images(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.image(images))
 
-    def parameter_groups(self, weight_decay: float) -> list[dict[str, object]]:
-        """Weight decay for matrices and kernels only: not for biases, norms or the logit scale."""
-        decayed = [p for p in self.parameters() if p.dim() > 1]
-        plain = [p for p in self.parameters() if p.dim() <= 1]
-        return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    def encode_texts(self, tokens: Tensor) -> Tensor:
+        return cast(Tensor, self.text(tokens))

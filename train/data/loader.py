@@ -1,0 +1,214 @@
+"""The batches of the steps, read and prepared ahead of them.
+
+A rank's share of a batch is made in chunks, so that several workers have a part in each step, and a large batch does
+not lie in memory many times over. What a sample is follows from the sampler's draws alone; so neither the workers, nor
+their number, nor that of the ranks changes a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..options import DataOptions
+from ..towers.bundle import Prepare
+from .images import decode
+from .record import BadRecordError, DataError, Source, describe_bad
+from .sampler import Draw, StepSampler
+from .workers import count_workers, produce
+
+CHUNK = 64  # samples, but for shares so large that they would need more than MOST_CHUNKS
+MOST_CHUNKS = 128  # of a share: each travels with two file descriptors, of which a process may often have 1024
+REPLACEMENTS = 100  # that are tried for one bad record
+TRIAL = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's share of a step's batch, b pairs.
+
+    images  (b, 3, H, W) float32
+    tokens  (b, L) int64
+    keys    names the records of the share
+    bad     the records that others stand in for, counted by reason
+    """
+
+    images: Tensor
+    tokens: Tensor
+    keys: tuple[str, ...]
+    bad: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Chunk(Batch):
+    """A part of a share, on the CPU."""
+
+    def pin_memory(self) -> Chunk:
+        return Chunk(self.images.pin_memory(), self.tokens.pin_memory(), self.keys, self.bad)
+
+
+Batches: TypeAlias = Generator[Batch, None, None]
+Items: TypeAlias = Generator[Chunk | DataError, None, None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How records become what the towers read.
+
+    prepare     of the towers' bundle
+    tokenize    likewise
+    max_pixels  a larger picture is bad
+    """
+
+    prepare: Prepare
+    tokenize: Callable[[Sequence[str]], Tensor]
+    max_pixels: int
+
+    def chunk(self, samples: Sequence[tuple[str, Image.Image, str, int]], bad: dict[str, int]) -> Chunk:
+        """Of (key, picture, caption, seed of the augmentation)."""
+        keys, pictures, captions, seeds = zip(*samples, strict=True)
+        images = self.prepare(pictures, np.array(seeds, dtype=np.int64))
+        return Chunk(images, self.tokenize(captions), keys, bad)
+
+
+class Loader:
+    """The batches of rank `rank` of `ranks`, from records that are read at random.
+
+    options     those of the workers and of what is bad
+    ranks_here  how many of the ranks share this machine
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sampler: StepSampler,
+        prepare: Prepare,
+        tokenize: Callable[[Sequence[str]], Tensor],
+        rank: int,
+        ranks: int,
+        options: DataOptions,
+        device: torch.device,
+        ranks_here: int | None = None,
+    ) -> None:
+        self._device, self._prefetch = device, options.prefetch
+        self.workers = count_workers(options, device, ranks_here or ranks)
+        share = sampler.batch_size // ranks
+        self._ends = chunk_ends(share)
+        reading = Reading(prepare, tokenize, options.max_pixels)
+        self._chunks = _Chunks(source, sampler, reading, rank * share, self._ends)
+
+    def batches(self, first: int, last: int) -> Batches:
+        """Those of the steps `first` to `last` - 1, in order. The worker processes start with the first one, and end
+        with the iterator: close it. Raises DataError where the source is broken or too much of it is bad, WorkerError
+        where a worker process is lost."""
+        chunks = len(self._ends)
+        items = produce(
+            self._chunks,
+            range(first * chunks, last * chunks),
+            workers=self.workers,
+            ahead=self._prefetch * chunks,
+            pin=self._device.type == "cuda",
+        )
+        return joined(items, self._ends, self._device)
+
+
+class _Chunks(Dataset[Chunk | DataError]):
+    """Chunk number `step * chunks + part` of a rank's shares. An error is handed over as a value: DataLoader would turn
+    it into its traceback."""
+
+    def __init__(self, source: Source, sampler: StepSampler, reading: Reading, start: int, ends: Sequence[int]) -> None:
+        self._source, self._sampler, self._reading = source, sampler, reading
+        self._start, self._ends = start, ends
+
+    def __getitem__(self, number: int) -> Chunk | DataError:
+        step, part = divmod(number, len(self._ends))
+        start = self._start + (self._ends[part - 1] if part else 0)
+        bad: Counter[str] = Counter()
+        try:
+            samples = [self._sample(step, at, bad) for at in range(start, self._start + self._ends[part])]
+        except DataError as error:
+            return error
+        return self._reading.chunk(samples, dict(bad))
+
+    def _sample(self, step: int, position: int, bad: Counter[str]) -> tuple[str, Image.Image, str, int]:
+        """The one at this position of the step's batch, or the first good one of those that stand in for it."""
+        draw: Draw | None = self._sampler.draw(step).at(position)
+        tried: Counter[str] = Counter()
+        for attempt in range(1, REPLACEMENTS + 1):
+            if draw is not None:
+                try:
+                    return self._read(draw)
+                except BadRecordError as error:
+                    tried[str(error.args[0])] += 1
+                    bad[str(error.args[0])] += 1
+            draw = self._sampler.spare(step, position, attempt)
+        raise DataError(
+            f"step {step} has a bad record, and none of {REPLACEMENTS} others can stand in for it: {tried.total() - 1} "
+            f"are bad as well ({describe_bad(tried)}), and the batch holds the others already; repair the data, or "
+            "lower optimizer.batch_size where a batch takes nearly all of them"
+        )
+
+    def _read(self, draw: Draw) -> tuple[str, Image.Image, str, int]:
+        record = self._source.read(draw.image)
+        captions = record.captions if draw.text == draw.image else self._source.read(draw.text).captions
+        picture = decode(record.image, self._reading.max_pixels)
+        return record.key, picture, captions[int(draw.caption * len(captions))], draw.seed
+
+
+def chunk_ends(share: int) -> list[int]:
+    """Where the chunks of a share end."""
+    size = max(CHUNK, math.ceil(share / MOST_CHUNKS))
+    return [*range(size, share, size), share]
+
+
+def joined(items: Items, ends: Sequence[int], device: torch.device) -> Batches:
+    """Each len(ends) chunks as one batch on the device. Raises the errors among them."""
+    try:
+        while True:
+            keys: list[str] = []
+            bad: Counter[str] = Counter()
+            for start, end in zip([0, *ends[:-1]], ends, strict=True):
+                chunk = next(items, None)
+                if chunk is None:
+                    return
+                if isinstance(chunk, DataError):
+                    raise chunk
+                if start == 0:
+                    images, tokens = (
+                        part.new_empty((ends[-1], *part.shape[1:]), device=device)
+                        for part in (chunk.images, chunk.tokens)
+                    )
+                images[start:end].copy_(chunk.images, non_blocking=True)
+                tokens[start:end].copy_(chunk.tokens, non_blocking=True)
+                keys += chunk.keys
+                bad.update(chunk.bad)
+            yield Batch(images, tokens, tuple(keys), dict(bad))
+    finally:
+        items.close()
+
+
+def trial(source: Source, options: DataOptions) -> None:
+    """Read a few records all over a source. Raises DataError where more than half of them are bad, so that a wrong
+    column or suffix is seen before the first step."""
+    indices = np.linspace(0, len(source) - 1, min(TRIAL, len(source)), dtype=np.int64)
+    bad: Counter[str] = Counter()
+    for index in indices.tolist():
+        try:
+            decode(source.read(index).image, options.max_pixels)
+        except BadRecordError as error:
+            bad[str(error.args[0])] += 1
+    if bad.total() > len(indices) / 2:
+        raise DataError(
+            f"of {len(indices)} records all over data.source={options.source!r}, {bad.total()} are bad "
+            f"({describe_bad(bad)}); see whether data.image_key, data.text_key, data.image_column and "
+            "data.caption_column name what it holds, or repair it"
+        )
