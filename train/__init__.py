@@ -3,10 +3,13 @@
 To read it, begin with step, the training step on one page, then run (set-up, loop, end) and config (every option).
 
     cli, config, auto         the command line, the options, and what `auto` means
-    launch, world             the processes of a job, and what they do together
+    launch, world, threads    the processes of a job, and what they do together
     run, step                 a whole run, and one step of it
     model, tokenizer          what is trained, and what it reads
-    engine, engine_files      DeepSpeed's engine, and its part of a checkpoint
+    engine, deepspeed_options, optimizers
+                              DeepSpeed's engine, and what it is made with
+    engine_state, engine_files
+                              what an engine holds, and its part of a checkpoint
     data/                     what it is trained on; data/emoji/ is the default set
     evaluate/                 retrieval and zero-shot on held-out data: `python -m train.evaluate`
     checkpoint, fingerprint   checkpoints, and the data, code and versions that they were made with

@@ -3,6 +3,7 @@
 backends     the backends that tests run over, and their dtypes
 candidates   every tile shape that a Triton kernel may take
 data         a tiny data set, and a configuration that trains on it in seconds
+engines      two tiny towers in a DeepSpeed engine, and the plain loop that training must equal
 faults/      what breaks in a job's ranks on purpose
 interpreter  a function of the tests in an interpreter of its own
 jobs         whole jobs of the trainer, started as users start them
@@ -14,7 +15,6 @@ ranks        processes that are the ranks of a group
 saved_runs   checkpoints without a job
 sharding     a problem shared out over ranks, and put together again
 signals      children that answer signals as they would in a terminal
-step_worker  one rank of the tests that look inside a training step
 towers       two small towers and their data on every rank
 undriven     Triton kernels that are launched without a driver
 """

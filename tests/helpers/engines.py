@@ -59,7 +59,8 @@ class Share:
 
 
 def bundle(seed: int = 0, lock: str = "none", precision: str = "fp32") -> Bundle:
-    """The image tower learns half as fast, and of the text tower's matrices nothing decays."""
+    """The image tower learns half as fast, nothing of the text tower decays, and the scale's group has fewer elements
+    than there are ranks."""
     torch.manual_seed(seed)
     towers = TinyTowers()
     towers.precision = precision
@@ -68,11 +69,11 @@ def bundle(seed: int = 0, lock: str = "none", precision: str = "fp32") -> Bundle
 
     def parameter_groups(weight_decay: float, layer_decay: float | None) -> list[dict[str, Any]]:
         trained = {name: one for name, one in towers.named_parameters() if one.requires_grad}
-        images = [one for name, one in trained.items() if name.startswith("image")]
-        others = [one for name, one in trained.items() if not name.startswith("image")]
+        images, texts = ([one for name, one in trained.items() if name.startswith(side)] for side in ("image", "text"))
         return [
             {"params": images, "weight_decay": weight_decay, "lr_scale": 0.5},
-            {"params": others, "weight_decay": 0.0},
+            {"params": texts, "weight_decay": 0.0},
+            {"params": [towers.log_scale], "weight_decay": 0.0},
         ]
 
     return Bundle(towers, None, None, 8, 7, parameter_groups)  # type: ignore[arg-type]

@@ -171,6 +171,10 @@ def _nonfinite(group: Any, options: Any, folder: Path) -> Any:
         seen["spoilt"] = f"{piece.name} (exp_avg)"
     seen["state"] = nonfinite(engine, weights(engine), group)
     write_checkpoint(engine, folder)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        piece = next(piece for piece in pieces(engine) if piece.name == "image.1.weight")
+        piece.of(piece.held)[-1] = torch.nan
+    seen["master"] = nonfinite(engine, weights(engine), group)
     engine.destroy()
     return seen
 
@@ -180,6 +184,7 @@ def test_what_is_not_finite_is_named_by_all_ranks(pools: Callable[[int], Pool], 
     seen = pools(2).run(_nonfinite, config(kind), tmp_path)
     assert [one["good"] for one in seen] == [[], []]
     assert [one["state"] for one in seen] == [[seen[-1]["spoilt"]]] * 2
+    assert seen[0]["master"] == seen[1]["master"] and "image.1.weight (master copy)" in seen[0]["master"]
     problem = engine_files.why_unusable(tmp_path / "engine", 2)
     # At stage 0 the first rank's state is the one that is saved.
     assert problem is None if kind == "0" else "holds NaN or infinity" in str(problem)

@@ -22,7 +22,7 @@ def made(name: str, stage: int, **options: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("name", ("adamw", "sgd"))
 def test_groups_and_options_reach_the_optimizer(name: str) -> None:
     optimizer = made(name, 3, betas=[0.8, 0.95], eps=1e-5, lr=0.25)
-    first, second = optimizer.param_groups
+    first, second, _ = optimizer.param_groups
     assert (first["weight_decay"], second["weight_decay"], first["lr_scale"]) == (0.1, 0.0, 0.5)
     if name == "adamw":
         assert (first["betas"], first["eps"], first["lr"]) == ((0.8, 0.95), 1e-5, 0.25)
@@ -44,7 +44,7 @@ def test_optimizers_of_timm_that_take_each_element_by_itself_serve_any_stage(nam
     betas = optimizer.param_groups[0].get("betas", ())
     assert len(betas) != 2 or betas == (0.8, 0.95)
     assert optimizer.param_groups[0].get("eps", 1e-5) == 1e-5
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(
