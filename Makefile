@@ -1,6 +1,7 @@
 # make train   trains on the emoji data with two processes (ARGS="..." goes to python -m train)
 # make test    lint, types and every test but the long ones
 # make test-long: the tests marked long (soaks, whole training runs compared), which take minutes each
+# make test-optional: the tests of open_clip, transformers, timm and datasets, in an environment of their own
 # make lint    ruff, clang-format and mypy alone
 # make bench   the CPU benchmark; make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # Each sets up .venv by itself and re-uses it while constraints.txt, pyproject.toml and the C++ sources stay the same.
@@ -11,10 +12,11 @@ ARGS ?=
 TRITON = 3.7.0
 VENV = .venv
 RUN = $(VENV)/bin/python
+OPTIONAL = .venv-optional
 KERNELS = $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED = $(filter %.h %.cpp %.inl,$(KERNELS))
 
-.PHONY: train test test-long lint bench sanitize clean
+.PHONY: train test test-long test-optional lint bench sanitize clean
 
 train: $(VENV)/package
 	$(RUN) -m train $(ARGS)
@@ -24,6 +26,9 @@ test: lint
 
 test-long: $(VENV)/package
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m long $(ARGS)
+
+test-optional: $(OPTIONAL)/dependencies
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest tests/optional $(ARGS)
 
 lint: $(VENV)/package
 	$(RUN) -m ruff check .
@@ -49,10 +54,21 @@ $(VENV)/dependencies: constraints.txt pyproject.toml
 	  print(*extras['train'], *extras['bench'], *extras['dev'])")
 	touch $@
 
+# The package itself runs from its folder. Whether a CPU extension lies there makes no difference to these tests.
+$(OPTIONAL)/dependencies: constraints.txt constraints-optional.txt pyproject.toml
+	@echo "== setting up $(OPTIONAL) with $(PYTHON) (a few minutes the first time)"
+	test -x $(OPTIONAL)/bin/python || $(PYTHON) -m venv $(OPTIONAL)
+	$(OPTIONAL)/bin/python -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja
+	$(OPTIONAL)/bin/python -m pip install -q --no-build-isolation -c constraints.txt -c constraints-optional.txt \
+	  pytest pytest-timeout $$($(OPTIONAL)/bin/python -c "import tomllib; \
+	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	  print(*extras['train'], *extras['open_clip'], *extras['hf'], *extras['timm'])")
+	touch $@
+
 $(VENV)/package: $(VENV)/dependencies setup.py $(KERNELS)
 	@echo "== installing softclip_kernels in place, with its CPU extension where a compiler is at hand"
 	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info softclip_kernels/*.so
+	rm -rf $(VENV) $(OPTIONAL) build *.egg-info softclip_kernels/*.so

@@ -99,8 +99,8 @@ def _draw_several(figure: Any, runs: dict[str, Rows]) -> None:
     loss.set(ylabel="loss")
     share.set(ylabel="α (soft share)", ylim=(0, 1))
     solid, dashed = WAYS.values()
-    in_batch.set(xlabel="step", ylabel=f"in-batch R@1 ({solid}; {dashed} dashed)", ylim=(0, 1))
-    held_out.set(xlabel="step", ylabel=f"R@1 on {', '.join(evaluated) or 'held-out data'}", ylim=(0, 1))
+    for panel, of in ((in_batch, "in the batch"), (held_out, f"on {', '.join(evaluated) or 'held-out data'}")):
+        panel.set(xlabel="step", ylabel=f"R@1 {of}", ylim=(0, 1), title=f"{solid} solid, {dashed} dashed")
     figure.legend(loss.lines, runs, loc="outside upper center", ncols=min(len(runs), 4))
 
 

@@ -321,6 +321,8 @@ def _record(trainer: Trainer, step: int, result: StepResult, times: Times) -> No
 def save(trainer: Trainer) -> None:
     """A checkpoint of the present step; returns on all ranks once it is on disk. Where it cannot be, because the model
     is not finite or the disk is full, nothing of it stays, and all ranks raise together."""
+    if trainer.log is not None:
+        trainer.log.flush()  # no log may lack a step of a checkpoint
     step, weights = trainer.state.step, gather_weights(trainer.engine)
     bad = nonfinite(trainer.engine, weights, trainer.world.group)
     on_each(trainer.world, partial(_check_finite, trainer, bad))

@@ -9,7 +9,7 @@ Limited Setup", 2021 (GradCache).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import Any, Protocol
@@ -35,6 +35,8 @@ class TwoPass:
                    or more with a row for each sample, and single numbers (the logit scale), of shape () or (1,), which
                    are the same for every micro-batch
     micro_batches  tuples of arguments, of any sizes, for example zip(images.split(64), texts.split(64))
+    locked         k for each argument k from which output k alone is made, by nothing that is trained (a locked tower).
+                   That output needs no gradient, and the second pass gets None for that argument
 
     `outputs` are the model's, over the whole batch, as leaves. The gradient is that of one pass over the whole batch,
     the logit scale's included, with the second pass drawing the random numbers of the first, under the first one's
@@ -43,7 +45,7 @@ class TwoPass:
     after each). A module that changes state in its forward pass, such as BatchNorm, does so twice.
     """
 
-    def __init__(self, model: Any, micro_batches: Sequence[tuple[Any, ...]]) -> None:
+    def __init__(self, model: Any, micro_batches: Sequence[tuple[Any, ...]], locked: Collection[int] = ()) -> None:
         self.model = model
         self.micro_batches = list(micro_batches)
         self._accumulation = _accumulation(model, len(self.micro_batches))
@@ -59,10 +61,12 @@ class TwoPass:
         # Autocast remembers casts of parameters. Before PyTorch's pull request 165068, the second pass would get those
         # of the first, which have no graph.
         torch.clear_autocast_cache()
-        self._kinds = [[(output.shape, output.dtype) for output in part] for part in parts]
+        self._locked = frozenset(locked)
+        self._trained = [k for k in range(len(parts[0])) if k not in self._locked]
+        self._kinds = [[(part[k].shape, part[k].dtype) for k in self._trained] for part in parts]
         self.outputs = tuple(
-            (same[0] if _is_number(same[0]) else torch.cat(same)).detach().requires_grad_()
-            for same in zip(*parts, strict=True)
+            (same[0] if _is_number(same[0]) else torch.cat(same)).detach().requires_grad_(k in self._trained)
+            for k, same in enumerate(zip(*parts, strict=True))
         )
 
     def backward(self, loss: Tensor) -> None:
@@ -72,20 +76,22 @@ class TwoPass:
         # An output's gradient has the output's dtype. In float16 it would be rounded to nothing, unless it is scaled as
         # the framework will scale it in the second pass.
         scale = self._accumulation.loss_scale()
-        scaled = torch.autograd.grad(loss * scale, self.outputs, allow_unused=True, materialize_grads=True)
+        trained = [self.outputs[k] for k in self._trained]
+        scaled = torch.autograd.grad(loss * scale, trained, allow_unused=True, materialize_grads=True)
         gradients = [gradient.to(torch.promote_types(gradient.dtype, loss.dtype)) / scale for gradient in scaled]
         last = len(self.micro_batches) - 1
-        begins = [0] * len(self.outputs)
+        begins = [0] * len(trained)
         for index, (batch, random_state) in enumerate(zip(self.micro_batches, self._random_states, strict=True)):
             random_state.restore()
             with self._accumulation.part(last=index == last):
+                arguments = (None if k in self._locked else argument for k, argument in enumerate(batch))
                 with self._autocast.again():
-                    outputs = _checked(self.model(*batch))
+                    outputs = _checked(self.model(*arguments), self._locked)
                 terms = []
                 for k, (output, (shape, dtype)) in enumerate(zip(outputs, self._kinds[index], strict=True)):
                     if (output.shape, output.dtype) != (shape, dtype):
                         raise RuntimeError(
-                            f"output {k} had shape {tuple(shape)} and {dtype} in the first pass and has "
+                            f"output {self._trained[k]} had shape {tuple(shape)} and {dtype} in the first pass and has "
                             f"{tuple(output.shape)} and {output.dtype} in the second; the model must do the same twice"
                         )
                     output = output.to(gradients[k].dtype)
@@ -99,15 +105,16 @@ class TwoPass:
         self._random_states = []
 
 
-def _checked(outputs: Any) -> tuple[Tensor, ...]:
+def _checked(outputs: Any, left_out: Collection[int] = ()) -> tuple[Tensor, ...]:
     if not isinstance(outputs, (tuple, list)) or not all(isinstance(output, Tensor) for output in outputs):
         raise TypeError(f"the model must return a tuple of tensors, not {type(outputs).__name__}")
-    for output in outputs:
+    kept = tuple(output for k, output in enumerate(outputs) if k not in left_out)
+    for output in kept:
         if output.dim() < 2 and not _is_number(output):
             raise ValueError(
                 f"the model returned shape {tuple(output.shape)}; allowed: (rows, width, ...) or one number, () or (1,)"
             )
-    return tuple(outputs)
+    return kept
 
 
 def _is_number(output: Tensor) -> bool:

@@ -247,6 +247,85 @@ def test_dropout_on_a_gpu_that_the_model_moves_its_arguments_to():
         torch.testing.assert_close(one.grad, another.grad)
 
 
+class Half(nn.Module):
+    """Towers of which None leaves one out."""
+
+    def __init__(self, dropout):
+        super().__init__()
+        self.towers = make(dropout, torch.float64)
+
+    def forward(self, images, texts):
+        nothing, towers = torch.empty(0), self.towers
+        return (
+            nothing if images is None else nn.functional.normalize(towers.image(images), dim=1),
+            nothing if texts is None else nn.functional.normalize(towers.text(texts), dim=1),
+            towers.log_scale.exp(),
+        )
+
+
+@pytest.mark.parametrize("locked", (0, 1))
+@pytest.mark.parametrize("parts", (1, 3))
+def test_a_locked_tower_is_encoded_once_and_changes_no_gradient(locked, parts):
+    """The other tower's random numbers included, which both passes draw alike."""
+    gradients, calls = [], []
+    for told in (None, (), (locked,)):
+        model = Half(0.3)
+        tower = (model.towers.image, model.towers.text)[locked]
+        tower.requires_grad_(False).eval()
+        counted = []
+        tower.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        torch.manual_seed(5)
+        micro_batches = split(data(0, 0, torch.float64), parts)
+        if told is None:  # with the graphs of all
+            x, y, scales = zip(*(model(*micro_batch) for micro_batch in micro_batches), strict=True)
+            softclip_loss(torch.cat(x), torch.cat(y), scales[0]).backward()
+        else:
+            passes = TwoPass(model, micro_batches, told)
+            assert [output.requires_grad for output in passes.outputs] == [k not in told for k in range(3)]
+            passes.backward(softclip_loss(*passes.outputs))
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+        calls.append(len(counted))
+    assert calls == [parts, 2 * parts, parts]
+    for expected, *found in zip(*gradients, strict=True):
+        for gradient in found:
+            torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-13)
+
+
+def train_half(group, stage):
+    """What a locked image tower's engine has for trained parameters after a step, told of the lock and not."""
+    deepspeed = import_deepspeed(group)
+    seen = []
+    for told in ((), (0,)):
+        model = Half(0.3).float()
+        model.towers.image.requires_grad_(False).eval()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+        }
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(trained, RATE), config=settings, dist_init_required=False
+        )
+        torch.manual_seed(dist.get_rank(group))
+        passes = TwoPass(engine, split(data(0, dist.get_rank(group), torch.float32), 2), told)
+        passes.backward(softclip_loss(*passes.outputs, group=group))
+        engine.step()
+        with deepspeed.zero.GatheredParameters(trained, enabled=stage == 3):
+            seen.append([parameter.detach().numpy().copy() for parameter in trained])
+        engine.destroy()
+    return seen
+
+
+@pytest.mark.parametrize("stage", (0, 1, 2, 3))
+def test_a_locked_tower_under_deepspeed(pool, stage):
+    start = [parameter.detach() for parameter in Half(0.3).float().towers.text.parameters()]
+    for untold, told in pool.run(train_half, stage):
+        for one, other in zip(untold, told, strict=True):
+            torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other))
+        assert not any(torch.equal(torch.as_tensor(one), before) for one, before in zip(told[1:], start, strict=True))
+
+
 def test_random_numbers_go_on_as_after_one_pass():
     drawn = []
     for parts in (None, 3):

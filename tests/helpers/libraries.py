@@ -1,4 +1,4 @@
-"""Tiny towers of other libraries, with random weights. Whoever makes one skips where its library is missing."""
+"""Tiny towers of other libraries, with random weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -104,7 +103,8 @@ def register_open_clip(folder: Path, name: str, **vision: Any) -> str:
 
 
 def open_clip_kind(folder: Path) -> Kind:
-    open_clip = pytest.importorskip("open_clip")
+    import open_clip
+
     name = register_open_clip(folder, "ViT-tiny")
 
     def rows(module: Any, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,8 +121,8 @@ def open_clip_kind(folder: Path) -> Kind:
 
 
 def hugging_face_kind(folder: Path, kind: str) -> Kind:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("torchvision")
+    import transformers
+
     folder = write_hugging_face(folder / kind, kind)
 
     def rows(module: Any, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,8 +142,8 @@ def hugging_face_kind(folder: Path, kind: str) -> Kind:
 
 
 def timm_kind(folder: Path) -> Kind:
-    timm = pytest.importorskip("timm")
-    pytest.importorskip("transformers")
+    import timm
+
     folder = write_bert(folder / "bert")
     arguments = {"depth": 2, "patch_size": 8}
     options = ModelOptions(

@@ -1,4 +1,4 @@
-"""Towers of other libraries for all tests here; each is skipped where its library is missing."""
+"""Towers of other libraries, for the tests here; a file of tests is skipped where a library is missing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import pytest
 import torch
 from helpers.libraries import Kind, hugging_face_kind, open_clip_kind, timm_kind
 
-if find_spec("torchvision") is not None and torch.version.cuda is None:
-    # torchvision's wheels for CUDA describe two operators at import that they then lack beside a torch for CPUs.
-    _TORCHVISION = torch.library.Library("torchvision", "DEF")
-    for _operator in ("nms", "qnms"):
-        if not hasattr(torch.ops.torchvision, _operator):
-            _TORCHVISION.define(f"{_operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+if find_spec("torchvision") is not None:
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        # A wheel for CUDA beside a torch for CPUs: it describes operators at its import that it then does not bring.
+        _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+        for _name in ("nms", "qnms"):
+            _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture(scope="session")

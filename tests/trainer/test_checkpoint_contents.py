@@ -39,7 +39,13 @@ def engine(folder: Path) -> None:
 
 
 def engine_content(moment: torch.Tensor) -> dict[str, Any]:
-    part = {"name": "a", "start": 0, "count": len(moment), "cut": {"exp_avg": moment}, "whole": {"step": torch.ones(())}}
+    part = {
+        "name": "a",
+        "start": 0,
+        "count": len(moment),
+        "cut": {"exp_avg": moment},
+        "whole": {"step": torch.ones(())},
+    }
     return {"format": engine_files.FORMAT, "parts": [part], "groups": [{"lr": 1.0}], "loss_scale": None}
 
 

@@ -1,9 +1,10 @@
-"""The default data set: joining, splitting, leakage, set-up and corruption. No network, no npm. See
-test_emoji_network.py for these, and test_shards.py for shards that are corrupt or hostile."""
+"""The default data set: joining, splitting, leakage and set-up. No network, no npm: see test_emoji_network.py."""
 
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -11,22 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from helpers import ROOT
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from PIL import Image
 
-from train.data import DataError, SetupError, load_pairs, prepare_emoji
 from train.data.__main__ import main
+from train.data.emoji import SetupError, prepare_emoji, sources
 from train.data.emoji import prepare as prepare_module
-from train.data.emoji import sources
 from train.data.emoji.concepts import VENDOR_WORDS, Concept, family_of, read_concepts
 from train.data.emoji.drawings import UNSEEN_VENDOR, Rendered, read_drawings, render
+from train.data.emoji.manifest import MANIFEST, Manifest, read_manifest, write_manifest
+from train.data.emoji.prepare import describe_groups
 from train.data.emoji.splits import SPLITS, split_pictures
-from train.data.manifest import read_manifest, write_manifest
-from train.data.pairs import corruption_sources
 
 VENDORS = tuple(sources.VENDOR_PACKAGES)
 SIZE = 16
@@ -175,27 +172,33 @@ def test_splits_follow_the_seed_and_count_what_they_drop(drawn: tuple[list[Conce
 # --- Set-up
 
 
-def test_a_set_up_is_done_once_and_then_loaded(tmp_path: Path, fetches: list[Path]) -> None:
+def members(folder: Path, split: str) -> list[tuple[str, bytes]]:
+    """Those of a split's shards, in order: name, bytes."""
+    found = []
+    for shard in sorted(folder.glob(f"{split}-*.tar")):
+        with tarfile.open(shard, "r:") as tar:
+            for info in tar:
+                file = tar.extractfile(info)
+                assert file is not None
+                found.append((info.name, file.read()))
+    return found
+
+
+def manifest_of(folder: Path) -> Manifest:
+    made = read_manifest(folder)
+    assert made is not None
+    return made
+
+
+def test_a_set_up_is_done_once(tmp_path: Path, fetches: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "SHARD_SAMPLES", 50)
     folder = prepare_emoji(tmp_path, size=SIZE)
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert prepare_emoji(tmp_path, size=SIZE) == folder
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == times, "nothing is written again"
     assert len(fetches) == 1
-    train = load_pairs(folder, "train")
-    assert train.images.shape == (len(train), 4, SIZE, SIZE)
-    assert train.images.dtype == torch.uint8
-    assert train.images.is_contiguous()
-    assert train.images[:, 3].amin() == 0
-    assert train.images[:, 3].amax() == 255
-    assert train.concepts.dtype == train.groups.dtype == torch.int64
-    assert train.corrupted.dtype == torch.bool
-    assert train.group_names == ("food-drink",)
-    assert not train.corrupted.any()
-    assert train.bad == {}
-    assert set(train.vendors) == set(VENDORS) - {UNSEEN_VENDOR}
-    counts = {name: len(load_pairs(folder, name)) for name in SPLITS}
-    assert counts == {name: sum(by.values()) for name, by in read_manifest(folder).counts.items()}
+    assert {"train-000000.tar", "train-000001.tar", "heldout-000000.tar", "classes.json", MANIFEST} < written.keys()
     assert prepare_emoji(tmp_path, size=SIZE, seed=1) != folder
     assert prepare_emoji(tmp_path, size=20) != folder
     # The same seed on another machine gives the same bytes.
@@ -203,22 +206,63 @@ def test_a_set_up_is_done_once_and_then_loaded(tmp_path: Path, fetches: list[Pat
     assert {path.name: path.read_bytes() for path in again.iterdir()} == written
 
 
-@pytest.mark.parametrize("damage", ("manifest gone", "shard altered", "shard gone", "other versions"))
+def test_shards_hold_all_that_is_known_of_a_drawing(
+    tmp_path: Path, fetches: list[Path], drawn: tuple[list[Concept], list[Rendered]]
+) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    concepts, pictures = drawn
+    split, counts = split_pictures(pictures, concepts, 0), manifest_of(folder).counts
+    for name in SPLITS:
+        held, chosen = members(folder, name), split.pictures[name]
+        assert len(held) == 3 * len(chosen) == 3 * sum(counts[name].values())
+        for number, picture in enumerate(chosen):
+            names, (png, text, table) = zip(*held[3 * number : 3 * number + 3], strict=True)
+            key, concept = picture.drawing.key, picture.drawing.concept
+            assert names == (f"{key}.png", f"{key}.txt", f"{key}.json")
+            with Image.open(io.BytesIO(png)) as image:
+                assert (image.mode, image.size) == ("RGBA", (SIZE, SIZE)) and png == picture.png
+            assert text.decode() == concept.label
+            assert json.loads(table) == {
+                "captions": list(concept.captions),
+                "class": "food-drink",
+                "hexcode": concept.hexcode,
+                "label": concept.index,
+                "vendor": picture.drawing.vendor,
+            }
+
+
+def test_classes_are_described_by_what_is_trained_on(
+    tmp_path: Path, fetches: list[Path], drawn: tuple[list[Concept], list[Rendered]]
+) -> None:
+    folder = prepare_emoji(tmp_path, size=SIZE)
+    trained = {json.loads(data)["captions"][0] for name, data in members(folder, "train") if name.endswith(".json")}
+    assert json.loads((folder / "classes.json").read_text(encoding="utf-8")) == {"food-drink": sorted(trained)}
+    words = describe_groups(drawn[1][:1], ["flags", "people-body", "symbols", "smileys", "food-drink"])
+    assert words["people-body"] == ["people and body"], "a class of which nothing is trained on"
+
+
+@pytest.mark.parametrize(
+    "damage", ("manifest gone", "manifest cut", "shard altered", "shard gone", "classes altered", "other versions")
+)
 def test_unfinished_or_altered_set_up_is_done_again(tmp_path: Path, fetches: list[Path], damage: str) -> None:
     folder = prepare_emoji(tmp_path, size=SIZE)
     shard = folder / "train-000000.tar"
     good = shard.read_bytes()
     if damage == "manifest gone":
-        (folder / "manifest.json").unlink()
+        (folder / MANIFEST).unlink()
+    elif damage == "manifest cut":
+        (folder / MANIFEST).write_bytes((folder / MANIFEST).read_bytes()[:200])
+    elif damage == "classes altered":
+        (folder / "classes.json").write_text("{}", encoding="utf-8")
     elif damage == "shard altered":
         shard.write_bytes(good[:700] + b"?" + good[701:])
     elif damage == "shard gone":
         shard.unlink()
     else:
-        write_manifest(folder, replace(read_manifest(folder), packages={"emojibase-data": "1.0.0"}))
+        write_manifest(folder, replace(manifest_of(folder), packages={"emojibase-data": "1.0.0"}))
     assert prepare_emoji(tmp_path, size=SIZE) == folder
     assert len(fetches) == 2
-    assert shard.read_bytes() == good
+    assert shard.read_bytes() == good and len(json.loads((folder / "classes.json").read_bytes())) == 1
 
 
 def test_killed_set_up_leaves_no_manifest(tmp_path: Path, fetches: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,9 +273,9 @@ def test_killed_set_up_leaves_no_manifest(tmp_path: Path, fetches: list[Path], m
         patch.setattr(prepare_module, "write_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare_emoji(tmp_path, size=SIZE)
-    with pytest.raises(DataError, match=r"set-up did not finish.*python -m train\.data"):
-        load_pairs(tmp_path / f"size{SIZE}-seed0", "train")
-    assert len(load_pairs(prepare_emoji(tmp_path, size=SIZE), "train")) > 0
+    (folder,) = tmp_path.glob(f"size{SIZE}-*")
+    assert list(folder.glob("*.tar")) and read_manifest(folder) is None
+    assert prepare_emoji(tmp_path, size=SIZE) == folder and len(fetches) == 2
 
 
 def test_two_callers_at_once_set_up_once(tmp_path: Path, fetches: list[Path]) -> None:
@@ -312,55 +356,8 @@ def test_notice_names_every_package() -> None:
 def test_the_webdataset_library_reads_our_shards(tmp_path: Path, fetches: list[Path]) -> None:
     webdataset = pytest.importorskip("webdataset")
     folder = prepare_emoji(tmp_path, size=SIZE)
-    read = list(webdataset.WebDataset(str(folder / "heldout-000000.tar"), shardshuffle=False))
-    ours = load_pairs(folder, "heldout")
-    assert [entry["__key__"] for entry in read] == list(ours.keys)
-    assert [entry["txt"].decode() for entry in read] == [captions[0] for captions in ours.captions]
-
-
-# --- Corruption
-
-
-def test_loading_refuses_arguments_out_of_range(tmp_path: Path, fetches: list[Path]) -> None:
-    folder = prepare_emoji(tmp_path, size=SIZE)
-    with pytest.raises(DataError, match=r"'test'; .* holds 'concepts', 'heldout', 'train', 'vendor'"):
-        load_pairs(folder, "test")
-    for split, corrupt in (("train", 1.5), ("train", -0.1), ("heldout", 0.1)):
-        with pytest.raises(ValueError, match="corrupt is"):
-            load_pairs(folder, split, corrupt=corrupt)
-    with pytest.raises(ValueError, match="max_bad_fraction is 2"):
-        load_pairs(folder, "train", max_bad_fraction=2)
-
-
-def test_corruption_exchanges_captions_between_concepts(tmp_path: Path, fetches: list[Path]) -> None:
-    folder = prepare_emoji(tmp_path, size=SIZE)
-    clean, noisy = load_pairs(folder, "train"), load_pairs(folder, "train", corrupt=0.3, seed=5)
-    again, other = (load_pairs(folder, "train", corrupt=0.3, seed=seed) for seed in (5, 6))
-    assert noisy.corrupted.sum() == round(0.3 * len(clean))
-    for before, after, corrupted in zip(clean.captions, noisy.captions, noisy.corrupted.tolist(), strict=True):
-        assert (before[0] != after[0]) is corrupted
-    assert sorted(noisy.captions) == sorted(clean.captions), "captions are exchanged, none lost"
-    assert torch.equal(noisy.concepts, clean.concepts)
-    assert torch.equal(noisy.images, clean.images)
-    assert noisy.captions == again.captions
-    assert noisy.captions != other.captions
-
-
-@given(st.lists(st.integers(0, 30), min_size=40, max_size=80), st.floats(0.5, 1), st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
-def test_corruption_never_keeps_the_concept(concepts: list[int], share: float, seed: int) -> None:
-    try:
-        source = corruption_sources(concepts, share, seed)
-    except DataError:
-        assert max(map(concepts.count, concepts)) > 5, "refused although no concept is frequent"
-        return
-    ids = np.asarray(concepts)
-    moved = source != np.arange(len(ids))
-    assert moved.sum() == round(share * len(ids))
-    assert sorted(source) == list(range(len(ids)))
-    assert (ids[source] != ids)[moved].all()
-
-
-def test_corruption_of_one_concept_is_refused() -> None:
-    with pytest.raises(DataError, match="cannot be exchanged"):
-        corruption_sources([1] * 10, 0.5, 0)
+    read = list(webdataset.WebDataset(str(folder / "heldout-000000.tar"), shardshuffle=False).decode("rgba8"))
+    held = members(folder, "heldout")
+    assert [entry["__key__"] for entry in read] == [name.removesuffix(".txt") for name, _ in held[1::3]]
+    assert [entry["txt"].encode() for entry in read] == [data for _, data in held[1::3]]
+    assert all(entry["png"].shape == (SIZE, SIZE, 4) and entry["json"]["captions"] for entry in read)

@@ -44,7 +44,9 @@ def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "| heldout | 39 | 39 |" in said
     assert "80 pairs (bad samples left out: none), 2 × cpu" in said
     assert "bad samples replaced: 1 (empty_caption 1)" in said
-    assert re.search(r"2 × cpu, 1 CPU thread\(s\) each, ZeRO-1, (bf16|fp32) \(auto\), backend \w+ .*, steps 0 to 24; ready in", said), said
+    assert re.search(
+        r"2 × cpu, 1 CPU thread\(s\) each, ZeRO-1, (bf16|fp32) \(auto\), backend \w+ .*, steps 0 to 24; ready in", said
+    ), said
     return folder / "run"
 
 

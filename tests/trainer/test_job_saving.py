@@ -22,9 +22,7 @@ def test_moments_that_are_not_finite_are_never_saved(data: Path, tmp_path: Path)
     file = configuration(tmp_path, data)
     status, said = finish(start("--config", str(file), "--folder", str(run), fault="nan_moment_on_rank_1"))
     assert status == 1, said
-    assert re.search(
-        r"error: rank 0, step 7, saving: the checkpoint of step 8 is not written.* \(moment exp_avg\)", said
-    )
+    assert re.search(r"error: rank 0, step 7, saving: the checkpoint of step 8 is not written.* \(exp_avg\)", said)
     assert said.count("is not written") == 1
     assert "Traceback" not in said
     assert checkpoint_names(run) == ["latest", "step-000004"]
@@ -40,9 +38,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
     assert said.count(f"warning: {metrics.METRICS} cannot be written (No space left on device: ") == 1, said
     assert said.count(f"warning: {metrics.EVENTS} cannot be written (No space left on device: ") == 1, said
     problem = r"error: rank 1, step 7, saving: the checkpoint of step 8 cannot be written \(No space left on device: "
-    assert (
-        len(re.findall(problem + r".*optim_states\.pt \([0-9.]+ MB free\)\); those before it are as they", said)) == 1
-    )
+    assert len(re.findall(problem + r".*rank-00001\.pt \([0-9.]+ MB free\)\); those before it are as they", said)) == 1
     assert said.count("cannot be written") == 3
     assert "Traceback" not in said
     assert checkpoint_names(run) == ["latest", "step-000004"], "nothing half-written stays"
@@ -59,14 +55,14 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_one_sentence(data: Path
     (run / report.TABLE).mkdir()
     planted = run / checkpoint.FOLDER / "step-000006"
     shutil.copytree(folder, planted)
-    torch.save({"module": Payload(tmp_path / "was run")}, next((planted / checkpoint.ENGINE).glob("*_optim_states.pt")))
+    torch.save({"module": Payload(tmp_path / "was run")}, next((planted / checkpoint.ENGINE).glob("rank-*.pt")))
     rewrite_manifest(planted)
     (run / checkpoint.FOLDER / checkpoint.LATEST).write_text(planted.name)
     status, said = finish(start("--resume", str(run)))
     assert status == 1, said
     assert "checkpoint step-000006 cannot be used (UnpicklingError: " in said
     assert not (tmp_path / "was run").exists()
-    assert "| held-out drawings | 40 | 40 |" in said, "what cannot be written is said"
+    assert "| heldout | 40 | 40 |" in said, "what cannot be written is said"
     assert f"error: rank 0, step 9, evaluation: Is a directory: {run / report.TABLE}. Last seen" in said
     assert "Traceback" not in said
     assert (

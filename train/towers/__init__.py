@@ -51,8 +51,6 @@ def build(
 
     Raises ConfigError where the form is unknown, a library is missing or refuses what it is given.
     """
-    # A tokenizer's own threads do not outlive the fork of the data's workers, which are many as it is.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     kind, _, name = options.towers.partition(":")
     if options.towers == "small":
         bundle = small.build(options, captions, files)
@@ -63,6 +61,8 @@ def build(
             bundle = LIBRARIES[kind](name, options, saved)
     else:
         raise ConfigError(f"model.towers={options.towers!r}; allowed: {', '.join(FORMS)}")
+    # From here on tokenizers start no threads, which would not outlive the fork of the data's workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     module = bundle.module
     module.precision = precision
     module.train()
@@ -70,7 +70,7 @@ def build(
         module.compile_towers()
     notes = bundle.notes
     if options.lock != "none" and not module.locked:
-        notes += (f"model.lock={options.lock}: the projection on top of that tower is trained",)
+        notes += (f"model.lock={options.lock} locks a part of that tower; what follows it is trained",)
     if any(isinstance(part, _BatchNorm) and part.training for part in module.modules()):
         notes += ("batch norm: the loss depends on how a batch is cut into processes and micro-batches",)
     return replace(bundle, notes=notes)

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -68,15 +71,16 @@ def build(name: str, options: ModelOptions, saved: Path | None) -> Bundle:
     source, weights = _named(open_clip, name, towers) if fresh else (f"{LOCAL}{saved}", None)
     config = open_clip.get_model_config(source)
     _refuse_fetching(config | options.options, source, towers)
-    model, training, evaluation = open_clip.create_model_and_transforms(
-        source,
-        weights,
-        load_weights=fresh,
-        pretrained_text=fresh,
-        force_image_size=options.image_size,
-        force_context_length=options.context_length,
-        **options.options,
-    )
+    with nullcontext() if fresh else _unwarned():
+        model, training, evaluation = open_clip.create_model_and_transforms(
+            source,
+            weights,
+            load_weights=fresh,
+            pretrained_text=fresh,
+            force_image_size=options.image_size,
+            force_context_length=options.context_length,
+            **options.options,
+        )
     if hasattr(model, "text_decoder"):
         raise ConfigError(f"model.towers={towers} is a CoCa, whose decoder is not trained here; give a CLIP model")
     tokenize = open_clip.get_tokenizer(source, context_length=options.context_length)
@@ -134,6 +138,16 @@ def _refuse_fetching(config: dict[str, Any], source: str, towers: str) -> None:
             )
     if config.get("pretrained_image"):
         raise ConfigError("model.options: pretrained_image fetches weights; give pretrained_image_path, a file")
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """open_clip warns of random weights, which here wait for those of a checkpoint."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _patches(visual: Any, trunk: Any) -> int:
