@@ -199,7 +199,7 @@ def test_the_library_loads_the_weights_by_its_own_names(kind: Kind) -> None:
     assert float(module.log_scale.detach()) == pytest.approx(math.log(25.0))
 
 
-def test_the_two_towers_compiled_give_the_same_rows(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_tower_is_compiled_where_that_is_asked_for(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
     def eager(function: Any) -> Any:
