@@ -91,7 +91,7 @@ def encode(engine: Any, batch: Share, micro_batches: int) -> tuple[tuple[Tensor,
     if micro_batches == 1:
         return engine(batch.images, batch.tokens), engine.backward
     parts = zip(batch.images.tensor_split(micro_batches), batch.tokens.tensor_split(micro_batches), strict=True)
-    passes = TwoPass(engine, list(parts))
+    passes = TwoPass(engine, list(parts), engine.module.locked)
     return passes.outputs, passes.backward
 
 
