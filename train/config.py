@@ -58,7 +58,7 @@ REPLACED = {
 @dataclass(frozen=True)
 class Config:
     """All options of a run, by section. `deepspeed`: of DeepSpeed's own configuration, whatever no option here says;
-    see engine.settings."""
+    see deepspeed_options."""
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
