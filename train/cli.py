@@ -14,6 +14,7 @@ from . import PROGRAM, checkpoint, config, heartbeat, launch, lock, tracker
 from .config import Config, ConfigError
 from .data.emoji import SetupError
 from .data.record import DataError
+from .data.workers import WorkerError
 from .files import explain, write_atomically
 from .signals import STOPPED, StoppedError, end, name_of, say, stop
 from .world import ElsewhereError, is_lost_contact, join_world
@@ -199,7 +200,9 @@ def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
             return STOPPED
         watch.fail(f"lost contact with another rank ({str(error).splitlines()[0]})")
         return 1
-    if isinstance(error, (checkpoint.RunError, OSError)):  # not faults of the code, which its lines would explain
+    if isinstance(
+        error, (checkpoint.RunError, WorkerError, OSError)
+    ):  # not faults of the code, which its lines would explain
         watch.fail(_words(error))
         return 1
     traceback.print_exc()

@@ -7,7 +7,8 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,9 @@ def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
             f"run {task.run}: {_describe(trainer)}, steps {trainer.state.step} to {last}; ready in {seconds}"
         )
     try:
-        stopped = _loop(trainer, last)
+        batches = trainer.data.batches(trainer.bundle, world, trainer.state.step, last)
+        with closing(batches):  # its worker processes
+            stopped = _loop(trainer, last, batches)
         if last == steps and stopped is None:
             _finish(trainer)
         heartbeat.enter(trainer.state.step, "done")
@@ -176,11 +179,10 @@ def _check_optimizer(bundle: Bundle, config: Config) -> None:
     make_optimizer(groups, options, config.job.zero_stage)
 
 
-def _loop(trainer: Trainer, last: int) -> str | None:
+def _loop(trainer: Trainer, last: int, batches: Iterator[Batch]) -> str | None:
     """Train up to step `last`, or to the end of the step in which a rank is asked to stop: then returns the words for
     it."""
     options, world = trainer.config.job, trainer.world
-    batches = trainer.data.batches(trainer.bundle, world, trainer.state.step, last)
     while trainer.state.step < last:
         began, step = time.perf_counter(), trainer.state.step
         trainer.heartbeat.enter(step, "training")

@@ -21,9 +21,9 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..launch import cpu_count
 from ..options import DataOptions
 from ..signals import SIGNALS
-from ..threads import cpu_count
 
 MOST_WORKERS = 8  # that are started for each rank where nobody says how many
 LOOK_SECONDS = 1.0
@@ -128,7 +128,8 @@ def _describe(process: int | None, code: int) -> str:
 
 
 def _be_worker(parent: int, _: int) -> None:
-    """The first act of a worker process. Ignored signals do not reach the rank's listener either, whose pipe it has."""
+    """The first act of a worker process. What it ignores does not reach the rank's listener, either, whose pipe it
+    has."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
