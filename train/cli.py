@@ -103,7 +103,7 @@ def _asked_for(options: argparse.Namespace) -> tuple[Config, Path]:
         return settings, options.folder
     if launch.is_launched():
         raise ConfigError("started by torchrun or deepspeed: give --folder, so that all processes share one")
-    stem = (options.config or config.DEFAULT_FILE).stem
+    stem = config.file_of(options.config, options.overrides).stem
     return settings, next(path for i in itertools.count(1) if not (path := RUNS / f"{stem}-{i}").exists())
 
 
@@ -116,7 +116,10 @@ def _check_tracker(library: str) -> None:
 
 
 def _check_changes(run: Path, before: Config, after: Config) -> None:
-    """Raises ConfigError where the run cannot go on with `after` instead of `before`."""
+    """Raises ConfigError where the run cannot go on with `after` instead of `before`. One that kept nothing yet can go
+    on with anything."""
+    if not checkpoint.has_any(run):
+        return
     fixed = {name: pair for name, pair in config.changes(before, after).items() if name not in config.CHANGEABLE}
     if fixed:
         named = ", ".join(f"{name} (the run's: {then}, asked for: {now})" for name, (then, now) in fixed.items())

@@ -21,9 +21,9 @@ from typing import Any, TypeAlias
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..launch import cpu_count
 from ..options import DataOptions
 from ..signals import SIGNALS
+from ..threads import cpu_count
 
 MOST_WORKERS = 8  # that are started for each rank where nobody says how many
 LOOK_SECONDS = 1.0
