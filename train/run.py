@@ -145,13 +145,13 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
 
 
 def _build(config: Config, data: TrainingData, resumed: Path | None, world: World) -> Bundle:
-    """The towers, alike on all ranks: those of a checkpoint, or new ones, for which rank 0 makes what must be learned
-    from the captions."""
+    """The towers, alike on all ranks: those of a checkpoint, whose weights follow, or new ones. Each rank loads itself
+    what these begin with; what `small` learns from the captions is rank 0's."""
 
-    def files() -> Mapping[str, bytes]:
+    def files() -> Mapping[str, bytes] | None:
         if resumed is not None:
             return checkpoint.read_files(resumed)
-        return towers.build(config.model, data.captions).files
+        return towers.build(config.model, data.captions).files if config.model.towers == "small" else None
 
     shared = on_first(world, files)
     torch.manual_seed(config.job.seed)
