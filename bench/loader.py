@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from train.data.images import decode
-from train.data.loader import Loader
+from train.data.loader import CHUNK, Loader
 from train.data.sampler import StepSampler
 from train.data.sources import open_source
 from train.options import DataOptions, ModelOptions
@@ -236,10 +236,10 @@ def compare(theirs: Any, setting: Setting, labels: Row, workers: int, rounds: in
 
 
 def parts(setting: Setting, labels: Row, rounds: int) -> list[Row]:
-    """CPU ms an image of each part of ours, in this process. What is left of an image's time is its way to the step."""
+    """CPU ms an image of each part of ours, of a chunk, in this process. What is left of an image's time is its way to the step."""
     options = DataOptions(source=str(setting.folder))
     source = open_source(options.source, options)
-    some = range(min(setting.batch, len(source)))
+    some = range(min(CHUNK, setting.batch))
     records = [source.read(index) for index in some]
     pictures = [decode(record.image, options.max_pixels) for record in records]
     work: dict[str, Callable[[], Any]] = {
@@ -271,13 +271,20 @@ def measure(theirs: Any, setting: Setting, labels: Row, workers: Sequence[int], 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench loader", description=__doc__.split("\n\n")[0])
     parser.add_argument("--pixels", type=int, nargs="+", default=[224, 1024], help="of a picture's sides")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="processes that read")
+    parser.add_argument(
+        "--workers", type=int, nargs="*", default=[0, 1, 2], help="processes that read; none: the parts only"
+    )
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8, help="batches of an epoch (default: 8)")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    if min(options.steps - max(options.workers), options.rounds, options.batch) < 1 or max(options.workers) > SHARDS:
-        parser.error(f"--steps must be more than --workers, these at most {SHARDS}, and all else at least 1")
+    most = max(options.workers, default=0)
+    if (
+        min(options.steps - most, options.rounds, options.batch) < 1
+        or min(options.workers, default=0) < 0
+        or most > SHARDS
+    ):
+        parser.error(f"allowed: --workers of 0 to {SHARDS}, more --steps than these, and all else at least 1")
     bundle, theirs = libraries()
     prepare, tokenize = bundle.prepare, bundle.tokenize
     del bundle  # or the towers would count as the workers' memory
