@@ -352,7 +352,7 @@ def test_braces_name_shards_as_in_bash(tmp_path: Path) -> None:
     write_shards(tmp_path, make_pairs(6), 2)
 
     def keys(spec: str) -> list[str]:
-        return [record.key[:5] for record in read_all(open_source(f"{tmp_path}/{spec}", DataOptions()))[0]]
+        return [record.key.partition("/")[0] for record in read_all(open_source(f"{tmp_path}/{spec}", DataOptions()))[0]]
 
     assert keys("0000{0..1}.tar") == ["00000"] * 2 + ["00001"] * 2
     assert keys("{00002,00000}.tar") == ["00002"] * 2 + ["00000"] * 2
@@ -405,8 +405,9 @@ def test_a_shard_that_changes_under_a_run_ends_it(tmp_path: Path) -> None:
     os.truncate(shard, 2000)
     with pytest.raises(DataError, match=r"00001\.tar was changed since it was indexed"):
         source.read(3)
-    with pytest.raises(DataError, match=r"00001\.tar was changed since it was indexed"):
-        reopened.read(3)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"00001\.tar was changed since it was indexed"):
+            reopened.read(2)
     shard.write_bytes(b"\1" * len(whole))
     with pytest.raises(DataError, match=r"00001\.tar was changed since it was indexed"):
         source.read(3)
