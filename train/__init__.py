@@ -1,18 +1,20 @@
 """The trainer: run it as `python -m train`, or as `softclip-train` where it is installed, as package softclip_train.
 
-To read it, begin with step, the training step on one page, then run (set-up, loop, end) and config (every option).
+To read it, begin with step, the training step on one page, then run (set-up, loop, end) and options (every one).
 
-    cli, config, auto         the command line, the options, and what `auto` means
+    cli, config, options, auto
+                              the command line, the options, and what `auto` means
     launch, world, threads    the processes of a job, and what they do together
     run, step                 a whole run, and one step of it
-    model, tokenizer          what is trained, and what it reads
+    towers/                   what is trained, from whichever library
     engine, deepspeed_options, optimizers
                               DeepSpeed's engine, and what it is made with
     engine_state, engine_files
                               what an engine holds, and its part of a checkpoint
-    data/                     what it is trained on; data/emoji/ is the default set
-    evaluate/                 retrieval and zero-shot on held-out data: `python -m train.evaluate`
+    data/                     what it is trained on, from whichever layout; data/emoji/ is the default set
+    evaluate/                 retrieval and zero-shot on held-out data: `python -m train evaluate`
     checkpoint, fingerprint   checkpoints, and the data, code and versions that they were made with
+    resume                    whether a run may go on from one
     metrics, console, tracker, plot
                               logs, progress bar, and curves: `python -m train plot`
     heartbeat, signals, lock  who is alive, who was asked to stop, and who holds the run

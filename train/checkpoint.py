@@ -5,12 +5,12 @@ A checkpoint is a folder `checkpoints/step-000120`:
     model.safetensors  config.json  state.json    safe to share: no code in them
     tokenizer.json                                and whatever else its kind of towers is built from, likewise
     fingerprint.json                              of the data, the code and the versions
-    engine/                                       DeepSpeed's own, a file a rank, for resuming
+    engine/                                       the optimizer's state, a file a rank, for resuming: see engine_state
     manifest.json                                 SHA-256 and size of all others
 
 It is written under another name, flushed to disk, and renamed; `checkpoints/latest` is written last. Whoever reads
 checks the manifest, reads the parts, and falls back to the newest checkpoint that is whole, readable and finite. No
-part can run code when it is read: see engine_files for DeepSpeed's.
+part can run code when it is read: see engine_files.
 """
 
 from __future__ import annotations

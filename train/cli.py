@@ -14,6 +14,7 @@ from . import PROGRAM, checkpoint, config, heartbeat, launch, lock, tracker
 from .config import Config, ConfigError
 from .data.emoji import SetupError
 from .data.record import DataError
+from .data.workers import WorkerError
 from .files import explain, write_atomically
 from .signals import STOPPED, StoppedError, end, name_of, say, stop
 from .world import ElsewhereError, is_lost_contact, join_world
@@ -102,7 +103,7 @@ def _asked_for(options: argparse.Namespace) -> tuple[Config, Path]:
         return settings, options.folder
     if launch.is_launched():
         raise ConfigError("started by torchrun or deepspeed: give --folder, so that all processes share one")
-    stem = (options.config or config.DEFAULT_FILE).stem
+    stem = config.file_of(options.config, options.overrides).stem
     return settings, next(path for i in itertools.count(1) if not (path := RUNS / f"{stem}-{i}").exists())
 
 
@@ -115,7 +116,10 @@ def _check_tracker(library: str) -> None:
 
 
 def _check_changes(run: Path, before: Config, after: Config) -> None:
-    """Raises ConfigError where the run cannot go on with `after` instead of `before`."""
+    """Raises ConfigError where the run cannot go on with `after` instead of `before`. One that kept nothing yet can go
+    on with anything."""
+    if not checkpoint.has_any(run):
+        return
     fixed = {name: pair for name, pair in config.changes(before, after).items() if name not in config.CHANGEABLE}
     if fixed:
         named = ", ".join(f"{name} (the run's: {then}, asked for: {now})" for name, (then, now) in fixed.items())
@@ -199,7 +203,9 @@ def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
             return STOPPED
         watch.fail(f"lost contact with another rank ({str(error).splitlines()[0]})")
         return 1
-    if isinstance(error, (checkpoint.RunError, OSError)):  # not faults of the code, which its lines would explain
+    if isinstance(
+        error, (checkpoint.RunError, WorkerError, OSError)
+    ):  # not faults of the code, which its lines would explain
         watch.fail(_words(error))
         return 1
     traceback.print_exc()

@@ -12,7 +12,8 @@ import yaml
 
 from .options import ConfigError, DataOptions, JobOptions, LossOptions, ModelOptions, OptimizerOptions
 
-DEFAULT_FILE = Path(__file__).parent / "configs" / "emoji.yaml"
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_FILE, EMPTY_FILE = CONFIGS / "emoji.yaml", CONFIGS / "pairs.yaml"
 # The options that may have another value when a run goes on: where its data lie (a fingerprint tells whether they are
 # the same), how far it goes, how it is computed, watched and kept. All others say what is trained on what, and a
 # checkpoint is a part of that.
@@ -58,7 +59,7 @@ REPLACED = {
 @dataclass(frozen=True)
 class Config:
     """All options of a run, by section. `deepspeed`: of DeepSpeed's own configuration, whatever no option here says;
-    see engine.settings."""
+    see deepspeed_options."""
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -91,13 +92,18 @@ class Config:
         return cls(**made)
 
 
+def file_of(file: Path | None, overrides: Sequence[str]) -> Path:
+    """The configuration that is meant: the emoji run's where none is given, or, where an override names other data, one
+    that says nothing, so that every option has its default."""
+    own_data = any(override.strip().startswith("data.source=") for override in overrides)
+    return Path(file) if file is not None else EMPTY_FILE if own_data else DEFAULT_FILE
+
+
 def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file with `section.name=value` overrides on top. Without a file it is the emoji
-    run's, or, where an override names other data, every option's default."""
-    path = DEFAULT_FILE if file is None else Path(file)
-    own_data = file is None and any(override.strip().startswith("data.source=") for override in overrides)
+    """The configuration of a YAML file (see file_of) with `section.name=value` overrides on top."""
+    path = file_of(file, overrides)
     try:
-        mapping = {} if own_data else yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
         raise ConfigError(f"the configuration {path} cannot be read ({error.strerror}); give a YAML file") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: bytes that are no text, absurd dates

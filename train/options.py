@@ -261,7 +261,7 @@ class OptimizerOptions:
 class JobOptions:
     """How a run is carried out.
 
-    processes              how many `python -m train` starts; 0 for one per GPU, or two on a CPU
+    processes              how many the program starts; 0 for one per GPU, or two on a CPU
     seed                   of the initial weights, the batches, the augmentation and the PSD draw
     checkpoint_every       in steps
     keep_checkpoints       how many of the newest stay on disk

@@ -7,8 +7,9 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, evaluate, fingerprint, metrics, plot, towers
+from . import checkpoint, deepspeed_options, evaluate, fingerprint, metrics, plot, resume, towers
 from .auto import settle
 from .config import Config
 from .data import Batch, TrainingData, count_bad, open_training_data
@@ -28,7 +29,8 @@ from .evaluate import report
 from .evaluate.sets import Evaluation, read_evaluation
 from .files import explain
 from .heartbeat import Heartbeat
-from .options import SKIP_WINDOW, ConfigError, OptimizerOptions
+from .optimizers import make_optimizer
+from .options import SKIP_WINDOW, ConfigError
 from .signals import name_of, stop
 from .step import StepResult, train_step
 from .towers import Bundle
@@ -100,7 +102,9 @@ def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
             f"run {task.run}: {_describe(trainer)}, steps {trainer.state.step} to {last}; ready in {seconds}"
         )
     try:
-        stopped = _loop(trainer, last)
+        batches = trainer.data.batches(trainer.bundle, world, trainer.state.step, last)
+        with closing(batches):  # its worker processes
+            stopped = _loop(trainer, last, batches)
         if last == steps and stopped is None:
             _finish(trainer)
         heartbeat.enter(trainer.state.step, "done")
@@ -117,7 +121,7 @@ def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
 def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     config, run, first = task.config, task.run, world.rank == 0
     _quiet()
-    _check_share(config.optimizer, world.size)
+    on_each(world, lambda: _check(config, world.size))
     data = on_each(world, lambda: open_training_data(config))
     # Rank 0 evaluates; what is wrong with the held-out data is said before the first step.
     evaluation = on_each(world, lambda: read_evaluation(config.data) if first else None)
@@ -131,7 +135,8 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     now = on_first(world, lambda: fingerprint.take(data.fingerprint, evaluated, world.device))
     state = checkpoint.State(0, 0, world.size, config.job.zero_stage)
     if resumed is not None:
-        state = on_first(world, lambda: _check_resumed(replace(task, config=config), resumed, world, now))
+        state = on_first(world, lambda: resume.check(config, task.stop_after, resumed, world, now))
+    on_each(world, lambda: _check_optimizer(bundle, config))
     engine = make_engine(bundle, config, world)
     if resumed is not None:
         load_engine(engine, resumed)
@@ -140,20 +145,22 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
 
 
 def _build(config: Config, data: TrainingData, resumed: Path | None, world: World) -> Bundle:
-    """The towers, alike on all ranks: those of a checkpoint, or new ones, for which rank 0 makes what must be learned
-    from the captions."""
+    """The towers, alike on all ranks: those of a checkpoint, whose weights follow, or new ones. Each rank loads itself
+    what these begin with; what `small` learns from the captions is rank 0's."""
 
-    def files() -> Mapping[str, bytes]:
+    def files() -> Mapping[str, bytes] | None:
         if resumed is not None:
             return checkpoint.read_files(resumed)
-        return towers.build(config.model, data.captions).files
+        return towers.build(config.model, data.captions).files if config.model.towers == "small" else None
 
     shared = on_first(world, files)
     torch.manual_seed(config.job.seed)
     return on_each(world, lambda: towers.build(config.model, data.captions, files=shared))
 
 
-def _check_share(options: OptimizerOptions, processes: int) -> None:
+def _check(config: Config, processes: int) -> None:
+    deepspeed_options.check(config.deepspeed)
+    options = config.optimizer
     if options.batch_size % processes:
         raise ConfigError(
             f"optimizer.batch_size={options.batch_size}; allowed: a multiple of the {processes} processes"
@@ -165,52 +172,17 @@ def _check_share(options: OptimizerOptions, processes: int) -> None:
         )
 
 
-def _check_resumed(task: Task, folder: Path, world: World, now: fingerprint.Fingerprint) -> checkpoint.State:
-    """The state of the checkpoint to go on from; raises where it does not fit this job."""
-    state, stop_after = checkpoint.read_state(folder), task.stop_after
-    if stop_after is not None and stop_after < state.step:
-        raise ConfigError(f"--stop-after {stop_after}, but {folder} has done {state.step} steps; allowed: that or more")
-    _compare(task.config, folder, now)
-    if state.processes != world.size:
-        print(
-            f"{folder.name} was written by {state.processes} processes, and {world.size} go on: with the same batches, "
-            "and sums in another order",
-            flush=True,
-        )
-    return replace(state, processes=world.size, zero_stage=task.config.job.zero_stage)
+def _check_optimizer(bundle: Bundle, config: Config) -> None:
+    """Raises ConfigError where the engine could not be made with it: there, ranks wait for one another."""
+    options = config.optimizer
+    groups = bundle.parameter_groups(options.weight_decay, options.layer_decay)
+    make_optimizer(groups, options, config.job.zero_stage)
 
 
-def _compare(config: Config, folder: Path, now: fingerprint.Fingerprint) -> None:
-    """Name all that differs from when the checkpoint was written. Other data, and other options that are a part of what
-    is trained, are refused; with other code or versions the run goes on, but need not repeat bit for bit."""
-    fixed, changeable = checkpoint.other_options(checkpoint.read_config(folder), config)
-    if fixed:
-        raise ConfigError(
-            f"the run cannot go on from {folder} with other options than it was trained with: {'; '.join(fixed)}; set "
-            "them back in the run's config.yaml (name what `auto` was), or start a new run"
-        )
-    if changeable:
-        print(f"going on with other options than {folder.name} was written with: {'; '.join(changeable)}", flush=True)
-    then = checkpoint.read_fingerprint(folder)
-    if then is None:
-        print(f"{folder.name} holds no {checkpoint.FINGERPRINT}: whether data and code are as they were is not known")
-        return
-    data = fingerprint.other_data(then, now)
-    if data is not None:
-        raise checkpoint.CheckpointError(
-            f"{folder} was trained on other data (fingerprint {data}); let data.source in the run's config.yaml name "
-            "the data it was trained on, or start a new run"
-        )
-    software = fingerprint.other_software(then, now)
-    if software:
-        print(f"{folder.name} was written by other software, and may not go on bit for bit: {'; '.join(software)}")
-
-
-def _loop(trainer: Trainer, last: int) -> str | None:
+def _loop(trainer: Trainer, last: int, batches: Iterator[Batch]) -> str | None:
     """Train up to step `last`, or to the end of the step in which a rank is asked to stop: then returns the words for
     it."""
     options, world = trainer.config.job, trainer.world
-    batches = trainer.data.batches(trainer.bundle, world, trainer.state.step, last)
     while trainer.state.step < last:
         began, step = time.perf_counter(), trainer.state.step
         trainer.heartbeat.enter(step, "training")

@@ -1,10 +1,11 @@
-"""Tiny towers of other libraries, with random weights."""
+"""Tiny towers of other libraries, with random weights. To be imported before the libraries, for torchvision's sake."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from train.options import ModelOptions
+
+if find_spec("torchvision") is not None:
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        # A wheel for CUDA beside a torch for CPUs: it describes operators at its import that it then does not bring.
+        _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
+        for _name in ("nms", "qnms"):
+            _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 SIZE, LENGTH, WIDTH = 32, 8, 24
 WORDS = ("[PAD]", "[START]", "[UNK]", "[END]", "a", "cat", "dog", "red", "blue", "of", "photo")
@@ -55,6 +65,7 @@ def write_tokenizer(folder: Path, length: int) -> None:
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 PATCHES = {"image_size": SIZE, "patch_size": 8}
+VISION = {"layers": 2, "width": 64, "head_width": 32, **PATCHES}
 TOKENS = {"vocab_size": len(WORDS), "max_position_embeddings": LENGTH, "bos_token_id": 1, "eos_token_id": 3}
 
 
@@ -88,15 +99,23 @@ def write_bert(folder: Path) -> Path:
     return folder
 
 
+def write_open_clip(folder: Path, **vision: Any) -> str:
+    """A folder of a ViT as open_clip reads it, without weights, whose captions are of WORDS: model.towers for it."""
+    text = {"context_length": LENGTH, "vocab_size": len(WORDS), "width": 32, "heads": 2, "layers": 2}
+    described = {"embed_dim": WIDTH, "vision_cfg": VISION | vision, "text_cfg": text | {"hf_tokenizer_name": "here"}}
+    write_tokenizer(folder, LENGTH)
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": described}), encoding="utf-8")
+    return f"open_clip:local-dir:{folder}"
+
+
 def register_open_clip(folder: Path, name: str, **vision: Any) -> str:
     """A ViT that open_clip knows by this name."""
     import open_clip
 
-    vision = {"image_size": SIZE, "layers": 2, "width": 64, "patch_size": 8, "head_width": 32} | vision
     text = {"context_length": LENGTH, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(
-        json.dumps({"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}), encoding="utf-8"
+        json.dumps({"embed_dim": WIDTH, "vision_cfg": VISION | vision, "text_cfg": text}), encoding="utf-8"
     )
     open_clip.add_model_config(folder)
     return name

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.libraries import Kind, hugging_face_kind, open_clip_kind, timm_kind
-
-if find_spec("torchvision") is not None:
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        # A wheel for CUDA beside a torch for CPUs: it describes operators at its import that it then does not bring.
-        _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-        for _name in ("nms", "qnms"):
-            _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 @pytest.fixture(scope="session")

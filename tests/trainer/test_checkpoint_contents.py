@@ -26,7 +26,8 @@ from train.data.shards import write_shard
 from train.evaluate import report
 from train.evaluate.__main__ import main
 from train.options import SKIP_WINDOW, ConfigError
-from train.run import NonFiniteError, _check_skipped, _compare
+from train.resume import compare
+from train.run import NonFiniteError, _check_skipped
 
 CPU = torch.device("cpu")
 ENGINE_FILE = engine_files.file_of(1)
@@ -289,27 +290,27 @@ def test_a_run_goes_on_only_with_the_options_and_data_it_began_with(
 ) -> None:
     folder = write_checkpoint(tmp_path, data, files, 8)
     same = Config.from_dict(tiny(data))
-    _compare(same, folder, FINGERPRINT)
+    compare(same, folder, FINGERPRINT)
     assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match=r"optimizer\.lr=0\.0015 then, 0\.01 now.*set them back in .*config\.yaml"):
-        _compare(changed(data, "optimizer", lr=0.01, steps=99), folder, FINGERPRINT)
-    _compare(changed(data, "job", processes=2), folder, FINGERPRINT)
+        compare(changed(data, "optimizer", lr=0.01, steps=99), folder, FINGERPRINT)
+    compare(changed(data, "job", processes=2), folder, FINGERPRINT)
     assert capsys.readouterr().out == "", "0 stood for the two that were started"
-    _compare(changed(data, "optimizer", steps=99), folder, FINGERPRINT)
+    compare(changed(data, "optimizer", steps=99), folder, FINGERPRINT)
     assert "with other options than step-000008 was written with: optimizer.steps=12 then, 99 now" in (
         capsys.readouterr().out
     )
     with pytest.raises(
         checkpoint.CheckpointError, match=r"other data \(fingerprint data then, d2 now\); let data\.source"
     ):
-        _compare(same, folder, replace(FINGERPRINT, data="d2"))
-    _compare(same, folder, replace(FINGERPRINT, code="c2", versions={"torch": "2", "numpy": "3"}))
+        compare(same, folder, replace(FINGERPRINT, data="d2"))
+    compare(same, folder, replace(FINGERPRINT, code="c2", versions={"torch": "2", "numpy": "3"}))
     assert capsys.readouterr().out == (
         "step-000008 was written by other software, and may not go on bit for bit: code code, now c2; "
         "numpy unknown, now 3; torch 1, now 2\n"
     )
     (folder / checkpoint.FINGERPRINT).unlink()
-    _compare(same, folder, FINGERPRINT)
+    compare(same, folder, FINGERPRINT)
     assert capsys.readouterr().out.startswith("step-000008 holds no fingerprint.json")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import re
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.data import tiny
 
 from train import PROGRAM, launch, lock
 from train.__main__ import COMMANDS
 from train.__main__ import main as start
-from train.cli import main, parse
+from train.cli import _asked_for, main, parse
 from train.config import Config, load
 
 
@@ -46,6 +48,28 @@ def test_options_stand_in_any_order() -> None:
     options = parse(["job.seed=1", "--folder", "there", "loss.target=hard", "--stop-after", "3", "optimizer.steps=9"])
     assert options.overrides == ["job.seed=1", "loss.target=hard", "optimizer.steps=9"]
     assert (options.folder, options.stop_after) == (Path("there"), 3)
+
+
+def test_a_run_that_kept_nothing_goes_on_with_any_options(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one whose first start found the batch larger than the data."""
+    monkeypatch.setattr(launch, "launch", lambda *_: 0)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(Config.from_dict(tiny(data)).to_yaml())
+    assert run_main(["--resume", str(run), "optimizer.batch_size=8", "job.seed=3"], capsys) == (0, "")
+    kept = load(run / "config.yaml")
+    assert (kept.optimizer.batch_size, kept.job.seed) == (8, 3)
+    (run / "checkpoints" / "step-000001").mkdir(parents=True)
+    assert "cannot go on with another job.seed" in run_main(["--resume", str(run), "job.seed=4"], capsys)[1]
+
+
+def test_a_run_is_named_by_its_configuration() -> None:
+    asked = {
+        name: _asked_for(parse(given))[1].name for name, given in {"emoji": [], "pairs": ["data.source=x"]}.items()
+    }
+    assert all(run.startswith(f"{name}-") for name, run in asked.items()), asked
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -152,3 +176,16 @@ def test_a_file_system_without_locks_is_said(
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     lock.hold(stopped_run).close()
     assert "has no locks (No locks available): nothing keeps a second job" in capsys.readouterr().err
+
+
+def test_no_message_advises_to_delete_data() -> None:
+    """Of all that the trainer says: its strings, docstrings aside."""
+    advice = re.compile(r"\b(delete|rm -r|wipe|erase)\b|remove the (data|folder|shard|cache)", re.IGNORECASE)
+    found = []
+    for path in sorted((ROOT / "train").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        spoken = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in spoken:
+                found += [f"{path.name}: {node.value}"] if advice.search(node.value) else []
+    assert not found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -202,7 +203,8 @@ def test_a_lost_worker_is_named_at_once() -> None:
     assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
 
 
-def test_a_lost_worker_breaks_off_nothing_but_the_wait_for_data() -> None:
+def test_a_lost_worker_breaks_off_nothing_but_the_wait_for_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)  # as in a new process
     made = loader(listed(600), workers=1, batch=200).batches(0, 50)
     next(made)
     (worker,) = children(os.getpid())
@@ -273,7 +275,7 @@ def rank(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     yield process
-    if process.poll() is None:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
 

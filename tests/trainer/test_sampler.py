@@ -167,7 +167,6 @@ def test_a_spare_has_none_of_the_labels_of_the_batch() -> None:
     assert found and not batch & set(found)
 
 
-@pytest.mark.long
 def test_ten_million_records_take_no_memory_and_no_time() -> None:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     sampler = StepSampler([9_000_000, 1_000_000], 32_768, 0, weights=[1.0, 0.5])

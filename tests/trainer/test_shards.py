@@ -19,11 +19,11 @@ from helpers import ROOT
 from helpers.saved_runs import Payload
 from PIL import Image, ImageFile
 from tokenizers import Tokenizer
+from train.data.manifest import Manifest, Shard, read_manifest, write_manifest
+from train.tokenizer import END, PAD, PAD_ID, START, encode, train_tokenizer
 
 from train.data import DataError, load_pairs
-from train.data.manifest import Manifest, Shard, read_manifest, write_manifest
 from train.files import sha256_of
-from train.tokenizer import END, PAD, PAD_ID, START, encode, train_tokenizer
 
 SIZE = 16
 

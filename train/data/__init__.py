@@ -11,7 +11,7 @@ workers     the processes that read and prepare
 stream      batches of what cannot be read at random
 training    all that together: what a run is trained on
 shards      the writer of shards
-emoji/      the default set: real image-text pairs, fetched and drawn once, by `python -m train.data` or on demand
+emoji/      the default set: real image-text pairs, fetched and drawn once, by `python -m train data` or on demand
 """
 
 from .emoji import SetupError, prepare_emoji

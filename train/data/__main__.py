@@ -1,4 +1,4 @@
-"""`python -m train.data`: prepare the emoji set and print what it holds."""
+"""`python -m train data`: prepare the emoji set and print what it holds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from .. import PROGRAM
 from .emoji import SetupError, prepare_emoji
 from .emoji.manifest import Manifest, read_manifest
 from .emoji.sources import PACKAGES, VENDOR_PACKAGES
@@ -27,7 +28,7 @@ def summary(manifest: Manifest) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m train.data", description="Prepare the emoji data set once.")
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} data", description="Prepare the emoji data set once.")
     parser.add_argument("--root", type=Path, default=None, help="cache folder (default: $SOFTCLIP_DATA/emoji)")
     parser.add_argument("--size", type=int, default=48, help="height and width in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="fixes splits and captions (default: %(default)s)")

@@ -128,8 +128,8 @@ def _describe(process: int | None, code: int) -> str:
 
 
 def _be_worker(parent: int, _: int) -> None:
-    """The first act of a worker process."""
-    signal.set_wakeup_fd(-1)  # it is the rank's, which would count each signal twice
+    """The first act of a worker process. What it ignores does not reach the rank's listener, either, whose pipe it
+    has."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

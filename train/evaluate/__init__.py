@@ -1,6 +1,6 @@
 """Evaluation on held-out data: retrieval both ways, and zero-shot classification.
 
-    python -m train.evaluate runs/emoji
+    python -m train evaluate runs/emoji-1
 
 reloads the last whole checkpoint of the run (safetensors and JSON only) and writes evaluation.md and evaluation.json
 there. Everything runs in fp32, without augmentation.

@@ -1,4 +1,4 @@
-"""`python -m train.evaluate`: evaluate a finished or stopped run from its newest good checkpoint."""
+"""`python -m train evaluate RUN`: evaluate a finished or stopped run from its newest good checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint
+from .. import PROGRAM, checkpoint
 from ..data import DataError, SetupError
 from ..files import explain
 from ..fingerprint import SHORT
@@ -19,7 +19,9 @@ from .sets import Evaluation, read_evaluation
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Evaluate a finished or stopped run from its newest good checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} evaluate", description="Evaluate a finished or stopped run from its newest good checkpoint."
+    )
     parser.add_argument("run", type=Path, help="the run's folder, for example runs/emoji-1")
     parser.add_argument("--device", default="cpu", help="where the towers run (default: %(default)s)")
     options = parser.parse_args(arguments)

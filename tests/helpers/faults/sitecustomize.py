@@ -203,5 +203,10 @@ def rank_1_killed_once() -> None:
     _with_each_batch(kill)
 
 
+def none_with_libraries() -> None:
+    """Nothing breaks, and torchvision can be imported."""
+    import helpers.libraries  # noqa: F401
+
+
 if RANK is not None:
     globals()[os.environ["TRAIN_FAULT"]]()

