@@ -96,8 +96,11 @@ def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
     return job.returncode, said
 
 
-def configuration(folder: Path, data: Path, steps: int = 24, micro_batches: int = 1, **job: Any) -> Path:
+def configuration(
+    folder: Path, data: Path, steps: int = 24, micro_batches: int = 1, workers: int = 0, **job: Any
+) -> Path:
     sections = tiny(data, **job)
+    sections["data"]["workers"] = workers
     sections["optimizer"] |= {"steps": steps, "micro_batches": micro_batches}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")

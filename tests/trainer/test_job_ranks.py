@@ -15,7 +15,6 @@ import torch
 from helpers import parity
 from helpers.data import tiny
 from helpers.jobs import configuration, finish, start, training_rows, wait_for
-from helpers.saved_runs import altered
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,8 +28,11 @@ FEW = 8  # for jobs that are compared over numbers of processes, whose rounding 
 Job = Callable[..., Path]
 
 
-def options(processes: int = 1, stage: int = 1, micro_batches: int = 1, steps: int = FEW) -> dict[str, object]:
+def options(
+    processes: int = 1, stage: int = 1, micro_batches: int = 1, steps: int = FEW, workers: int = 0
+) -> dict[str, object]:
     return {
+        "workers": workers,
         "processes": processes,
         "zero_stage": stage,
         "micro_batches": micro_batches,
@@ -159,22 +161,12 @@ def test_shares_that_would_be_uneven_or_empty_are_refused_before_the_first_step(
     assert "Traceback" not in said
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("before", "now"), ((2, 4), (4, 2)))
-def test_another_number_of_processes_is_refused_clearly(job: Job, tmp_path: Path, before: int, now: int) -> None:
-    run = altered(job(processes=before), tmp_path / "run", f"processes: {before}", f"processes: {now}")
-    status, said = finish(start("--resume", str(run)))
-    assert status == 2
-    assert said.count(f"job.processes={before} and this job has {now}") == 1, said
-    assert f"resume with {before}, or start a new run" in said
-    assert "Traceback" not in said
-
-
 # --- Resume
 
 
-def killed_and_resumed(folder: Path, data: Path, fault: str = "", **given: object) -> tuple[Path, int]:
-    """A run whose rank 1 was killed and which then went on to its end, with `fault`; and the step it did so from."""
+def killed_and_resumed(folder: Path, data: Path, *changed: str, fault: str = "", **given: object) -> tuple[Path, int]:
+    """A run whose rank 1 was killed and which then went on to its end, with the options `changed` and `fault`; and the
+    step it did so from."""
     file = configuration(folder, data, **options(**given))  # type: ignore[arg-type]
     run = folder / "run"
     job = start("--config", str(file), "--folder", str(run))
@@ -184,7 +176,7 @@ def killed_and_resumed(folder: Path, data: Path, fault: str = "", **given: objec
     assert status != 0
     assert "rank 1 was the first to fail (killed by SIGKILL" in said
     begun = checkpoint.read_state(checkpoint.find(run)).step
-    status, said = finish(start("--resume", str(run), fault=fault))
+    status, said = finish(start("--resume", str(run), *changed, fault=fault))
     assert status == 0, said
     assert f"steps {begun} to {STEPS}" in said
     return run, begun
@@ -200,7 +192,7 @@ def different(run: Path, other: Path) -> list[str]:
 
 # Stage 1 in one pass: test_job_runs.
 @pytest.mark.long
-@pytest.mark.parametrize(("stage", "micro_batches"), ((2, 1), (3, 1), (1, 3), (2, 3), (3, 3)))
+@pytest.mark.parametrize(("stage", "micro_batches"), ((0, 1), (2, 1), (3, 1), (0, 3), (1, 3), (2, 3), (3, 3)))
 def test_a_killed_run_resumes_bitwise_at_every_stage_and_in_two_passes(
     job: Job, data: Path, tmp_path: Path, stage: int, micro_batches: int
 ) -> None:
@@ -212,11 +204,37 @@ def test_a_killed_run_resumes_bitwise_at_every_stage_and_in_two_passes(
     assert [row["alpha"] for row in training_rows(run)] == [schedule(step) for step in range(STEPS)]
 
 
+def test_a_killed_run_resumes_bitwise_with_any_number_of_workers(job: Job, data: Path, tmp_path: Path) -> None:
+    """Two before and four after, against one without any."""
+    run, begun = killed_and_resumed(tmp_path, data, "data.workers=4", processes=2, steps=STEPS, workers=2)
+    assert 8 <= begun <= STEPS - RESUMED
+    assert different(run, job(processes=2, steps=STEPS)) == []
+
+
+@pytest.mark.long
+def test_a_run_goes_on_with_other_numbers_of_processes_at_other_stages(job: Job, data: Path, tmp_path: Path) -> None:
+    file = configuration(tmp_path, data, **options(processes=2, steps=3 * FEW))  # type: ignore[arg-type]
+    run = tmp_path / "run"
+    for number, arguments in enumerate(
+        (
+            ("--config", str(file), "--folder", str(run)),
+            ("--resume", str(run), "job.processes=4", "job.zero_stage=3"),
+            ("--resume", str(run), "job.processes=1", "job.zero_stage=0"),
+        ),
+        1,
+    ):
+        status, said = finish(start(*arguments, "--stop-after", str(number * FEW)))
+        assert status == 0, said
+    found = disagreement(run, job(processes=2, steps=3 * FEW))
+    print(found)
+    assert {name: value for name, value in found.items() if not value <= CLOSE.get(name, 0.0)} == {}
+
+
 @pytest.mark.long
 def test_moments_that_are_forgotten_at_a_resume_are_found_out(job: Job, data: Path, tmp_path: Path) -> None:
     """A test of the test."""
     given = {"processes": 2, "steps": STEPS}
-    run, begun = killed_and_resumed(tmp_path, data, "forgotten_moments", **given)
+    run, begun = killed_and_resumed(tmp_path, data, fault="forgotten_moments", **given)
     found = different(run, job(**given))
     assert f"loss of step {begun}" not in found
     assert f"loss of step {begun + 1}" in found

@@ -12,8 +12,10 @@ The text of special tokens ("[PAD]") is text like any other; see tokenizer.encod
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Iterable
+from typing import Any
 
 from .record import BadRecordError
 
@@ -31,6 +33,28 @@ def read_text(data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecordError("broken_text") from error
+
+
+def read_fields(data: bytes) -> dict[str, Any]:
+    """Those of a record's JSON. Raises BadRecordError: broken_json."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError("broken_json") from error
+    if not isinstance(fields, dict):
+        raise BadRecordError("broken_json")
+    return fields
+
+
+def captions_of(text: bytes | None, fields: dict[str, Any]) -> tuple[str, ...]:
+    """The captions of a record in a shard: its text, then `captions` (a list) or `caption` of its JSON. Raises
+    BadRecordError as `read_text` and `clean_all` do, and broken_json where these are something else."""
+    found = fields.get("captions")
+    if found is None:
+        found = [] if fields.get("caption") is None else [fields["caption"]]
+    if not isinstance(found, list) or len(found) > MAX_CAPTIONS or not all(isinstance(each, str) for each in found):
+        raise BadRecordError("broken_json")
+    return clean_all([*([] if text is None else [read_text(text)]), *found])
 
 
 def clean_all(texts: Iterable[str]) -> tuple[str, ...]:

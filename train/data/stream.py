@@ -10,7 +10,6 @@ that a `pipe:` names; what they hold is taken as bytes, and nothing of it is unp
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import shutil
 from collections import Counter
@@ -33,10 +32,11 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from ..options import ConfigError, DataOptions
 from ..signals import say
 from ..towers.bundle import Prepare
-from .captions import clean
+from .captions import captions_of, read_fields
 from .images import decode
 from .loader import Batches, Chunk, Reading, chunk_ends, joined
 from .record import BadRecordError, DataError, describe_bad
+from .sources.reading import split_suffixes
 from .workers import count_workers, produce
 
 SCHEME = "stream:"
@@ -126,8 +126,8 @@ class _Samples(IterableDataset[Chunk | DataError]):
         self, urls: list[str], options: DataOptions, reading: Reading, ends: list[int], entropy: list[int]
     ) -> None:
         self._urls, self._reading, self._entropy = urls, reading, entropy
-        self._image_keys = options.image_key.lower().split(";")
-        self._text_keys = options.text_key.lower().split(";")
+        self._image_keys = split_suffixes(options.image_key)
+        self._text_keys = split_suffixes(options.text_key)
         self._wanted = {*self._image_keys, *self._text_keys, "json"}
         self._url, self._broken, self._of_use = "", False, False  # the shard that is read
         self._sizes = [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
@@ -153,10 +153,13 @@ class _Samples(IterableDataset[Chunk | DataError]):
         mix = shuffle(BUFFER, initial=FIRST_BUFFER, rng=random.Random(int(rng.integers(2**62))))
         for group in mix(self._groups(rng)):
             try:
-                captions = self._captions(group)
-                image = next((group[key] for key in self._image_keys if key in group), None)
-                if image is None or not captions:
+                image, text = (
+                    next((group[key] for key in wanted if key in group), None)
+                    for wanted in (self._image_keys, self._text_keys)
+                )
+                if image is None or (text is None and "json" not in group):
                     raise BadRecordError("missing_member")
+                captions = captions_of(text, read_fields(group["json"]) if "json" in group else {})
                 picture = decode(image, self._reading.max_pixels)
             except BadRecordError as error:
                 self._count(str(error.args[0]))
@@ -194,18 +197,6 @@ class _Samples(IterableDataset[Chunk | DataError]):
                 self._failed(error)
             if not (self._broken or self._of_use):
                 self._count("nothing_wanted_in_shard", url)
-
-    def _captions(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Those of the text, then those of the JSON."""
-        try:
-            texts = [group[key].decode() for key in self._text_keys if key in group]
-            table = json.loads(group["json"]) if "json" in group else {}
-            also = table.get("captions") or table.get("caption") or []
-            return tuple(dict.fromkeys(map(clean, [*texts, *([also] if isinstance(also, str) else also)])))
-        except UnicodeDecodeError as error:
-            raise BadRecordError("broken_text") from error
-        except (ValueError, RecursionError, AttributeError, TypeError) as error:
-            raise BadRecordError("broken_json") from error
 
     def _failed(self, error: Exception) -> bool:
         """A shard that cannot be read, wholly or from here on, is left. The library goes on where this returns True."""

@@ -50,7 +50,7 @@ def open_source(spec: str, options: DataOptions) -> Source:
     if colon and kind == "emoji":
         return _emoji(rest, options)
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():  # "" is the working folder to Path
         shards = sorted(path.glob("*.tar"))
         return TarSource(shards, options, "*.tar") if shards else FolderSource(path, options)
     if path.suffix == ".tar":

@@ -13,6 +13,8 @@ from ..record import BadRecordError, DataError, Record
 from . import columns
 from .reading import check_class, check_label, check_left_out, fingerprint_of, printable, read_file
 
+NO_LABEL = -1  # the library's word for it
+
 
 class ArrowSource:
     """The rows of one split, memory-mapped by the library. The image column holds pictures (never decoded here) or the
@@ -68,7 +70,8 @@ class ArrowSource:
             texts = [texts]
         if not isinstance(texts, list) or len(texts) > MAX_CAPTIONS or not all(isinstance(text, str) for text in texts):
             raise BadRecordError("no_caption")
-        label = check_label(row.get(columns.LABEL))
+        label = row.get(columns.LABEL)
+        label = None if label == NO_LABEL else check_label(label)
         class_name = row.get(columns.CLASS)
         if class_name is None and label is not None and self._classes is not None:
             class_name = self._classes[label]
@@ -82,7 +85,8 @@ class ArrowSource:
         column = self._rows.select_columns([columns.LABEL]).with_format("arrow")[:][columns.LABEL]
         if column.null_count or not str(column.type).startswith(("int", "uint")):
             return None
-        return column.to_numpy().astype(np.int64)
+        labels = column.to_numpy().astype(np.int64)
+        return None if (labels == NO_LABEL).any() else labels
 
 
 def _bytes_of(image: Any) -> bytes:

@@ -78,10 +78,11 @@ class OpenFiles:
             self._handles.move_to_end(number)
             return handle
         handle = os.open(self._paths[number], os.O_RDONLY | os.O_NONBLOCK)
-        self._handles[number] = handle
         status = os.fstat(handle)
         if (status.st_size, status.st_mtime_ns) != self._stamps[number]:
+            os.close(handle)
             raise self.changed(number)
+        self._handles[number] = handle
         if len(self._handles) > MAX_OPEN_FILES:
             os.close(self._handles.popitem(last=False)[1])
         return handle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tarfile
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ...options import DataOptions
-from ..captions import MAX_CAPTIONS, clean_all, read_text
+from ..captions import captions_of, read_fields
 from ..record import BadRecordError, Record
 from . import index
 from .reading import (
@@ -68,11 +67,10 @@ class TarSource:
         shard, block, size, text, text_size, table, table_size, cls = self._entries[index].item()
         data = self._files.read(shard, (block - 1) * BLOCK, BLOCK + size)
         key = f"{self._stems[shard]}/{self._stem(shard, block, data[:BLOCK])}"
-        captions = [read_text(self._files.read(shard, (block + text) * BLOCK, text_size))] if text else []
+        words = self._files.read(shard, (block + text) * BLOCK, text_size) if text else None
         fields = self._fields(shard, block + table, table_size) if table else {}
-        captions += _captions(fields)
-        label = self._label(shard, block, fields, cls)
-        return Record(key, data[BLOCK:], clean_all(captions), label, check_class(fields.get("class")))
+        captions, label = captions_of(words, fields), self._label(shard, block, fields, cls)
+        return Record(key, data[BLOCK:], captions, label, check_class(fields.get("class")))
 
     def labels(self) -> np.ndarray | None:
         origin = {"entries": self._index.sha256, **self._index.origin}
@@ -120,20 +118,4 @@ class TarSource:
 
     def _fields(self, shard: int, block: int, size: int) -> dict[str, Any]:
         """The JSON of a record. Raises BadRecordError: broken_json."""
-        try:
-            fields = json.loads(self._files.read(shard, block * BLOCK, size))
-        except (ValueError, RecursionError) as error:
-            raise BadRecordError("broken_json") from error
-        if not isinstance(fields, dict):
-            raise BadRecordError("broken_json")
-        return fields
-
-
-def _captions(fields: dict[str, Any]) -> list[str]:
-    """Those of a record's JSON. Raises BadRecordError: broken_json."""
-    found = fields.get("captions")
-    if found is None:
-        found = [] if fields.get("caption") is None else [fields["caption"]]
-    if not isinstance(found, list) or len(found) > MAX_CAPTIONS or not all(isinstance(text, str) for text in found):
-        raise BadRecordError("broken_json")
-    return found
+        return read_fields(self._files.read(shard, block * BLOCK, size))
