@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from helpers.data import tiny
 
 from train import PROGRAM, launch, lock
@@ -174,3 +176,16 @@ def test_a_file_system_without_locks_is_said(
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     lock.hold(stopped_run).close()
     assert "has no locks (No locks available): nothing keeps a second job" in capsys.readouterr().err
+
+
+def test_no_message_advises_to_delete_data() -> None:
+    """Of all that the trainer says: its strings, docstrings aside."""
+    advice = re.compile(r"\b(delete|rm -r|wipe|erase)\b|remove the (data|folder|shard|cache)", re.IGNORECASE)
+    found = []
+    for path in sorted((ROOT / "train").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        spoken = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in spoken:
+                found += [f"{path.name}: {node.value}"] if advice.search(node.value) else []
+    assert not found
