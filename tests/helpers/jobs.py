@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from train import heartbeat, metrics
+from train.data import workers
 
 from . import PYTHONPATH, ROOT, signals
 from .data import tiny
@@ -87,20 +88,29 @@ def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
     try:
         said = "".join(job.communicate(timeout=TIMEOUT))
     finally:
-        try:
-            os.killpg(job.pid, signal.SIGKILL)
-            left = True
-        except ProcessLookupError:
-            left = False
+        left = _outlive(job.pid)
     assert not left, "processes outlived the job"
     return job.returncode, said
 
 
+def _outlive(job: int) -> bool:
+    """Whether processes of a job that has ended are still there a moment later; they are ended. The data's workers see
+    within LOOK_SECONDS that their rank is gone."""
+    end = time.monotonic() + 3 * workers.LOOK_SECONDS
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(job, 0)
+            time.sleep(0.02)
+        os.killpg(job, signal.SIGKILL)
+        return True
+    return False
+
+
 def configuration(
-    folder: Path, data: Path, steps: int = 24, micro_batches: int = 1, workers: int = 0, **job: Any
+    folder: Path, data: Path, steps: int = 24, micro_batches: int = 1, data_workers: int = 0, **job: Any
 ) -> Path:
     sections = tiny(data, **job)
-    sections["data"]["workers"] = workers
+    sections["data"]["workers"] = data_workers
     sections["optimizer"] |= {"steps": steps, "micro_batches": micro_batches}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")

@@ -29,10 +29,10 @@ Job = Callable[..., Path]
 
 
 def options(
-    processes: int = 1, stage: int = 1, micro_batches: int = 1, steps: int = FEW, workers: int = 0
+    processes: int = 1, stage: int = 1, micro_batches: int = 1, steps: int = FEW, data_workers: int = 0
 ) -> dict[str, object]:
     return {
-        "workers": workers,
+        "data_workers": data_workers,
         "processes": processes,
         "zero_stage": stage,
         "micro_batches": micro_batches,
@@ -206,7 +206,7 @@ def test_a_killed_run_resumes_bitwise_at_every_stage_and_in_two_passes(
 
 def test_a_killed_run_resumes_bitwise_with_any_number_of_workers(job: Job, data: Path, tmp_path: Path) -> None:
     """Two before and four after, against one without any."""
-    run, begun = killed_and_resumed(tmp_path, data, "data.workers=4", processes=2, steps=STEPS, workers=2)
+    run, begun = killed_and_resumed(tmp_path, data, "data.workers=4", processes=2, steps=STEPS, data_workers=2)
     assert 8 <= begun <= STEPS - RESUMED
     assert different(run, job(processes=2, steps=STEPS)) == []
 
