@@ -236,7 +236,8 @@ def compare(theirs: Any, setting: Setting, labels: Row, workers: int, rounds: in
 
 
 def parts(setting: Setting, labels: Row, rounds: int) -> list[Row]:
-    """CPU ms an image of each part of ours, of a chunk, in this process. What is left of an image's time is its way to the step."""
+    """CPU ms an image of each part of ours, of a chunk, in this process. What is left of its time is
+    its way to the step."""
     options = DataOptions(source=str(setting.folder))
     source = open_source(options.source, options)
     some = range(min(CHUNK, setting.batch))
