@@ -262,10 +262,10 @@ def parts(setting: Setting, labels: Row, rounds: int) -> list[Row]:
     ]
 
 
-def measure(theirs: Any, setting: Setting, labels: Row, workers: Sequence[int], rounds: int) -> Iterator[list[Row]]:
+def measure(theirs: Any, setting: Setting, labels: Row, counts: Sequence[int], rounds: int) -> Iterator[list[Row]]:
     check(theirs, setting)
     yield parts(setting, {"table": "parts", **labels}, rounds)
-    for count in workers:
+    for count in counts:
         yield compare(theirs, setting, {"table": "loaders", **labels}, count, rounds)
 
 

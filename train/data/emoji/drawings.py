@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import resvg_py
 from PIL import Image
 
 from .concepts import Concept, normal_hexcode
@@ -139,6 +138,8 @@ def render(drawings: list[Drawing], size: int) -> tuple[list[Rendered], int]:
 
     One thread: about 0.7 ms a drawing, so that a pool of processes would cost more to start than it saves.
     """
+    import resvg_py  # whoever reads other data needs none
+
     rendered: list[Rendered] = []
     failed = 0
     for drawing in drawings:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import resvg_py
-
 from ... import lock
 from ...files import sha256_of, write_new
 from ...signals import say
@@ -101,6 +99,8 @@ def _write(folder: Path, packages: Path, size: int, seed: int) -> None:
     write_new(folder / CLASSES, classes.encode())
     files = {name: sha256_of(folder / name) for name in names}
     dropped = {**split.dropped, "blank or unreadable drawing": blank}
+    import resvg_py
+
     renderer = f"resvg {resvg_py.__resvg_version__}"
     write_manifest(folder, Manifest(size, seed, pins(), files, counts, dropped, renderer))
 
