@@ -78,6 +78,8 @@ def describe_groups(train: Sequence[Rendered], group_names: Sequence[str]) -> di
 
 def _write(folder: Path, packages: Path, size: int, seed: int) -> None:
     """Write all files of one (size, seed), then their manifest."""
+    import resvg_py  # whoever reads other data needs none
+
     folder.mkdir(parents=True, exist_ok=True)
     # What a killed set-up left is worthless without its manifest, which goes first. Nothing else is removed: other
     # people may have put files there.
@@ -99,8 +101,6 @@ def _write(folder: Path, packages: Path, size: int, seed: int) -> None:
     write_new(folder / CLASSES, classes.encode())
     files = {name: sha256_of(folder / name) for name in names}
     dropped = {**split.dropped, "blank or unreadable drawing": blank}
-    import resvg_py
-
     renderer = f"resvg {resvg_py.__resvg_version__}"
     write_manifest(folder, Manifest(size, seed, pins(), files, counts, dropped, renderer))
 
