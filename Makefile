@@ -30,7 +30,7 @@ test-long: $(VENV)/package
 
 test-optional: $(OPTIONAL)/dependencies
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not long" \
-	  tests/optional $(ARGS)
+	  tests/optional tests/trainer/test_optimizers.py $(ARGS)
 
 lint: $(VENV)/package
 	$(RUN) -m ruff check .

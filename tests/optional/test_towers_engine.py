@@ -119,9 +119,8 @@ def test_open_clip_learns_what_a_plain_loop_teaches_it(
     expected = plain_loop(model, model.logit_scale, groups, options)
     assert found == pytest.approx(expected, rel=TOLERANCE)
     assert found == others
-    for name, tensor in model.named_parameters():
-        if name != "logit_scale":
-            torch.testing.assert_close(weights[f"model.{name}"], tensor.detach(), rtol=1e-3, atol=1e-5, msg=name)
+    taught = {f"model.{name}": tensor.detach() for name, tensor in model.named_parameters() if name != "logit_scale"}
+    assert max(float((weights[name] - one).norm() / one.norm()) for name, one in taught.items()) < 2 * TOLERANCE
 
 
 @OPEN_CLIP

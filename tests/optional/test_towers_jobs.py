@@ -32,7 +32,7 @@ from train.evaluate.__main__ import main
 from train.options import ModelOptions
 
 RANKS = 2
-STEPS = 12
+STEPS = 20
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 
 
@@ -71,7 +71,7 @@ def configuration(folder: Path, towers: str) -> Path:
         "model": {"towers": towers},
         "loss": {"hard_steps": 2, "rise_steps": 8, "alpha_end": 0.5},
         "optimizer": {"steps": STEPS, "batch_size": 16, "warmup_steps": 2, "micro_batches": 2},
-        "job": {"device": "cpu", "zero_stage": 2, "checkpoint_every": 4, "evaluate_every": 6, "precision": "fp32"},
+        "job": {"device": "cpu", "zero_stage": 2, "checkpoint_every": 4, "evaluate_every": 10, "precision": "fp32"},
     }
     file = folder / "run.yaml"
     file.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
@@ -99,9 +99,10 @@ def test_a_killed_job_goes_on_bitwise_without_the_pretrained_file(
     status, said = jobs.finish(job)
     assert status != 0 and "rank 1 was the first to fail (killed by SIGKILL" in said, said
     shutil.rmtree(folder)
+    begun = checkpoint.read_state(checkpoint.find(run)).step
     status, said = run_job("--resume", str(run))
     assert status == 0, said
-    assert f"steps {4 if 'steps 4' in said else 8} to {STEPS}" in said
+    assert f"steps {begun} to {STEPS}" in said
     ours, theirs = (load_file(checkpoint.find(one) / checkpoint.WEIGHTS) for one in (run, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
