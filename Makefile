@@ -1,7 +1,8 @@
 # make train   trains on the emoji data with two processes (ARGS="..." goes to python -m train)
 # make test    lint, types and every test but the long ones
 # make test-long: the tests marked long (soaks, whole training runs compared), which take minutes each
-# make test-optional: the tests of open_clip, transformers, timm and datasets, in an environment of their own
+# make test-optional: the tests of open_clip, transformers, timm and datasets, in an environment of their own; those
+#              marked long, too, with ARGS='-m ""'
 # make lint    ruff, clang-format and mypy alone
 # make bench   the CPU benchmark; make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # Each sets up .venv by itself and re-uses it while constraints.txt, pyproject.toml and the C++ sources stay the same.
@@ -28,7 +29,8 @@ test-long: $(VENV)/package
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal -m long $(ARGS)
 
 test-optional: $(OPTIONAL)/dependencies
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest tests/optional $(ARGS)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not long" \
+	  tests/optional $(ARGS)
 
 lint: $(VENV)/package
 	$(RUN) -m ruff check .
@@ -60,7 +62,7 @@ $(OPTIONAL)/dependencies: constraints.txt constraints-optional.txt pyproject.tom
 	test -x $(OPTIONAL)/bin/python || $(PYTHON) -m venv $(OPTIONAL)
 	$(OPTIONAL)/bin/python -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja
 	$(OPTIONAL)/bin/python -m pip install -q --no-build-isolation -c constraints.txt -c constraints-optional.txt \
-	  pytest pytest-timeout $$($(OPTIONAL)/bin/python -c "import tomllib; \
+	  pytest pytest-timeout pytest-xdist $$($(OPTIONAL)/bin/python -c "import tomllib; \
 	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
 	  print(*extras['train'], *extras['open_clip'], *extras['hf'], *extras['timm'])")
 	touch $@

@@ -13,6 +13,7 @@ COMMANDS = {
     "host": "what the loss costs the host on a GPU, launches stubbed",
     "frames": "how deep a call of the loss goes before it computes",
     "compare": "two commits, interleaved, once both are found to be right",
+    "loader": "the trainer's data path against open_clip's loader, on the same shards",
     "aot": "what the Triton kernels compile to for GPUs that are not at hand",
 }
 

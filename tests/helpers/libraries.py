@@ -89,10 +89,13 @@ def write_hugging_face(folder: Path, kind: str) -> Path:
     return folder
 
 
-def write_bert(folder: Path) -> Path:
+def write_bert(folder: Path, **options: Any) -> Path:
+    """It has dropout, by default."""
     import transformers
 
-    config = transformers.BertConfig(**SMALL, vocab_size=len(WORDS), max_position_embeddings=LENGTH, pad_token_id=0)
+    config = transformers.BertConfig(
+        **SMALL, vocab_size=len(WORDS), max_position_embeddings=LENGTH, pad_token_id=0, **options
+    )
     torch.manual_seed(1)
     transformers.BertModel(config).save_pretrained(folder)
     write_tokenizer(folder, LENGTH)
@@ -160,10 +163,10 @@ def hugging_face_kind(folder: Path, kind: str) -> Kind:
     )
 
 
-def timm_kind(folder: Path) -> Kind:
+def timm_kind(folder: Path, **bert: Any) -> Kind:
     import timm
 
-    folder = write_bert(folder / "bert")
+    folder = write_bert(folder / "bert", **bert)
     arguments = {"depth": 2, "patch_size": 8}
     options = ModelOptions(
         f"timm:vit_tiny_patch16_224+hf:{folder}", options=arguments, image_size=SIZE, embed_dim=WIDTH

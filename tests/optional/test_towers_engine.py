@@ -27,7 +27,11 @@ from train.towers import MAX_LOG_SCALE, build
 RANKS = 2
 STEPS = 20
 TOLERANCE = 1e-5
-MOST_KINDS = pytest.mark.parametrize("kind", ("1", "3"))
+QUICK = ("0", "1 offload", "2", "3")
+EVERY_KIND = pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
+)
+FLAT_AND_CUT = pytest.mark.parametrize("kind", ("1", "3"))  # parameters
 # Not importorskip: the ranks import this file too, for its functions.
 OPEN_CLIP, TIMM, HF = (
     pytest.mark.skipif(any(find_spec(name) is None for name in names), reason=f"needs {' and '.join(names)}")
@@ -99,7 +103,7 @@ def plain_losses(options: Config) -> list[float]:
 @OPEN_CLIP
 @pytest.mark.parametrize("micro_batches", (1, 3), ids=("one pass", "two passes"))
 @pytest.mark.parametrize("target", ("hard", "psd"))
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_KIND
 def test_open_clip_learns_what_a_plain_loop_teaches_it(
     pool: Pool, tmp_path: Path, kind: str, target: str, micro_batches: int
 ) -> None:
@@ -122,7 +126,7 @@ def test_open_clip_learns_what_a_plain_loop_teaches_it(
 
 @OPEN_CLIP
 @pytest.mark.parametrize("micro_batches", (1, 3), ids=("one pass", "two passes"))
-@MOST_KINDS
+@FLAT_AND_CUT
 def test_a_locked_image_tower_stays_and_the_texts_learn(
     pool: Pool, tmp_path: Path, kind: str, micro_batches: int
 ) -> None:
@@ -135,7 +139,7 @@ def test_a_locked_image_tower_stays_and_the_texts_learn(
 
 
 @OPEN_CLIP
-@MOST_KINDS
+@FLAT_AND_CUT
 def test_gradient_checkpointing_changes_no_loss(pool: Pool, tmp_path: Path, kind: str) -> None:
     model = ModelOptions(write_open_clip(tmp_path), gradient_checkpointing=True)
     options = options_of(model, kind, micro_batches=2, steps=5)
@@ -143,9 +147,9 @@ def test_gradient_checkpointing_changes_no_loss(pool: Pool, tmp_path: Path, kind
 
 
 @TIMM
-@MOST_KINDS
+@FLAT_AND_CUT
 def test_layers_of_timm_learn_at_rates_of_their_own(pool: Pool, tmp_path: Path, kind: str) -> None:
-    model = timm_kind(tmp_path).options
+    model = timm_kind(tmp_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).options
     options = options_of(model, kind, steps=5, layer_decay=0.5)
     found = pool.run(_train, options)[0][0]
     assert found == pytest.approx(plain_losses(options), rel=TOLERANCE)
@@ -155,7 +159,7 @@ def test_layers_of_timm_learn_at_rates_of_their_own(pool: Pool, tmp_path: Path, 
 
 @HF
 @pytest.mark.parametrize("towers", ("clip", "siglip"))
-@MOST_KINDS
+@FLAT_AND_CUT
 def test_towers_of_transformers_learn_too(pool: Pool, tmp_path: Path, kind: str, towers: str) -> None:
     options = options_of(hugging_face_kind(tmp_path, towers).options, kind, micro_batches=2, steps=5)
     assert pool.run(_train, options)[0][0] == pytest.approx(plain_losses(options), rel=TOLERANCE)

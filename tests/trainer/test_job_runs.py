@@ -20,7 +20,7 @@ from helpers.jobs import configuration, finish, start, training_rows, wait_for
 from helpers.saved_runs import altered, rewrite_manifest
 from safetensors.torch import load_file
 
-from train import checkpoint, heartbeat, metrics, towers
+from train import checkpoint, heartbeat, metrics, plot, towers
 from train.config import Config
 from train.data import open_training_data
 from train.evaluate import report
@@ -65,7 +65,7 @@ def test_a_run_leaves_all_it_promises(whole_run: Path, data: Path) -> None:
     assert "Bad samples left out: heldout: 1 (empty_caption 1); " in table
     assert json.loads(figures)["left_out"]["vendor"] == {"empty_caption": 1}
     assert [row["step"] for row in rows if "heldout_r1_image_to_text" in row] == [5, 11, 17, 23]
-    assert (whole_run / metrics.PLOT).read_bytes().startswith(b"\x89PNG")
+    assert (whole_run / plot.PLOT).read_bytes().startswith(b"\x89PNG")
     assert list((whole_run / metrics.EVENTS).iterdir())
     assert {place.phase for place in heartbeat.read(whole_run)} == {"done"}
     found = checkpoint.find(whole_run)

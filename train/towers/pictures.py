@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import default_collate  # stacks, in a worker process in memory that it shares
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -22,9 +23,9 @@ class PerPicture:
 
     def __call__(self, images: Sequence[Image.Image], seeds: np.ndarray | None) -> Tensor:
         if seeds is None:
-            return torch.stack([self.evaluation(opaque(image)) for image in images])
+            return default_collate([self.evaluation(opaque(image)) for image in images])
         with _global_generators_kept():
-            return torch.stack([self._drawn(image, int(seed)) for image, seed in zip(images, seeds, strict=True)])
+            return default_collate([self._drawn(image, int(seed)) for image, seed in zip(images, seeds, strict=True)])
 
     def _drawn(self, image: Image.Image, seed: int) -> Tensor:
         """Libraries draw from the global generators. Each picture finds them seeded by its own seed, so that neither
@@ -39,7 +40,7 @@ def opaque(image: Image.Image) -> Image.Image:
     """RGB; what is clear becomes white, where `convert` alone would show the color hidden under it."""
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @contextmanager
