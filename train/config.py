@@ -32,6 +32,7 @@ CHANGEABLE = (
     "optimizer.micro_batches",
     "optimizer.micro_batch_tokens",
     "job.device",
+    "job.processes",
     "job.zero_stage",
     "job.offload_optimizer",
     "job.offload_parameters",
