@@ -155,6 +155,8 @@ def _locked(path: Path) -> Iterator[None]:
                 say(f"waiting for another process that makes {path}")
                 while not lock.take(file, WORD_SECONDS):
                     pass
+            for left in path.parent.glob(f".{path.name}.*.tmp"):  # by one that was killed, or it would hold the lock
+                left.unlink(missing_ok=True)
         except OSError as error:
             if error.errno not in lock.UNKNOWN_TO_THE_FILE_SYSTEM:
                 raise
