@@ -32,10 +32,11 @@ from PIL import Image
 from torch import Tensor
 
 from train.data.images import decode
-from train.data.loader import CHUNK, Loader
+from train.data.loader import CHUNK, Loader, Reading
 from train.data.sampler import StepSampler
 from train.data.sources import open_source
 from train.options import DataOptions, ModelOptions
+from train.world import World
 
 from . import Row
 from .records import Record, table
@@ -134,7 +135,8 @@ def our_batches(setting: Setting, workers: int) -> Iterator[int]:
     options = DataOptions(source=str(setting.folder), workers=workers)
     source = open_source(options.source, options)
     sampler = StepSampler([len(source)], setting.batch, 0)
-    loader = Loader(source, sampler, setting.prepare, setting.tokenize, 0, 1, options, torch.device("cpu"))
+    reading = Reading(setting.prepare, setting.tokenize, options.max_pixels)
+    loader = Loader(source, sampler, reading, options, World(0, 1, torch.device("cpu"), None))
     with closing(loader.batches(0, setting.steps)) as batches:
         for batch in batches:
             yield len(batch.images)

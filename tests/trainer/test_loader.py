@@ -21,11 +21,12 @@ from helpers import PYTHONPATH, signals
 from helpers.sources import Listed, bad, broken, listed, prepare, tokenize
 
 from train.data.corruption import corruption_sources
-from train.data.loader import CHUNK, MOST_CHUNKS, Batch, Loader, chunk_ends, trial
+from train.data.loader import CHUNK, MOST_CHUNKS, Batch, Loader, Reading, chunk_ends, trial
 from train.data.record import DataError
 from train.data.sampler import StepSampler
 from train.data.workers import WorkerError, count_workers
 from train.options import DataOptions
+from train.world import World
 
 CPU = torch.device("cpu")
 BAD = {number: bad(reason) for number, reason in ((3, "broken_image"), (17, "empty_caption"), (40, "broken_image"))}
@@ -33,7 +34,9 @@ BAD = {number: bad(reason) for number, reason in ((3, "broken_image"), (17, "emp
 
 def loader(source: Listed, rank: int = 0, ranks: int = 1, workers: int = 0, batch: int = 24, **sampling: Any) -> Loader:
     sampler = StepSampler([len(source)], batch, 0, **sampling)
-    return Loader(source, sampler, prepare, tokenize, rank, ranks, DataOptions(workers=workers), CPU)
+    options = DataOptions(workers=workers)
+    reading = Reading(prepare, tokenize, options.max_pixels)
+    return Loader(source, sampler, reading, options, World(rank, ranks, CPU, None))
 
 
 def batches(source: Listed, first: int = 0, last: int = 6, **how: Any) -> list[Batch]:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from helpers.sources import png, prepare, tokenize
 
-from train.data.loader import Batch
+from train.data.loader import Batch, Reading
 from train.data.record import DataError
 from train.data.shards import write_shard
 from train.data.stream import FAILURES_IN_A_ROW, Stream, shard_urls
 from train.options import ConfigError, DataOptions
+from train.world import World
 
 SHARDS, EACH = 4, 25
 
@@ -38,8 +39,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stream(urls: object, rank: int = 0, ranks: int = 1, seed: int = 0, **options: Any) -> Stream:
-    given = DataOptions(source=f"stream:{urls}", epoch_samples=100, **options)
-    return Stream(24, seed, prepare, tokenize, rank, ranks, given, torch.device("cpu"))
+    given = DataOptions(**{"source": f"stream:{urls}", "epoch_samples": 100, **options})
+    reading = Reading(prepare, tokenize, given.max_pixels)
+    return Stream(24, seed, reading, given, World(rank, ranks, torch.device("cpu"), None))
 
 
 def batches(made: Stream, first: int = 0, last: int = 8) -> list[Batch]:
@@ -169,7 +171,7 @@ def test_what_it_does_not_read_is_refused_by_name(shards: Path) -> None:
         shard_urls(f"stream:{shards}/gone.tar")
     one = shards / "00000.tar"
     with pytest.raises(ConfigError, match=r"has no length: give data.epoch_samples"):
-        Stream(24, 0, prepare, tokenize, 0, 1, DataOptions(source=f"stream:{one}"), torch.device("cpu"))
+        stream(one, epoch_samples=None)
     for option, value in (("weights", (1.0,)), ("corrupt", 0.1), ("distinct", "label")):
         with pytest.raises(ConfigError, match=rf"data.{option}.*`?stream:"):
             stream(one, **{option: value})

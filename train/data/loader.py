@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from ..options import DataOptions
 from ..towers.bundle import Prepare
+from ..world import World
 from .images import decode
 from .record import BadRecordError, DataError, Source, describe_bad
 from .sampler import Draw, StepSampler
@@ -81,30 +82,16 @@ class Reading:
 
 
 class Loader:
-    """The batches of rank `rank` of `ranks`, from records that are read at random.
-
-    options     those of the workers and of what is bad
-    ranks_here  how many of the ranks share this machine
-    """
+    """This rank's batches, from records that are read at random; `options`: those of the workers."""
 
     def __init__(
-        self,
-        source: Source,
-        sampler: StepSampler,
-        prepare: Prepare,
-        tokenize: Callable[[Sequence[str]], Tensor],
-        rank: int,
-        ranks: int,
-        options: DataOptions,
-        device: torch.device,
-        ranks_here: int | None = None,
+        self, source: Source, sampler: StepSampler, reading: Reading, options: DataOptions, world: World
     ) -> None:
-        self._device, self._prefetch = device, options.prefetch
-        self.workers = count_workers(options, device, ranks_here or ranks)
-        share = sampler.batch_size // ranks
+        self._device, self._prefetch = world.device, options.prefetch
+        self.workers = count_workers(options, world.device, world.ranks_here)
+        share = sampler.batch_size // world.size
         self._ends = chunk_ends(share)
-        reading = Reading(prepare, tokenize, options.max_pixels)
-        self._chunks = _Chunks(source, sampler, reading, rank * share, self._ends)
+        self._chunks = _Chunks(source, sampler, reading, world.rank * share, self._ends)
 
     def batches(self, first: int, last: int) -> Batches:
         """Those of the steps `first` to `last` - 1, in order. The worker processes start with the first one, and end

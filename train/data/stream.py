@@ -13,17 +13,15 @@ import contextlib
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
-import torch
 from braceexpand import braceexpand
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 from webdataset.gopen import gopen_curl
@@ -31,7 +29,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from ..options import ConfigError, DataOptions
 from ..signals import say
-from ..towers.bundle import Prepare
+from ..world import World
 from .captions import captions_of, read_fields
 from .images import decode
 from .loader import Batches, Chunk, Reading, chunk_ends, joined
@@ -46,23 +44,12 @@ FAILURES_IN_A_ROW = 20  # shards and samples that may be broken one after anothe
 
 
 class Stream:
-    """The batches of rank `rank` of `ranks`; see loader.Loader, whose place it takes.
+    """This rank's batches; see loader.Loader, whose place it takes.
 
     Raises ConfigError where shards are named that it does not read.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        seed: int,
-        prepare: Prepare,
-        tokenize: Callable[[Sequence[str]], Tensor],
-        rank: int,
-        ranks: int,
-        options: DataOptions,
-        device: torch.device,
-        ranks_here: int | None = None,
-    ) -> None:
+    def __init__(self, batch_size: int, seed: int, reading: Reading, options: DataOptions, world: World) -> None:
         if options.epoch_samples is None:
             raise ConfigError(
                 f"data.source={options.source!r} has no length: give data.epoch_samples, how many samples count as an "
@@ -74,11 +61,11 @@ class Stream:
         if options.distinct != "none":
             raise ConfigError(f"data.distinct={options.distinct!r} with `{SCHEME}`; allowed: 'none'")
         self.epoch_length = options.epoch_samples
-        self.workers = count_workers(options, device, ranks_here or ranks)
-        self._options, self._device, self._seed, self._rank = options, device, seed, rank
+        self.workers = count_workers(options, world.device, world.ranks_here)
+        self._options, self._device, self._seed, self._rank = options, world.device, seed, world.rank
         self._urls = shard_urls(options.source)
-        self._ends = chunk_ends(batch_size // ranks)
-        self._reading = Reading(prepare, tokenize, options.max_pixels)
+        self._ends = chunk_ends(batch_size // world.size)
+        self._reading = reading
 
     def batches(self, first: int, last: int) -> Batches:
         """Those of the steps `first` to `last` - 1."""

@@ -15,7 +15,7 @@ from ..options import ConfigError
 from ..towers.bundle import Bundle
 from ..world import World
 from .corruption import corruption_sources
-from .loader import Batches, Loader, trial
+from .loader import Batches, Loader, Reading, trial
 from .record import BadRecordError, DataError, count_bad, describe_bad
 from .sampler import StepSampler
 from .sources import open_source
@@ -36,6 +36,9 @@ class TrainingData(ABC):
     def batches(self, bundle: Bundle, world: World, first: int, last: int) -> Batches:
         """This rank's share of the batches of steps `first` to `last` - 1, in order."""
         return self._loader(bundle, world).batches(first, last)
+
+    def _reading(self, bundle: Bundle) -> Reading:
+        return Reading(bundle.prepare, bundle.tokenize, self._config.data.max_pixels)
 
     @abstractmethod
     def captions(self) -> Iterable[str]:
@@ -103,17 +106,7 @@ class Indexed(TrainingData):
         return f"{len(self.source)} pairs (bad samples left out: {count_bad(self.source.left_out)})"
 
     def _loader(self, bundle: Bundle, world: World) -> Loader:
-        return Loader(
-            self.source,
-            self.sampler,
-            bundle.prepare,
-            bundle.tokenize,
-            world.rank,
-            world.size,
-            self._config.data,
-            world.device,
-            world.ranks_here,
-        )
+        return Loader(self.source, self.sampler, self._reading(bundle), self._config.data, world)
 
 
 class Streamed(TrainingData):
@@ -137,15 +130,5 @@ class Streamed(TrainingData):
         return f"a stream of {len(self._urls)} shards"
 
     def _loader(self, bundle: Bundle, world: World) -> Stream:
-        options = self._config.optimizer
-        return Stream(
-            options.batch_size,
-            self._config.job.seed,
-            bundle.prepare,
-            bundle.tokenize,
-            world.rank,
-            world.size,
-            self._config.data,
-            world.device,
-            world.ranks_here,
-        )
+        batch_size, seed = self._config.optimizer.batch_size, self._config.job.seed
+        return Stream(batch_size, seed, self._reading(bundle), self._config.data, world)
