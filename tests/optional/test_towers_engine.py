@@ -27,7 +27,7 @@ from train.towers import MAX_LOG_SCALE, build
 RANKS = 2
 STEPS = 20
 TOLERANCE = 1e-5
-QUICK = ("0", "1 offload", "2", "3")
+QUICK = ("0", "1 offload", "2", "3", "3 offload both")
 EVERY_KIND = pytest.mark.parametrize(
     "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
 )
