@@ -75,7 +75,7 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, scanned: list[str], damage
             "the end": whole[:-1],
             "all but the end": whole[-48:],
             "everything": b"",
-            "the line": whole.replace(b'"count": 6', b'"count": 7'),
+            "the line": whole.replace(b'"counts": [2, 2, 2]', b'"counts": [2, 1, 3]'),
             "another format": whole[line:],
         }[damage]
     )
