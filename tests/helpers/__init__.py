@@ -7,6 +7,8 @@ engines      two tiny towers in a DeepSpeed engine, and the plain loop that trai
 faults/      what breaks in a job's ranks on purpose
 interpreter  a function of the tests in an interpreter of its own
 jobs         whole jobs of the trainer, started as users start them
+layouts      image-text pairs as shards, folders and tables
+libraries    towers of other libraries, with random weights
 memory       a loss's peak of resident memory
 mutants      results that are wrong on purpose
 parity       training one model with different ways of computing one loss
@@ -15,6 +17,7 @@ ranks        processes that are the ranks of a group
 saved_runs   checkpoints without a job
 sharding     a problem shared out over ranks, and put together again
 signals      children that answer signals as they would in a terminal
+sources      image-text pairs in memory
 towers       two small towers and their data on every rank
 undriven     Triton kernels that are launched without a driver
 """
