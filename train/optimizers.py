@@ -41,7 +41,7 @@ def _timm(groups: list[dict[str, Any]], options: OptimizerOptions) -> torch.opti
     asked = f"optimizer.name={options.name!r}"
     try:
         from timm.optim import create_optimizer_v2, get_optimizer_info
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # the latter of a torchvision that does not fit torch
         raise ConfigError(f"{asked} needs timm ({error}): pip install 'softclip-kernels[timm]'") from error
     name = options.name.removeprefix(TIMM)
     try:

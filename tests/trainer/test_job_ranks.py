@@ -1,4 +1,5 @@
-"""Whole training jobs compared: on 1, 2 and 4 processes, and killed and resumed, at every ZeRO stage and in two passes.
+"""Whole training jobs compared: on 1, 2 and 4 processes, and killed and resumed, at every ZeRO stage, in two passes and
+with any number of the data's workers.
 
 Each start costs about ten seconds of imports a process, so that one job serves several checks.
 """
@@ -213,6 +214,7 @@ def test_a_killed_run_resumes_bitwise_with_any_number_of_workers(job: Job, data:
 
 @pytest.mark.long
 def test_a_run_goes_on_with_other_numbers_of_processes_at_other_stages(job: Job, data: Path, tmp_path: Path) -> None:
+    """Two, then four, then one, against two throughout. Measured: 1e-7 of a loss, 4e-6 of the parameters' way."""
     file = configuration(tmp_path, data, **options(processes=2, steps=3 * FEW))  # type: ignore[arg-type]
     run = tmp_path / "run"
     for number, arguments in enumerate(
