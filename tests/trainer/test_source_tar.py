@@ -253,7 +253,7 @@ def test_captions_and_labels_come_from_where_shards_have_them(tmp_path: Path) ->
         ("./y.json", b'{"caption": "from the json", "label": 3}'),
         ("./y.thumb.jpg", b"not asked for"),
         ("./y.jpg", picture(form="JPEG", seed=3)),
-        ("z.jpg", picture(form="JPEG", seed=4)),
+        ("z.JPG", picture(form="JPEG", seed=4)),
         ("z.cls", b" 12\n"),
         ("z.json", b'{"captions": null, "caption": "z", "label": "words", "class": "things"}'),
         (".hidden.jpg", b"x"),
