@@ -290,6 +290,14 @@ def test_one_that_is_killed_leaves_no_half_index(
     assert not list(folder.glob(".*.tmp")), "what it left is no longer there"
 
 
+def test_an_index_and_its_name_are_flushed_to_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.readlink(f"/proc/self/fd/{file}")))
+    opened(folder)
+    assert [Path(name).suffix for name in flushed] == [".tmp", ""]
+    assert flushed[1] == str(folder)
+
+
 def test_a_shard_that_cannot_be_read_leaves_no_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(shards: Sequence[str], *_: Any) -> Iterator[scan.Scan]:
         yield scan.scan(shards[0], scan.Suffixes(("jpg",), ("txt",)))
