@@ -132,6 +132,7 @@ HOSTILE = {
     "too many captions": (GOOD + sample("x", json=RECORD % (b'["a"%s]' % (b', "a"' * 256), b"1", b"")), "broken_json"),
     "huge label": (GOOD + sample("x", json=RECORD % (b'["a"]', b"9" * 30, b"food")), "broken_label"),
     "negative label": (GOOD + sample("x", json=RECORD % (b'["a"]', b"-1", b"food")), "broken_label"),
+    "long label": (GOOD + sample("x", json=None, cls=b" " * 100 + b"7"), "broken_label"),
     "label in words": (GOOD + sample("x", json=None, cls=b"cat"), "broken_label"),
     "json without a caption": (GOOD + sample("x", txt=None, json=b"{}"), "no_caption"),
     "no picture": (GOOD + sample("x", png=None), "missing_member"),
