@@ -434,6 +434,22 @@ def test_a_fingerprint_is_of_what_shards_hold(tmp_path: Path) -> None:
     )
 
 
+def test_a_fingerprint_is_of_names_and_sizes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of records that nobody reads for it."""
+    monkeypatch.setattr(reading, "FINGERPRINT_RECORDS", 1)
+    pairs = make_pairs(4)
+
+    def fingerprint(folder: Path) -> str:
+        return open_source(str(folder), DataOptions()).fingerprint
+
+    folder = write_shards(tmp_path / "here", pairs, 2)
+    first = fingerprint(folder)
+    longer = [*pairs[:3], pairs[3]._replace(caption="a longer caption than it was")]
+    second = fingerprint(write_shards(tmp_path / "there", longer, 2))
+    (folder / "00001.tar").rename(folder / "00002.tar")
+    assert len({first, second, fingerprint(folder)}) == 3
+
+
 def test_processes_that_scan_end_with_the_one_that_asked(tmp_path: Path) -> None:
     """It is killed; its children notice by themselves."""
     write_shards(tmp_path, make_pairs(4), 1)
