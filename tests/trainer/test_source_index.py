@@ -184,14 +184,27 @@ def test_a_damaged_index_is_made_anew(folder: Path, scanned: list[str], case: st
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("line", (b"[]", b"{}", b"[" * 100_000, b"3", b"not JSON", b"\xff"))
-def test_a_line_that_says_nothing_is_not_believed(folder: Path, scanned: list[str], line: bytes) -> None:
+LINES: dict[str, Callable[[bytes], bytes]] = {
+    "a list": lambda line: b"[]",
+    "no facts": lambda line: b"{}",
+    "deep": lambda line: b"[" * 100_000,
+    "no JSON": lambda line: b"\xff",
+    "fewer entries": lambda line: line.replace(b'"count": 6', b'"count": 5'),
+    "more entries": lambda line: line.replace(b'"count": 6', b'"count": 7'),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_a_line_that_makes_no_sense_is_not_believed(folder: Path, scanned: list[str], case: str) -> None:
     """Though its sum is right."""
     opened(folder)
     path = kept_in(folder)
     whole = path.read_bytes()
-    tail = index._TAIL.pack(hashlib.sha256(line).digest(), len(line), index._MARK)
-    path.write_bytes(whole[: 6 * scan.ENTRY.size] + line + tail)
+    entries, line = whole[: 6 * scan.ENTRY.size], whole[6 * scan.ENTRY.size : -index._TAIL.size]
+    wrong = LINES[case](line)
+    assert wrong != line
+    tail = index._TAIL.pack(hashlib.sha256(wrong).digest(), len(wrong), index._MARK)
+    path.write_bytes(entries + wrong + tail)
     taken(scanned)
     opened(folder)
     assert taken(scanned) == ALL
@@ -275,6 +288,14 @@ def test_one_that_is_killed_leaves_no_half_index(
     opened(folder)
     assert scanned == ALL
     assert not list(folder.glob(".*.tmp")), "what it left is no longer there"
+
+
+def test_an_index_and_its_name_are_flushed_to_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: flushed.append(os.readlink(f"/proc/self/fd/{file}")))
+    opened(folder)
+    assert [Path(name).suffix for name in flushed] == [".tmp", ""]
+    assert flushed[1] == str(folder)
 
 
 def test_a_shard_that_cannot_be_read_leaves_no_index(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

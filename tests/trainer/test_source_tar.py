@@ -132,6 +132,7 @@ HOSTILE = {
     "too many captions": (GOOD + sample("x", json=RECORD % (b'["a"%s]' % (b', "a"' * 256), b"1", b"")), "broken_json"),
     "huge label": (GOOD + sample("x", json=RECORD % (b'["a"]', b"9" * 30, b"food")), "broken_label"),
     "negative label": (GOOD + sample("x", json=RECORD % (b'["a"]', b"-1", b"food")), "broken_label"),
+    "long label": (GOOD + sample("x", json=None, cls=b" " * 100 + b"7"), "broken_label"),
     "label in words": (GOOD + sample("x", json=None, cls=b"cat"), "broken_label"),
     "json without a caption": (GOOD + sample("x", txt=None, json=b"{}"), "no_caption"),
     "no picture": (GOOD + sample("x", png=None), "missing_member"),
@@ -253,7 +254,7 @@ def test_captions_and_labels_come_from_where_shards_have_them(tmp_path: Path) ->
         ("./y.json", b'{"caption": "from the json", "label": 3}'),
         ("./y.thumb.jpg", b"not asked for"),
         ("./y.jpg", picture(form="JPEG", seed=3)),
-        ("z.jpg", picture(form="JPEG", seed=4)),
+        ("z.JPG", picture(form="JPEG", seed=4)),
         ("z.cls", b" 12\n"),
         ("z.json", b'{"captions": null, "caption": "z", "label": "words", "class": "things"}'),
         (".hidden.jpg", b"x"),
@@ -431,6 +432,22 @@ def test_a_fingerprint_is_of_what_shards_hold(tmp_path: Path) -> None:
         len({first, fingerprint("image", image=same_length), fingerprint("text", caption='picture "9", of thing 0')})
         == 3
     )
+
+
+def test_a_fingerprint_is_of_names_and_sizes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of records that nobody reads for it."""
+    monkeypatch.setattr(reading, "FINGERPRINT_RECORDS", 1)
+    pairs = make_pairs(4)
+
+    def fingerprint(folder: Path) -> str:
+        return open_source(str(folder), DataOptions()).fingerprint
+
+    folder = write_shards(tmp_path / "here", pairs, 2)
+    first = fingerprint(folder)
+    longer = [*pairs[:3], pairs[3]._replace(caption="a longer caption than it was")]
+    second = fingerprint(write_shards(tmp_path / "there", longer, 2))
+    (folder / "00001.tar").rename(folder / "00002.tar")
+    assert len({first, second, fingerprint(folder)}) == 3
 
 
 def test_processes_that_scan_end_with_the_one_that_asked(tmp_path: Path) -> None:

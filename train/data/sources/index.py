@@ -103,9 +103,7 @@ def read(path: Path, dtype: np.dtype[Any]) -> Index | None:
                 return None
             if _sum(path, end - length) != sha256:
                 return None
-            # A file of no length cannot be mapped.
-            entries = np.memmap(file, dtype, "r", shape=(count,)) if count else np.empty(0, dtype)
-            return Index(entries, sha256, about["origin"], about["facts"])
+            return Index(np.memmap(file, dtype, "r", shape=(count,)), sha256, about["origin"], about["facts"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
