@@ -43,10 +43,10 @@ def webp_bomb(kind: str) -> bytes:
     return bytes(data)
 
 
-def huge(form: str) -> bytes:
+def huge(form: str, sides: tuple[int, int] = (1025, 1024), **options: bool) -> bytes:
     """A sound picture of more than MAX_PIXELS."""
     buffer = io.BytesIO()
-    Image.new("L", (1025, 1024)).save(buffer, form)
+    Image.new("L", sides).save(buffer, form, **options)
     return buffer.getvalue()
 
 
@@ -67,6 +67,7 @@ HOSTILE = {
     "lossy webp bomb": (webp_bomb("lossy"), "image_too_large"),
     "lossless webp bomb": (webp_bomb("lossless"), "image_too_large"),
     "webp bomb of a canvas": (webp_bomb("canvas"), "image_too_large"),
+    "wide lossless webp": (huge("WEBP", (16_383, 65), lossless=True), "image_too_large"),
     **{f"large {form}": (huge(form), "image_too_large") for form in ("PNG", "JPEG", "WEBP")},
 }
 

@@ -412,10 +412,20 @@ def test_a_shard_that_changes_under_a_run_ends_it(tmp_path: Path) -> None:
     shard.write_bytes(b"\1" * len(whole))
     with pytest.raises(DataError, match=r"00001\.tar was changed since it was indexed"):
         source.read(3)
+    shard.write_bytes(whole)  # at another time
+    with pytest.raises(DataError, match=r"00001\.tar was changed since it was indexed"):
+        pickle.loads(pickle.dumps(source)).read(3)
     shard.unlink()
     with pytest.raises(DataError, match=r"00001\.tar can no longer be read \(No such file"):
         pickle.loads(pickle.dumps(source)).read(3)
     assert source.read(0).image == pairs[0].image
+
+
+def test_a_system_that_reads_less_than_asked_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(str(write_shards(tmp_path, make_pairs(2), 2)), DataOptions())
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, start: real(file, min(size, 100), start))
+    assert source.read(1).image == make_pairs(2)[1].image
 
 
 def test_a_fingerprint_is_of_what_shards_hold(tmp_path: Path) -> None:
