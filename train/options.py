@@ -29,8 +29,8 @@ class DataOptions:
     classes           a JSON file of class names and the texts of each, for zero-shot classification of those records of
                       `evaluate` that name a class; None: no such classification
     distinct          `label`: no batch holds two records of one label; `none`: labels play no part
-    image_key         suffixes of a shard's pictures, with `;` between them
-    text_key          suffixes of a shard's captions, likewise
+    image_key         suffixes of the pictures in shards and folders, with `;` between them
+    text_key          suffixes of the captions there, likewise
     image_column      of a table, the column of pictures; None: a customary name (data.sources.columns)
     caption_column    of a table, the column of captions; None: likewise
     index             folder for the indexes of shards; None: beside them where it can be written, else the cache
