@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoints/step-000120`:
 
     model.safetensors  config.json  state.json    safe to share: no code in them
-    tokenizer.json                                and whatever else its kind of towers is built from, likewise
+    towers/                                       what its kind of towers is built from, such as a tokenizer, likewise
     fingerprint.json                              of the data, the code and the versions
     engine/                                       the optimizer's state, a file a rank, for resuming: see engine_state
     manifest.json                                 SHA-256 and size of all others
@@ -35,6 +35,7 @@ from .fingerprint import Fingerprint
 from .options import SKIP_WINDOW, ConfigError
 
 FOLDER, LATEST, MANIFEST, ENGINE = "checkpoints", "latest", "manifest.json", "engine"
+TOWERS = "towers"
 WEIGHTS, CONFIG, STATE, FINGERPRINT = "model.safetensors", "config.json", "state.json", "fingerprint.json"
 NAME = re.compile(r"step-[0-9]{6,}")
 SHOWN = 300  # characters of another library's error
@@ -116,8 +117,9 @@ def write_portable(
     tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
     write_new(folder / WEIGHTS, save_safetensors(tensors))
     write_new(folder / CONFIG, json.dumps(config.to_dict(), indent=1).encode())
+    (folder / TOWERS).mkdir()  # their names may be any, config.json among them
     for name, content in files.items():
-        write_new(folder / name, content)
+        write_new(folder / TOWERS / name, content)
     write_new(folder / STATE, json.dumps(asdict(state)).encode())
     write_new(folder / FINGERPRINT, fingerprint.to_json().encode())
 
@@ -273,11 +275,9 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    """The towers' own files."""
-    ours = {WEIGHTS, CONFIG, STATE, FINGERPRINT, MANIFEST}
-    return {
-        path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file() and path.name not in ours
-    }
+    """The towers' own files. Earlier versions, which had one kind of towers, kept its tokenizer beside the weights."""
+    paths = list((folder / TOWERS).iterdir()) if (folder / TOWERS).is_dir() else [folder / "tokenizer.json"]
+    return {path.name: path.read_bytes() for path in sorted(paths) if path.is_file()}
 
 
 def read_bundle(folder: Path) -> towers.Bundle:

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ import torch
 from helpers.libraries import LENGTH, SIZE, Kind
 from PIL import Image
 
+from train import checkpoint
+from train.config import Config
+from train.fingerprint import Fingerprint
 from train.options import ConfigError
 from train.towers import Bundle, build
 
@@ -214,3 +218,19 @@ def test_each_tower_is_compiled_where_that_is_asked_for(kind: Kind, monkeypatch:
 def test_bad_options_are_refused_by_name(kind: Kind) -> None:
     with pytest.raises(ConfigError, match=r"model\.towers=.* cannot be made .*nonsense"):
         made(kind, options={"nonsense": 1})
+
+
+def test_a_checkpoint_holds_the_towers_and_its_own_files(kind: Kind, tmp_path: Path) -> None:
+    """Some libraries have a config.json, too."""
+    bundle, config = made(kind), Config(model=kind.options)
+    scratch = checkpoint.begin(tmp_path, 3)
+    state, now = checkpoint.State(3, 0, 1, 1), Fingerprint("data", "code")
+    checkpoint.write_portable(scratch, bundle.module.state_dict(), config, bundle.files, state, now)
+    folder = checkpoint.commit(tmp_path, scratch, 3, 2, 0)
+    assert checkpoint.find(tmp_path) == folder
+    assert checkpoint.read_config(folder) == config
+    read = checkpoint.read_bundle(folder)
+    weights = bundle.module.state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in read.module.state_dict().items())
+    assert torch.equal(read.tokenize(CAPTIONS), bundle.tokenize(CAPTIONS))
+    assert torch.equal(read.prepare(pictures(), None), bundle.prepare(pictures(), None))

@@ -31,6 +31,7 @@ from train.run import NonFiniteError, _check_skipped
 
 CPU = torch.device("cpu")
 ENGINE_FILE = engine_files.file_of(1)
+TOKENIZER = f"{checkpoint.TOWERS}/tokenizer.json"
 
 
 def engine(folder: Path) -> None:
@@ -140,7 +141,7 @@ def planted(run: Path, name: str, marker: Path, keep_zip: bool = False) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", (checkpoint.WEIGHTS, checkpoint.CONFIG, "tokenizer.json", checkpoint.STATE, checkpoint.FINGERPRINT)
+    "name", (checkpoint.WEIGHTS, checkpoint.CONFIG, TOKENIZER, checkpoint.STATE, checkpoint.FINGERPRINT)
 )
 def test_a_payload_in_the_portable_part_is_never_run(
     tmp_path: Path, data: Path, files: dict[str, bytes], name: str
@@ -193,7 +194,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 PARTS = (
     checkpoint.WEIGHTS,
     checkpoint.CONFIG,
-    "tokenizer.json",
+    TOKENIZER,
     checkpoint.STATE,
     checkpoint.FINGERPRINT,
     checkpoint.MANIFEST,
@@ -240,6 +241,8 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_a_newer_ones_is_named(
 ) -> None:
     folder = write_checkpoint(tmp_path, data, files, 8, engine=engine)
     (folder / checkpoint.FINGERPRINT).unlink()
+    (folder / TOKENIZER).rename(folder / "tokenizer.json")
+    (folder / checkpoint.TOWERS).rmdir()
     state = {"step": 8, "skipped": 2, "processes": 2, "zero_stage": 1}
     (folder / checkpoint.STATE).write_text(json.dumps(state))
     options = json.loads((folder / checkpoint.CONFIG).read_text())
