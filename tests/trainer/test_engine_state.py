@@ -93,7 +93,7 @@ def test_from_anywhere_a_run_goes_on_anywhere(
     pools: Callable[[int], Pool], tmp_path: Path, source: tuple[int, str]
 ) -> None:
     losses = pools(source[0]).run(_write, config(source[1]), tmp_path)[0]
-    for to in SOURCES[SOURCES.index(source) % 4 :: 4]:  # all 729 moves take ten minutes
+    for to in SOURCES[SOURCES.index(source) % 9 :: 9]:  # all 729 moves take ten minutes
         _assert_moved(pools, tmp_path, losses, to, config)
 
 
