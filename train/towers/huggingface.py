@@ -15,8 +15,7 @@ from torch import Tensor
 from ..options import ConfigError, ModelOptions
 from . import groups
 from .bundle import Bundle
-from .contrastive import Contrastive
-from .libraries import BOTH_RANDOM, holds_weights, library, local_folder, log_scale, mark_locked, packed, width
+from .libraries import BOTH_RANDOM, LibraryModel, holds_weights, library, local_folder, mark_locked, packed, width
 from .pictures import PerPicture
 
 CONFIG = "config.json"
@@ -24,19 +23,8 @@ CROP = (0.9, 1.0)  # share of a picture's area that augmentation keeps, as open_
 PARTS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
 
 
-class HuggingFace(Contrastive):
-    """A CLIPModel, SiglipModel or their like. Its logit scale becomes `log_scale`. A bias of the logits, as SigLIP has,
-    is left out: it has no effect under a softmax."""
-
-    def __init__(self, model: Any, initial_scale: float | None) -> None:
-        super().__init__()
-        self.scale_shape = model.logit_scale.shape
-        self.biased = hasattr(model, "logit_bias")
-        self.log_scale = log_scale(model.logit_scale, initial_scale)
-        del model.logit_scale
-        if self.biased:
-            del model.logit_bias
-        self.model = model
+class HuggingFace(LibraryModel):
+    """A CLIPModel, SiglipModel or their like."""
 
     def encode_images(self, images: Tensor) -> Tensor:
         return _pooled(self.model.get_image_features(pixel_values=images))
@@ -44,13 +32,6 @@ class HuggingFace(Contrastive):
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Padding needs no mask: CLIP reads up to the end token, and SigLIP was trained to read it."""
         return _pooled(self.model.get_text_features(input_ids=tokens))
-
-    def library_state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = {name.removeprefix("model."): weight for name, weight in weights.items() if name != "log_scale"}
-        state["logit_scale"] = weights["log_scale"].reshape(self.scale_shape)
-        if self.biased:
-            state["logit_bias"] = torch.zeros(self.scale_shape)
-        return state
 
 
 def build(path: str, options: ModelOptions, saved: Path | None) -> Bundle:

@@ -21,6 +21,28 @@ BOTH_RANDOM = (RANDOM.format("image"), RANDOM.format("text"))
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 
+class LibraryModel(Contrastive):
+    """A model of both towers. Its logit scale becomes `log_scale`. A bias of the logits, as SigLIP has, is left out: it
+    has no effect under a softmax."""
+
+    def __init__(self, model: Any, initial_scale: float | None) -> None:
+        super().__init__()
+        self.scale_shape = model.logit_scale.shape
+        self.biased = getattr(model, "logit_bias", None) is not None
+        self.log_scale = log_scale(model.logit_scale, initial_scale)
+        del model.logit_scale
+        if hasattr(model, "logit_bias"):
+            del model.logit_bias
+        self.model = model
+
+    def library_state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        state = {name.removeprefix("model."): weight for name, weight in weights.items() if name != "log_scale"}
+        state["logit_scale"] = weights["log_scale"].reshape(self.scale_shape)
+        if self.biased:
+            state["logit_bias"] = torch.zeros(self.scale_shape)
+        return state
+
+
 def library(name: str, extra: str) -> Any:
     """The module `name`, or a ConfigError that says which extra of ours brings it."""
     try:

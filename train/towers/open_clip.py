@@ -13,19 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from ..options import ConfigError, ModelOptions
 from . import groups
 from .bundle import Bundle
-from .contrastive import Contrastive
 from .libraries import (
     BOTH_RANDOM,
+    LibraryModel,
     holds_weights,
     library,
     local_folder,
-    log_scale,
     mark_locked,
     packed,
     timm_patches,
@@ -38,30 +36,14 @@ CONFIG = "open_clip_config.json"
 STRIDE = 32  # of open_clip's own ResNets
 
 
-class OpenClip(Contrastive):
-    """A model of open_clip's. Its logit scale becomes `log_scale`. A bias of the logits, as SigLIP has, is left out: it
-    has no effect under a softmax."""
-
-    def __init__(self, model: Any, initial_scale: float | None) -> None:
-        super().__init__()
-        self.scale_shape = model.logit_scale.shape
-        self.biased = model.logit_bias is not None
-        self.log_scale = log_scale(model.logit_scale, initial_scale)
-        del model.logit_scale, model.logit_bias
-        self.model = model
+class OpenClip(LibraryModel):
+    """A model of open_clip's."""
 
     def encode_images(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.model.encode_image(images, normalize=False))
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         return cast(Tensor, self.model.encode_text(tokens, normalize=False))
-
-    def library_state(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        state = {name.removeprefix("model."): weight for name, weight in weights.items() if name != "log_scale"}
-        state["logit_scale"] = weights["log_scale"].reshape(self.scale_shape)
-        if self.biased:
-            state["logit_bias"] = torch.zeros(self.scale_shape)
-        return state
 
 
 def build(name: str, options: ModelOptions, saved: Path | None) -> Bundle:
