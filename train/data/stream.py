@@ -50,20 +50,9 @@ class Stream:
     """
 
     def __init__(self, batch_size: int, seed: int, reading: Reading, options: DataOptions, world: World) -> None:
-        if options.epoch_samples is None:
-            raise ConfigError(
-                f"data.source={options.source!r} has no length: give data.epoch_samples, how many samples count as an "
-                "epoch (about as many as its shards hold)"
-            )
-        for option, given in (("data.weights", bool(options.weights)), ("data.corrupt", options.corrupt > 0)):
-            if given:
-                raise ConfigError(f"{option} with data.source={options.source!r}; allowed: without `{SCHEME}`")
-        if options.distinct != "none":
-            raise ConfigError(f"data.distinct={options.distinct!r} with `{SCHEME}`; allowed: 'none'")
-        self.epoch_length = options.epoch_samples
         self.workers = count_workers(options, world.device, world.ranks_here)
         self._options, self._device, self._seed, self._rank = options, world.device, seed, world.rank
-        self._urls = shard_urls(options.source)
+        self._urls = shards_of(options)
         self._ends = chunk_ends(batch_size // world.size)
         self._reading = reading
 
@@ -86,6 +75,21 @@ class Stream:
         with contextlib.closing(joined(items, self._ends, self._device)) as batches:
             for _ in range(first, last):
                 yield next(batches)
+
+
+def shards_of(options: DataOptions) -> list[str]:
+    """Those of data.source; see shard_urls. Raises ConfigError where the other options do not fit a stream."""
+    if options.epoch_samples is None:
+        raise ConfigError(
+            f"data.source={options.source!r} has no length: give data.epoch_samples, how many samples count as an "
+            "epoch (about as many as its shards hold)"
+        )
+    for option, given in (("data.weights", bool(options.weights)), ("data.corrupt", options.corrupt > 0)):
+        if given:
+            raise ConfigError(f"{option} with data.source={options.source!r}; allowed: without `{SCHEME}`")
+    if options.distinct != "none":
+        raise ConfigError(f"data.distinct={options.distinct!r} with `{SCHEME}`; allowed: 'none'")
+    return shard_urls(options.source)
 
 
 def shard_urls(source: str) -> list[str]:

@@ -19,7 +19,7 @@ from .loader import Batches, Loader, Reading, trial
 from .record import BadRecordError, DataError, count_bad, describe_bad
 from .sampler import StepSampler
 from .sources import open_source
-from .stream import SCHEME, Stream, shard_urls
+from .stream import SCHEME, Stream, shards_of
 
 CAPTIONS_READ = 200_000  # records at most that a tokenizer is trained on
 
@@ -114,10 +114,11 @@ class Streamed(TrainingData):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self._urls = shard_urls(config.data.source)
+        self._urls = shards_of(config.data)
         names = [url.rpartition("/")[2] for url in self._urls]
         self.fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
-        self.epoch_length = config.data.epoch_samples or 1  # Stream refuses a run without it
+        assert config.data.epoch_samples is not None
+        self.epoch_length = config.data.epoch_samples
 
     def captions(self) -> Iterable[str]:
         raise ConfigError(
