@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data import BadRecordError, DataError, Source, count_bad, decode, open_source
-from ..data.emoji import CLASSES, prepare_emoji
+from ..data.emoji import CLASSES
+from ..data.sources import emoji_folder
 from ..heartbeat import tick
 from ..options import DataOptions
 
@@ -60,8 +61,7 @@ def read_evaluation(options: DataOptions) -> Evaluation:
 
 def read_classes(spec: str, seed: int) -> dict[str, list[str]]:
     """The texts that describe each class, by its name; a class without texts is described by its name."""
-    name, _, size = spec.partition("@")
-    path = prepare_emoji(size=int(size or 48), seed=seed) / CLASSES if name == EMOJI else Path(spec)
+    path = emoji_folder(spec, seed)[1] / CLASSES if spec.partition("@")[0] == EMOJI else Path(spec)
     try:
         classes = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -48,7 +48,7 @@ def open_source(spec: str, options: DataOptions) -> Source:
     if colon and kind == "hf":
         return ArrowSource(Path(rest).expanduser(), options)
     if colon and kind == "emoji":
-        return _emoji(rest, options)
+        return _emoji(spec, options)
     path = Path(spec).expanduser()
     if spec and path.is_dir():  # "" is the working folder to Path
         shards = sorted(path.glob("*.tar"))
@@ -74,15 +74,21 @@ def _expand(path: Path) -> list[Path]:
         raise DataError(f"{path}: its braces cannot be expanded ({error}); {ALLOWED}") from error
 
 
-def _emoji(rest: str, options: DataOptions) -> Source:
+def emoji_folder(spec: str, seed: int) -> tuple[str, Path]:
+    """The name in `emoji:NAME[@SIZE]`, and the folder of the emoji set at that size. Raises DataError where the size is
+    no number."""
     from ..emoji import prepare_emoji
 
-    split, _, size = rest.partition("@")
+    name, _, size = spec.removeprefix("emoji:").partition("@")
     if size and not size.isdecimal():
-        raise DataError(f"emoji:{rest}: {size!r} is no number of pixels; {ALLOWED}")
-    folder = prepare_emoji(size=int(size or 48), seed=options.seed)
+        raise DataError(f"{spec}: {size!r} is no number of pixels; {ALLOWED}")
+    return name, prepare_emoji(size=int(size or 48), seed=seed)
+
+
+def _emoji(spec: str, options: DataOptions) -> Source:
+    split, folder = emoji_folder(spec, options.seed)
     shards = sorted(folder.glob(f"{split}-*.tar")) if split.isalnum() else []
     if not shards:
         splits = sorted({shard.name.rpartition("-")[0] for shard in folder.glob("*-*.tar")})
-        raise DataError(f"emoji:{rest}: the emoji set has no split {split!r}; allowed: {', '.join(splits)}")
+        raise DataError(f"{spec}: the emoji set has no split {split!r}; allowed: {', '.join(splits)}")
     return TarSource(shards, options, f"{split}-*.tar")
