@@ -21,6 +21,8 @@ CHANGEABLE = (
     "data.source",
     "data.evaluate",
     "data.classes",
+    "data.templates",
+    "data.probe",
     "data.index",
     "data.workers",
     "data.prefetch",
@@ -52,6 +54,7 @@ CHANGEABLE = (
 # Options of earlier versions, and what stands in their place.
 REPLACED = {
     "job.max_skipped": "job.max_skipped_in_a_row and job.max_skipped_share",
+    "data.corrupt": "data.noise.swap",
     "data.folder": "data.source",
     "data.image_size": "model.image_size",
 }

@@ -9,14 +9,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from softclip_kernels import backends, schedules
+from .loss_options import LossOptions
+from .option_checks import ConfigError, at_least, one_of, within
 
 MAX_SEED = 2**63 - 1  # torch's generators take no larger one
+__all__ = ["ConfigError", "DataOptions", "JobOptions", "LossOptions", "ModelOptions", "OptimizerOptions"]
+
+NOISE = ("swap", "near_swap", "partial", "wrong_word", "junk")  # kinds of data.noise
 SKIP_WINDOW = 1000  # steps over which job.max_skipped_share is taken
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class DataOptions:
     evaluate          sources by name, on which retrieval is measured
     classes           a JSON file of class names and the texts of each, for zero-shot classification of those records of
                       `evaluate` that name a class; None: no such classification
+    templates         sentences with `{}` where a text of a class stands, of whose embeddings a class's is the mean;
+                      empty: the text alone
+    probe             image-text pairs whose records name a class, on which a linear probe is trained, to be measured on
+                      those of `evaluate` that do so; None: no probe
     distinct          `label`: no batch holds two records of one label; `none`: labels play no part
     image_key         suffixes of the pictures in shards and folders, with `;` between them
     text_key          suffixes of the captions there, likewise
@@ -39,14 +43,16 @@ class DataOptions:
     prefetch          how many steps' samples they may be ahead
     max_pixels        a larger picture is bad
     max_bad_fraction  share of the samples that may be bad
-    seed              fixes which captions are corrupted, and of the emoji set the splits and the wording
-    corrupt           share of the captions that are exchanged between records of different labels
+    seed              fixes which captions are made wrong, and of the emoji set the splits and the wording
+    noise             share of the records whose captions are made wrong, by kind; noise.KINDS says what each does
     """
 
     source: str = "emoji:train"
     weights: tuple[float, ...] = ()
     evaluate: dict[str, str] = field(default_factory=dict)
     classes: str | None = None
+    templates: tuple[str, ...] = ()
+    probe: str | None = None
     distinct: str = "none"
     image_key: str = "jpg;jpeg;png;webp"
     text_key: str = "txt"
@@ -59,10 +65,15 @@ class DataOptions:
     max_pixels: int = 25_000_000
     max_bad_fraction: float = 0.01
     seed: int = 0
-    corrupt: float = 0.0
+    noise: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        paths = {"data.source": self.source, "data.classes": self.classes, "data.index": self.index}
+        paths = {
+            "data.source": self.source,
+            "data.classes": self.classes,
+            "data.probe": self.probe,
+            "data.index": self.index,
+        }
         paths |= {f"data.evaluate.{name}": source for name, source in self.evaluate.items()}
         for name, path in paths.items():
             if path is not None and ("\0" in path or not path.strip()):
@@ -72,17 +83,24 @@ class DataOptions:
                 f"data.weights={list(self.weights)} for {self.source.count('::') + 1} sources; allowed: one for each"
             )
         for weight in self.weights:
-            _within("data.weights", weight, 1e-6, 1e6)
-        _one_of("data.distinct", self.distinct, ("none", "label"))
+            within("data.weights", weight, 1e-6, 1e6)
+        one_of("data.distinct", self.distinct, ("none", "label"))
         if self.epoch_samples is not None:
-            _at_least("data.epoch_samples", self.epoch_samples, 1)
+            at_least("data.epoch_samples", self.epoch_samples, 1)
         if self.workers is not None:
-            _at_least("data.workers", self.workers, 0)
-        _at_least("data.prefetch", self.prefetch, 1)
-        _at_least("data.max_pixels", self.max_pixels, 1)
-        _within("data.max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
-        _within("data.seed", self.seed, 0, MAX_SEED)
-        _within("data.corrupt", self.corrupt, 0.0, 1.0)
+            at_least("data.workers", self.workers, 0)
+        at_least("data.prefetch", self.prefetch, 1)
+        at_least("data.max_pixels", self.max_pixels, 1)
+        within("data.max_bad_fraction", self.max_bad_fraction, 0.0, 1.0)
+        within("data.seed", self.seed, 0, MAX_SEED)
+        for kind, share in self.noise.items():
+            one_of("data.noise: the kind", kind, NOISE)
+            within(f"data.noise.{kind}", share, 0.0, 1.0)
+        if sum(self.noise.values()) > 1.0:
+            raise ConfigError(f"data.noise={self.noise}; allowed: shares that together are at most 1")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ConfigError(f"data.templates: {template!r}; allowed: a sentence that holds {{}} once")
 
 
 @dataclass(frozen=True)
@@ -119,67 +137,21 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         if self.image_size is not None:
-            _at_least("model.image_size", self.image_size, 16)
+            at_least("model.image_size", self.image_size, 16)
         if self.context_length is not None:
-            _at_least("model.context_length", self.context_length, 3)
+            at_least("model.context_length", self.context_length, 3)
         if self.initial_scale is not None:
-            _within("model.initial_scale", self.initial_scale, 1.0, 100.0)
-        _one_of("model.lock", self.lock, ("none", "image", "text"))
+            within("model.initial_scale", self.initial_scale, 1.0, 100.0)
+        one_of("model.lock", self.lock, ("none", "image", "text"))
         for name in ("embed_dim", "text_width", "text_layers", "text_heads"):
-            _at_least(f"model.{name}", getattr(self, name), 1)
-        _at_least("model.vocab_size", self.vocab_size, 300)  # 256 bytes, the special tokens and some merges
+            at_least(f"model.{name}", getattr(self, name), 1)
+        at_least("model.vocab_size", self.vocab_size, 300)  # 256 bytes, the special tokens and some merges
         if not self.image_widths or any(width < 8 or width % 8 for width in self.image_widths):
             raise ConfigError(f"model.image_widths={list(self.image_widths)}; allowed: one or more multiples of 8")
         if self.text_width % self.text_heads:
             raise ConfigError(
                 f"model.text_width={self.text_width} must be a multiple of model.text_heads={self.text_heads}"
             )
-
-
-@dataclass(frozen=True)
-class LossOptions:
-    """`target`: psd (progressive self-distillation) or hard (CLIP).
-
-    The soft share α is 0 for `hard_steps` steps, then goes from `alpha_start` to `alpha_end` over `rise_steps` by
-    `schedule` and stays there.
-    """
-
-    target: str = "psd"
-    schedule: str = "cosine"
-    hard_steps: int = 120
-    rise_steps: int = 240
-    alpha_start: float = 0.0
-    alpha_end: float = 0.3
-    swap: str = "paired"
-    scope: str = "full"
-    teacher_scale: float | None = None
-    backend: str = "auto"
-
-    def __post_init__(self) -> None:
-        _one_of("loss.target", self.target, ("psd", "hard"))
-        _one_of("loss.schedule", self.schedule, ("constant", "linear", "cosine"))
-        _one_of("loss.swap", self.swap, ("none", "paired"))
-        _one_of("loss.scope", self.scope, ("full", "block"))
-        # A run that was started under a former name of its backend goes on, and says the name it has now.
-        object.__setattr__(self, "backend", backends.current_name(self.backend))
-        _one_of("loss.backend", self.backend, ("auto", *backends.registered()))
-        _at_least("loss.hard_steps", self.hard_steps, 0)
-        _at_least("loss.rise_steps", self.rise_steps, 1)
-        _within("loss.alpha_start", self.alpha_start, 0.0, 1.0)
-        _within("loss.alpha_end", self.alpha_end, 0.0, 1.0)
-        if self.teacher_scale is not None:
-            _within("loss.teacher_scale", self.teacher_scale, 1e-3, 1e3)
-
-    def alpha(self) -> schedules.Schedule:
-        """The soft share as a pure function of the step, counted from 0."""
-        if self.target != "psd":
-            return schedules.Constant(0.0)
-        if self.schedule == "constant":
-            after: schedules.Schedule = schedules.Constant(self.alpha_end)
-        else:
-            ramp = {"linear": schedules.Linear, "cosine": schedules.Cosine}[self.schedule]
-            after = ramp(self.alpha_start, self.alpha_end, self.rise_steps)
-        return schedules.WarmUp(self.hard_steps, after)
 
 
 @dataclass(frozen=True)
@@ -215,31 +187,31 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "sgd") and not self.name.removeprefix("timm:").isidentifier():
             raise ConfigError(f"optimizer.name={self.name!r}; allowed: 'adamw', 'sgd', or 'timm:' and a name of timm's")
-        _one_of("optimizer.schedule", self.schedule, ("cosine", "constant", "cooldown"))
-        _at_least("optimizer.steps", self.steps, 1)
-        _at_least("optimizer.batch_size", self.batch_size, 2)
-        _at_least("optimizer.micro_batches", self.micro_batches, 1)
+        one_of("optimizer.schedule", self.schedule, ("cosine", "constant", "cooldown"))
+        at_least("optimizer.steps", self.steps, 1)
+        at_least("optimizer.batch_size", self.batch_size, 2)
+        at_least("optimizer.micro_batches", self.micro_batches, 1)
         if self.micro_batch_tokens is not None:
-            _at_least("optimizer.micro_batch_tokens", self.micro_batch_tokens, 1)
+            at_least("optimizer.micro_batch_tokens", self.micro_batch_tokens, 1)
             if self.micro_batches > 1:
                 raise ConfigError(
                     f"optimizer.micro_batches={self.micro_batches} and "
                     f"optimizer.micro_batch_tokens={self.micro_batch_tokens}; allowed: one of them"
                 )
-        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
-        _at_least("optimizer.cooldown_steps", self.cooldown_steps, 0)
+        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        at_least("optimizer.cooldown_steps", self.cooldown_steps, 0)
         if self.schedule == "cooldown" and not 1 <= self.cooldown_steps <= self.steps:
             raise ConfigError(
                 f"optimizer.cooldown_steps={self.cooldown_steps} with optimizer.schedule='cooldown'; allowed: 1 to "
                 f"{self.steps}, the steps of the run"
             )
-        _within("optimizer.lr", self.lr, 0.0, 1.0)
-        _within("optimizer.final_lr_fraction", self.final_lr_fraction, 0.0, 1.0)
-        _within("optimizer.weight_decay", self.weight_decay, 0.0, 10.0)
-        _within("optimizer.eps", self.eps, 1e-16, 1.0)
+        within("optimizer.lr", self.lr, 0.0, 1.0)
+        within("optimizer.final_lr_fraction", self.final_lr_fraction, 0.0, 1.0)
+        within("optimizer.weight_decay", self.weight_decay, 0.0, 10.0)
+        within("optimizer.eps", self.eps, 1e-16, 1.0)
         if self.layer_decay is not None:
-            _within("optimizer.layer_decay", self.layer_decay, 1e-3, 1.0)
-        _within("optimizer.max_grad_norm", self.max_grad_norm, 1e-6, 1e6)
+            within("optimizer.layer_decay", self.layer_decay, 1e-3, 1.0)
+        within("optimizer.max_grad_norm", self.max_grad_norm, 1e-6, 1e6)
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(f"optimizer.betas={list(self.betas)}: two numbers in [0, 1)")
 
@@ -300,39 +272,24 @@ class JobOptions:
     setup_timeout_seconds: int = 900
 
     def __post_init__(self) -> None:
-        _at_least("job.processes", self.processes, 0)
-        _one_of("job.device", self.device, ("auto", "cpu", "cuda"))
-        _one_of("job.zero_stage", self.zero_stage, (0, 1, 2, 3))
+        at_least("job.processes", self.processes, 0)
+        one_of("job.device", self.device, ("auto", "cpu", "cuda"))
+        one_of("job.zero_stage", self.zero_stage, (0, 1, 2, 3))
         if self.offload_optimizer and self.zero_stage == 0:
             raise ConfigError("job.offload_optimizer=true with job.zero_stage=0; allowed: with stages 1 to 3")
         if self.offload_parameters and self.zero_stage != 3:
             raise ConfigError(f"job.offload_parameters=true with job.zero_stage={self.zero_stage}; allowed: with 3")
-        _one_of("job.precision", self.precision, ("auto", "bf16", "fp16", "fp32"))
+        one_of("job.precision", self.precision, ("auto", "bf16", "fp16", "fp32"))
         if self.threads is not None:
-            _at_least("job.threads", self.threads, 1)
-        _one_of("job.report", self.report, ("none", "wandb", "trackio"))
-        _within("job.seed", self.seed, 0, MAX_SEED)
-        _at_least("job.checkpoint_every", self.checkpoint_every, 1)
-        _at_least("job.keep_checkpoints", self.keep_checkpoints, 2)  # a damaged one falls back to the one before
-        _at_least("job.keep_every", self.keep_every, 0)
-        _at_least("job.evaluate_every", self.evaluate_every, 0)
-        _one_of("job.on_nonfinite", self.on_nonfinite, ("skip", "stop"))
-        _at_least("job.max_skipped_in_a_row", self.max_skipped_in_a_row, 0)
-        _within("job.max_skipped_share", self.max_skipped_share, 0.0, 1.0)
-        _at_least("job.timeout_seconds", self.timeout_seconds, 5)
-        _at_least("job.setup_timeout_seconds", self.setup_timeout_seconds, 5)
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}={value!r}; allowed: {', '.join(map(repr, allowed))}")
-
-
-def _at_least(name: str, value: int, lowest: int) -> None:
-    if value < lowest:
-        raise ConfigError(f"{name}={value}; allowed: {lowest} or more")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:  # also catches NaN
-        raise ConfigError(f"{name}={value}; allowed: {low} to {high}")
+            at_least("job.threads", self.threads, 1)
+        one_of("job.report", self.report, ("none", "wandb", "trackio"))
+        within("job.seed", self.seed, 0, MAX_SEED)
+        at_least("job.checkpoint_every", self.checkpoint_every, 1)
+        at_least("job.keep_checkpoints", self.keep_checkpoints, 2)  # a damaged one falls back to the one before
+        at_least("job.keep_every", self.keep_every, 0)
+        at_least("job.evaluate_every", self.evaluate_every, 0)
+        one_of("job.on_nonfinite", self.on_nonfinite, ("skip", "stop"))
+        at_least("job.max_skipped_in_a_row", self.max_skipped_in_a_row, 0)
+        within("job.max_skipped_share", self.max_skipped_share, 0.0, 1.0)
+        at_least("job.timeout_seconds", self.timeout_seconds, 5)
+        at_least("job.setup_timeout_seconds", self.setup_timeout_seconds, 5)

@@ -17,10 +17,11 @@ from deepspeed.utils import (
 )
 from torch import Tensor
 
-from softclip_kernels import Exchange, Hard, ProgressiveSelfDistillation, Target, TwoPass, softclip_loss_with_ranks
+from softclip_kernels import Exchange, TwoPass, softclip_loss_with_ranks
 
-from .config import Config, LossOptions
+from .config import Config
 from .engine import loss_scale, update
+from .targets import target_at
 from .towers.contrastive import MAX_LOG_SCALE
 
 
@@ -93,14 +94,6 @@ def encode(engine: Any, batch: Share, micro_batches: int) -> tuple[tuple[Tensor,
     parts = zip(batch.images.tensor_split(micro_batches), batch.tokens.tensor_split(micro_batches), strict=True)
     passes = TwoPass(engine, list(parts), engine.module.locked)
     return passes.outputs, passes.backward
-
-
-def target_at(step: int, pairs: int, loss: LossOptions, seed: int) -> Target:
-    """What the global batch of `pairs` pairs should match: a function of (seed, step), alike on all ranks."""
-    if loss.target == "hard":
-        return Hard()
-    teacher_scale = "tied" if loss.teacher_scale is None else loss.teacher_scale
-    return ProgressiveSelfDistillation(loss.alpha(), seed, loss.swap, loss.scope, teacher_scale).at(step, pairs)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ context    what a target may look at while it is lowered
 terms      what every target becomes: a sum of terms, each linear in the logits
 base       Target: one class with one method, `lower`
 hard       Hard, Dense
-soft       Teacher, SelfTeacher, and how they are normalized: Sinkhorn, Potentials
+soft       Teacher, SelfTeacher, their scale (Ratio), and how they are normalized: Sinkhorn, Potentials
 combine    Mix, Average, Weighted, Blocks
 psd        ProgressiveSelfDistillation, partition
 schedules  the soft share alpha as a function of the step
@@ -16,7 +16,7 @@ from .combine import Average, Blocks, ForBatch, Mix, Weighted
 from .context import Context
 from .hard import Dense, Hard
 from .psd import ProgressiveSelfDistillation, partition
-from .soft import Potentials, SelfTeacher, Sinkhorn, SoftTarget, Teacher
+from .soft import Potentials, Ratio, SelfTeacher, Sinkhorn, SoftTarget, Teacher
 
 __all__ = [
     "Average",
@@ -28,6 +28,7 @@ __all__ = [
     "Mix",
     "Potentials",
     "ProgressiveSelfDistillation",
+    "Ratio",
     "SelfTeacher",
     "Sinkhorn",
     "SoftTarget",

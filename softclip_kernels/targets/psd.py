@@ -6,18 +6,18 @@ soft targets made by the model itself, and the subset grows during training. Wha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import checks
-from .base import Target
+from .base import Target, check_target
 from .combine import Average, Blocks, ForBatch, Mix
 from .hard import Hard
 from .schedules import Schedule
-from .soft import SelfTeacher, Teacher
+from .soft import Normalise, Ratio, Scale, SelfTeacher, Teacher
 
 
 def partition(n: int, soft: int, seed: int, step: int) -> Tensor:
@@ -44,37 +44,46 @@ class ProgressiveSelfDistillation:
     swap           "paired": pair i's text→image distribution teaches its image→text row, and the other way round;
                    "none": each direction teaches itself
     scope          "full": soft rows range over all columns; "block": soft pairs see soft pairs, hard pairs hard ones
-    teacher_scale  "tied" to the student's logit scale, or the self teacher's own, already exponentiated
-    teacher        None: the model itself. Otherwise a Teacher, or several (averaged), of the whole batch
+    teacher_scale  "tied" to the student's logit scale, a Ratio to it, or the self teacher's own, already exponentiated
+    teacher        None: the model itself. Otherwise a Teacher, or several (averaged), of the whole batch; or any other
+                   target, which is taken as it is (swap and normalise play no part)
+    hard           what the other pairs match
+    normalise      of the self teacher; see SoftTarget
     """
 
     schedule: Schedule
     seed: int = 0
     swap: str = "paired"
     scope: str = "full"
-    teacher_scale: Tensor | float | str = "tied"
-    teacher: Teacher | Sequence[Teacher] | None = None
+    teacher_scale: Scale = "tied"
+    teacher: Target | Sequence[Teacher] | None = None
+    hard: Target = field(default_factory=Hard)
+    normalise: Normalise = "row"
 
     def __post_init__(self) -> None:
         checks.one_of("swap", self.swap, ("none", "paired"))
         checks.one_of("scope", self.scope, ("full", "block"))
-        checks.teacher_scale("teacher_scale", self.teacher_scale, ("tied",))
+        if not isinstance(self.teacher_scale, Ratio):
+            checks.teacher_scale("teacher_scale", self.teacher_scale, ("tied",))
+        check_target("hard", self.hard)
 
-    def at(self, step: int, n: int, teacher: Teacher | Sequence[Teacher] | None = None) -> Target:
+    def at(self, step: int, n: int, teacher: Target | Sequence[Teacher] | None = None) -> Target:
         """The target of optimizer step `step` for a global batch of n pairs. `teacher` (external embeddings of this
         batch) takes the place of the constructor's."""
         alpha = self.schedule(step)
         checks.number_in("the schedule's alpha", alpha, 0.0, 1.0)
         count = round(alpha * n)
         if count == 0:  # CLIP, at CLIP's cost
-            return ForBatch(Hard(), n)
+            return ForBatch(self.hard, n)
         soft = partition(n, count, self.seed, step)
-        target: Target = Mix(Hard(), self._soft_target(self.teacher if teacher is None else teacher), soft.float())
+        target: Target = Mix(self.hard, self._soft_target(self.teacher if teacher is None else teacher), soft.float())
         return ForBatch(Blocks(target, soft.long(), soft.long()) if self.scope == "block" else target, n)
 
-    def _soft_target(self, teacher: Teacher | Sequence[Teacher] | None) -> Target:
+    def _soft_target(self, teacher: Target | Sequence[Teacher] | None) -> Target:
         if teacher is None:
-            return SelfTeacher(self.teacher_scale, self.swap)
+            return SelfTeacher(self.teacher_scale, self.swap, normalise=self.normalise)
+        if isinstance(teacher, Target) and not isinstance(teacher, Teacher):
+            return teacher
         teachers = [teacher] if isinstance(teacher, Teacher) else list(teacher)
         if self.swap == "paired":
             teachers = [given.transposed() for given in teachers]

@@ -43,6 +43,20 @@ Normalise = str | Sinkhorn | Potentials
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """A teacher's logit scale as a multiple of the student's, which it follows while that is learned: with 2 the
+    teacher's distribution is twice as sharp as the student's, at a scale of 14 as at one of 100."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        checks.teacher_scale("the ratio of a teacher's scale to the student's", self.value)
+
+
+Scale = Tensor | float | str | Ratio
+
+
+@dataclass(frozen=True)
 class SoftTarget(Target):
     """What teachers share: logits t, which `normalise` turns into a target for each direction. Never differentiated.
 
@@ -84,16 +98,17 @@ class Teacher(SoftTarget):
         t = scale * a @ b.T;    rows: t.softmax(1)    columns: t.softmax(0)
 
     a (N, E) for the rows, b (M, E) for the columns, any width E, used as given (normalize them as the teacher was
-    trained); scale: the teacher's logit scale, already exponentiated.
+    trained); scale: the teacher's logit scale, already exponentiated, or a Ratio to the student's.
     """
 
     a: Tensor
     b: Tensor
-    scale: Tensor | float
+    scale: Tensor | float | Ratio
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.teacher_scale("teacher scale", self.scale)
+        if not isinstance(self.scale, Ratio):
+            checks.teacher_scale("teacher scale", self.scale)
 
     def transposed(self) -> Teacher:
         """Row i is taught by the teacher's text→image distribution of pair i, and the other way round."""
@@ -109,6 +124,8 @@ class Teacher(SoftTarget):
         a, b = self.a.detach(), self.b.detach()
         if layout.dtype == torch.float64:  # the teacher's own passes accumulate in the dtype of its embeddings
             a, b = a.double(), b.double()
+        if isinstance(self.scale, Ratio):
+            return TeacherOperand(Source.EMBEDDINGS, context.scale * self.scale.value, a, b)
         return TeacherOperand(Source.EMBEDDINGS, _detached_scale(self.scale, context), a, b)
 
 
@@ -116,22 +133,25 @@ class Teacher(SoftTarget):
 class SelfTeacher(SoftTarget):
     """The model's own similarity distribution of this batch, as a constant.
 
-    scale  "tied": the student's logit scale; or the teacher's own, already exponentiated
+    scale  "tied": the student's logit scale; a Ratio to it; or the teacher's own, already exponentiated
     swap   "none"    row i is taught by its own image→text distribution: with a tied scale it has zero gradient
            "paired"  row i is taught by the text→image distribution of pair i, and the other way round (N == M)
     """
 
-    scale: Tensor | float | str = "tied"
+    scale: Scale = "tied"
     swap: str = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.one_of("swap", self.swap, ("none", "paired"))
-        checks.teacher_scale("scale", self.scale, ("tied",))
+        if not isinstance(self.scale, Ratio):
+            checks.teacher_scale("scale", self.scale, ("tied",))
 
     def operand(self, context: Context) -> TeacherOperand:
         ratio = None
-        if not isinstance(self.scale, str):
+        if isinstance(self.scale, Ratio):
+            ratio = torch.full_like(context.scale, self.scale.value)
+        elif not isinstance(self.scale, str):
             ratio = _detached_scale(self.scale, context) / context.scale
         if self.swap == "none":
             return TeacherOperand(Source.LOGITS, ratio)

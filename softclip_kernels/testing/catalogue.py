@@ -17,6 +17,7 @@ from ..targets import (
     Mix,
     Potentials,
     ProgressiveSelfDistillation,
+    Ratio,
     SelfTeacher,
     Sinkhorn,
     Target,
@@ -29,11 +30,11 @@ from .problems import matching_rows, unit_rows
 TargetMaker = Callable[[int, int], Target]
 
 
-def _teacher(n: int, m: int, seed: int = 7, width: int = 24, **options: object) -> Teacher:
+def _teacher(n: int, m: int, seed: int = 7, width: int = 24, scale: float | Ratio = 9.0, **options: object) -> Teacher:
     """One that knows the pairs, where there are pairs."""
     a = unit_rows(n, width, seed=seed)
     b = matching_rows(a, seed=seed + 1) if n == m else unit_rows(m, width, seed=seed + 1)
-    return Teacher(a.float(), b.float(), 9.0, **options)  # type: ignore[arg-type]
+    return Teacher(a.float(), b.float(), scale, **options)  # type: ignore[arg-type]
 
 
 def _fractions(n: int, seed: int) -> torch.Tensor:
@@ -63,6 +64,8 @@ SQUARE_TARGETS: dict[str, TargetMaker] = {
     "psd": lambda n, m: _psd(n),
     "psd_own_scale": lambda n, m: _psd(n, teacher_scale=20.0),
     "psd_no_swap": lambda n, m: _psd(n, swap="none", teacher_scale=30.0),
+    "psd_ratio": lambda n, m: _psd(n, swap="none", teacher_scale=Ratio(2.0)),
+    "psd_smoothing_sinkhorn": lambda n, m: _psd(n, hard=Hard(smoothing=0.1), normalise="sinkhorn"),
     "psd_block": lambda n, m: _psd(n, scope="block"),
     "psd_external": lambda n, m: _psd(n, teacher=_teacher(n, m)),
     "psd_several": lambda n, m: _psd(n, teacher=(_teacher(n, m), _teacher(n, m, seed=17, width=5))),
@@ -79,6 +82,7 @@ RECTANGULAR_TARGETS: dict[str, TargetMaker] = {
     "dense": lambda n, m: Dense(unit_rows(n, m, seed=8).abs()),
     "dense_both": lambda n, m: Dense(unit_rows(n, m, seed=8).abs(), unit_rows(n, m, seed=9).abs()),
     "teacher": lambda n, m: _teacher(n, m),
+    "teacher_ratio": lambda n, m: _teacher(n, m, scale=Ratio(0.5)),
     "teacher_column": lambda n, m: _teacher(n, m, normalise="column"),
     "teacher_sinkhorn": lambda n, m: _teacher(n, m, normalise=Sinkhorn(3)),
     "teacher_potentials": lambda n, m: _teacher(

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..targets.base import Target
 from ..targets.combine import Average, Blocks, ForBatch, Mix, Weighted
 from ..targets.hard import Dense, Hard
-from ..targets.soft import Potentials, SelfTeacher, Sinkhorn, SoftTarget, Teacher
+from ..targets.soft import Potentials, Ratio, Scale, SelfTeacher, Sinkhorn, SoftTarget, Teacher
 
 
 class DenseTarget(NamedTuple):
@@ -99,11 +99,11 @@ def _hard_matrices(target: Hard, x: Tensor, allowed: Tensor) -> tuple[Tensor, Te
 def _soft_matrices(target: SoftTarget, batch: _Batch) -> tuple[Tensor, Tensor]:
     x, y, scale, allowed = batch
     if isinstance(target, Teacher):
-        own = torch.as_tensor(target.scale, dtype=x.dtype, device=x.device)
+        own = _own_scale(target.scale, scale, x)
         t = own * target.a.to(x.dtype) @ target.b.to(x.dtype).T
     else:
         assert isinstance(target, SelfTeacher)
-        own = torch.as_tensor(scale if isinstance(target.scale, str) else target.scale, dtype=x.dtype, device=x.device)
+        own = _own_scale(target.scale, scale, x)
         t = own * x @ y.T
         t = t.T if target.swap == "paired" else t
     t = t.masked_fill(~allowed, -torch.inf)
@@ -117,6 +117,12 @@ def _soft_matrices(target: SoftTarget, batch: _Batch) -> tuple[Tensor, Tensor]:
         for dim in (0, 1):
             t = t.log_softmax(dim).masked_fill(~allowed, -torch.inf)  # a log_softmax over nothing is NaN
     return t.exp(), t.exp()
+
+
+def _own_scale(given: Scale, students: Tensor, x: Tensor) -> Tensor:
+    if isinstance(given, Ratio):
+        return given.value * students.to(x.dtype)
+    return torch.as_tensor(students if isinstance(given, str) else given, dtype=x.dtype, device=x.device)
 
 
 def dense_row_losses(x: Tensor, y: Tensor, scale: Tensor, target: DenseTarget) -> tuple[Tensor, Tensor]:

@@ -141,7 +141,7 @@ def write_checkpoint(engine: Any, folder: Path) -> None:
 
 def plain_loop(config: Config, steps: int, lock: str = "none") -> tuple[dict[str, Tensor], list[float]]:
     """One process, the whole batch, the dense loss, PyTorch's optimizer: the parameters afterwards, and the losses."""
-    from train.step import target_at
+    from train.targets import target_at
 
     made, options = bundle(lock=lock), config.optimizer
     groups = made.parameter_groups(options.weight_decay, options.layer_decay)

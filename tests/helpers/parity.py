@@ -27,7 +27,7 @@ from train.config import Config
 from train.data import TrainingData, open_training_data
 from train.evaluate import evaluate_set
 from train.evaluate.sets import EvaluationSet, read_evaluation
-from train.step import target_at
+from train.targets import target_at
 from train.towers.contrastive import MAX_LOG_SCALE
 from train.world import World
 

@@ -73,7 +73,7 @@ def options_of(model: ModelOptions, kind: str, target: str = "psd", micro_batche
 def plain_loop(
     forward: Callable[..., Iterable[Tensor]], log_scale: Tensor, groups: list[dict[str, Any]], options: Config
 ) -> list[float]:
-    from train.step import target_at
+    from train.targets import target_at
 
     optimizer = torch.optim.AdamW(groups, betas=options.optimizer.betas, eps=options.optimizer.eps)
     losses = []

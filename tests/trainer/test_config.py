@@ -67,7 +67,7 @@ def test_changes_are_named_by_option_and_the_free_section_as_one() -> None:
         ("optimizer.steps=0", r"optimizer\.steps=0; allowed: 1 or more"),
         ("optimizer.lr=nan", r"optimizer\.lr=nan; allowed: 0\.0 to 1\.0"),
         ("optimizer.betas=[0.9]", r"optimizer\.betas=\[0\.9\]: two numbers"),
-        ("loss.target=siglip", r"loss\.target='siglip'; allowed: 'psd', 'hard'"),
+        ("loss.target=siglip", r"loss\.target='siglip'; allowed: 'hard', 'psd', 'blend'"),
         ("loss.backend=foo", r"loss\.backend='foo'; allowed: 'auto', .*'chunked'"),
         ("loss.alpha_end=1.1", r"loss\.alpha_end=1\.1; allowed: 0\.0 to 1\.0"),
         ("job.zero_stage=4", r"job\.zero_stage=4; allowed: 0, 1, 2, 3"),

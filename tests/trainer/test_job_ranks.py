@@ -22,7 +22,7 @@ from torch import Tensor
 from softclip_kernels import Hard
 from train import checkpoint, towers
 from train.config import Config
-from train.step import target_at
+from train.targets import target_at
 
 STEPS, RESUMED = 40, 20  # RESUMED: at least so many come after a resume
 FEW = 8  # for jobs that are compared over numbers of processes, whose rounding differs

@@ -196,7 +196,7 @@ def test_corruption_never_keeps_the_label(labels: list[int], share: float, seed:
 
 
 def test_corruption_of_one_label_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data.corrupt=0.5 chooses 5 of 10 records.*cannot be exchanged"):
+    with pytest.raises(DataError, match=r"data.noise.swap=0.5 chooses 5 of 10 records.*cannot be exchanged"):
         corruption_sources([1] * 10, 0.5, 0)
 
 

@@ -172,7 +172,7 @@ def test_what_it_does_not_read_is_refused_by_name(shards: Path) -> None:
     one = shards / "00000.tar"
     with pytest.raises(ConfigError, match=r"has no length: give data.epoch_samples"):
         stream(one, epoch_samples=None)
-    for option, value in (("weights", (1.0,)), ("corrupt", 0.1), ("distinct", "label")):
+    for option, value in (("weights", (1.0,)), ("noise", {"swap": 0.1}), ("distinct", "label")):
         with pytest.raises(ConfigError, match=rf"data.{option}.*`?stream:"):
             stream(one, **{option: value})
 

@@ -35,6 +35,6 @@ def corruption_sources(labels: Sequence[int] | np.ndarray, share: float, seed: i
         for clash, other in zip(clashes, rng.integers(len(chosen), size=len(clashes)), strict=True):
             drawn[clash], drawn[other] = drawn[other], drawn[clash]
     raise DataError(
-        f"data.corrupt={share} chooses {len(chosen)} of {len(ids)} records, and their captions cannot be exchanged "
+        f"data.noise.swap={share} chooses {len(chosen)} of {len(ids)} records, and their captions cannot be exchanged "
         "between different labels; choose a larger share, or 0"
     )

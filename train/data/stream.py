@@ -84,7 +84,7 @@ def shards_of(options: DataOptions) -> list[str]:
             f"data.source={options.source!r} has no length: give data.epoch_samples, how many samples count as an "
             "epoch (about as many as its shards hold)"
         )
-    for option, given in (("data.weights", bool(options.weights)), ("data.corrupt", options.corrupt > 0)):
+    for option, given in (("data.weights", bool(options.weights)), ("data.noise", bool(options.noise))):
         if given:
             raise ConfigError(f"{option} with data.source={options.source!r}; allowed: without `{SCHEME}`")
     if options.distinct != "none":

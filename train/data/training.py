@@ -75,7 +75,8 @@ class Indexed(TrainingData):
         options = config.data
         self.source = open_source(options.source, options)
         trial(self.source, options)
-        labels = self.source.labels() if options.distinct == "label" or options.corrupt else None
+        swapped = options.noise.get("swap", 0.0)
+        labels = self.source.labels() if options.distinct == "label" or swapped else None
         if options.distinct == "label" and labels is None:
             raise ConfigError(
                 f"data.distinct='label', but not every record of data.source={options.source!r} has a label; use "
@@ -88,7 +89,7 @@ class Indexed(TrainingData):
             config.job.seed,
             weights=options.weights,
             labels=labels if options.distinct == "label" else None,
-            corruption=corruption_sources(exchanged, options.corrupt, options.seed) if options.corrupt else None,
+            corruption=corruption_sources(exchanged, swapped, options.seed) if swapped else None,
         )
         self.fingerprint, self.epoch_length = self.source.fingerprint, self.sampler.epoch_length
 
