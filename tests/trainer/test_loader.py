@@ -22,8 +22,8 @@ from helpers import PYTHONPATH, signals
 from helpers.sources import Listed, bad, broken, listed, prepare, tokenize
 from PIL import Image
 
-from train.data.corruption import corruption_sources
 from train.data.loader import CHUNK, MOST_CHUNKS, Batch, Loader, Reading, chunk_ends, trial
+from train.data.noise import Noisy
 from train.data.record import DataError
 from train.data.sampler import StepSampler
 from train.data.workers import WorkerError, count_workers
@@ -31,6 +31,7 @@ from train.options import DataOptions
 from train.world import World
 
 CPU = torch.device("cpu")
+NOISE = {"swap": 0.2, "near_swap": 0.2, "partial": 0.1, "wrong_word": 0.2, "junk": 0.1}
 BAD = {number: bad(reason) for number, reason in ((3, "broken_image"), (17, "empty_caption"), (40, "broken_image"))}
 
 
@@ -43,14 +44,16 @@ def shouted(captions: Sequence[str]) -> torch.Tensor:
     return tokenize([caption.upper() for caption in captions])[:, :9]
 
 
-def loader(source: Listed, rank: int = 0, ranks: int = 1, workers: int = 0, batch: int = 24, **sampling: Any) -> Loader:
+def loader(
+    source: Listed | Noisy, rank: int = 0, ranks: int = 1, workers: int = 0, batch: int = 24, **sampling: Any
+) -> Loader:
     sampler = StepSampler([len(source)], batch, 0, **sampling)
     options = DataOptions(workers=workers)
     reading = Reading(prepare, tokenize, options.max_pixels, ((halved, shouted), (prepare, tokenize)))
     return Loader(source, sampler, reading, options, World(rank, ranks, CPU, None))
 
 
-def batches(source: Listed, first: int = 0, last: int = 6, **how: Any) -> list[Batch]:
+def batches(source: Listed | Noisy, first: int = 0, last: int = 6, **how: Any) -> list[Batch]:
     with closing(loader(source, **how).batches(first, last)) as made:
         return list(made)
 
@@ -95,10 +98,10 @@ def test_a_batch_is_what_was_drawn() -> None:
     (batch,) = batches(source, 4, 5)
     assert batch.images.shape == (24, 3, 4, 4) and batch.images.dtype == torch.float32
     assert batch.tokens.shape == (24, 16) and batch.tokens.dtype == torch.int64
-    assert batch.keys == tuple(f"r{number}" for number in drawn.image)
+    assert batch.keys == tuple(f"r{number}" for number in drawn.record)
     assert batch.bad == {}
     assert batch.labels.tolist() == [-1] * 24 and batch.noise.tolist() == [0] * 24
-    for position, number in enumerate(drawn.image.tolist()):
+    for position, number in enumerate(drawn.record.tolist()):
         assert batch.images[position, 1].floor().unique().tolist() == [number]
         caption = f"{number} in words {int(drawn.caption[position] * 3)}".encode()[:16]
         assert bytes(batch.tokens[position].tolist()).rstrip(b"\0") == caption
@@ -118,8 +121,9 @@ def test_teachers_see_the_same_pictures_and_captions_in_their_own_way() -> None:
 
 @pytest.mark.parametrize("workers", (2, 4))
 def test_workers_change_nothing(small_chunks: None, workers: int) -> None:
-    source = listed(60, instead=BAD)
+    source = Noisy(listed(60, 20, instead=BAD), NOISE, 1)
     alone = batches(source)
+    assert {number for batch in alone for number in batch.noise.tolist()} == set(range(len(NOISE) + 1))
     assert sum(sum(batch.bad.values()) for batch in alone) > 3
     assert same(alone, batches(source, workers=workers))
     assert same(alone[2:], batches(source, 2, 6, workers=workers)), "a resumed run goes on with the same batches"
@@ -127,7 +131,7 @@ def test_workers_change_nothing(small_chunks: None, workers: int) -> None:
 
 @pytest.mark.parametrize("ranks", (2, 3, 4))
 def test_ranks_change_nothing(small_chunks: None, ranks: int) -> None:
-    source = listed(60, instead=BAD)
+    source = Noisy(listed(60, 20, instead=BAD), NOISE, 1)
     shares = [batches(source, rank=rank, ranks=ranks, workers=rank % 2) for rank in range(ranks)]
     assert all(len(share[0].keys) == 24 // ranks for share in shares)
     assert same(batches(source), together(shares))
@@ -139,14 +143,6 @@ def test_the_global_random_numbers_are_left_alone() -> None:
     batches(listed(60), workers=1)
     batches(listed(60))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_corrupted_captions_are_those_of_another_record() -> None:
-    source = listed(60)
-    corruption = corruption_sources(np.arange(60), 1.0, 0)
-    (batch,) = batches(source, 0, 1, corruption=corruption)
-    for key, tokens in zip(batch.keys, batch.tokens, strict=True):
-        assert bytes(tokens.tolist()).startswith(f"{corruption[int(key[1:])]} in".encode())
 
 
 def test_chunks_make_up_the_share_and_are_never_too_many() -> None:
@@ -174,14 +170,14 @@ def test_bad_records_are_replaced_and_counted(workers: int) -> None:
     expected: dict[str, int] = {}
     for step, batch in enumerate(made):
         assert len(batch.keys) == 24 and not {"r3", "r17", "r40"} & set(batch.keys)
-        drawn = sampler.draw(step).image.tolist()
+        drawn = sampler.draw(step).record.tolist()
         for position, (number, key) in enumerate(zip(drawn, batch.keys, strict=True)):
             if number not in BAD:
                 assert key == f"r{number}"
                 continue
             spares = (sampler.spare(step, position, attempt) for attempt in range(1, 100))
-            good = next(spare for spare in spares if spare is not None and spare.image not in BAD)
-            assert key == f"r{good.image}"
+            good = next(spare for spare in spares if spare is not None and spare.record not in BAD)
+            assert key == f"r{good.record}"
             expected[BAD[number].args[0]] = expected.get(BAD[number].args[0], 0) + 1
     counted: dict[str, int] = {}
     for batch in made:
@@ -258,7 +254,7 @@ def children(pid: int) -> list[int]:
 
 def stuck_after_a_step(batch: int) -> Listed:
     """Only what the first step reads can be read; a worker waits forever for the rest."""
-    source, good = listed(600), StepSampler([600], batch, 0).draw(0).image.tolist()
+    source, good = listed(600), StepSampler([600], batch, 0).draw(0).record.tolist()
     return Listed([one if number in good else "stuck" for number, one in enumerate(source.records)])
 
 

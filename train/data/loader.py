@@ -44,7 +44,7 @@ class Batch:
     images  (b, 3, H, W) float32
     tokens  (b, L) int64
     labels  (b,) int64, Record.label; -1 where a record has none
-    noise   (b,) int64: 0 where the caption is the record's own, else 1 + the index in options.NOISE of what was done
+    noise   (b,) int64, Record.noise
     views   the same pictures and captions as other towers take them, of each teacher in turn, under one augmentation
             seed
     keys    names the records of the share
@@ -180,11 +180,11 @@ class _Chunks(Dataset[Chunk | DataError]):
         )
 
     def _read(self, draw: Draw) -> Sample:
-        record = self._source.read(draw.image)
-        captions = record.captions if draw.text == draw.image else self._source.read(draw.text).captions
+        record = self._source.read(draw.record)
         picture = decode(record.image, self._reading.max_pixels)
+        caption = record.captions[int(draw.caption * len(record.captions))]
         label = -1 if record.label is None else record.label
-        return Sample(record.key, picture, captions[int(draw.caption * len(captions))], draw.seed, label)
+        return Sample(record.key, picture, caption, draw.seed, label, record.noise)
 
 
 def chunk_ends(share: int, towers: int = 1) -> list[int]:

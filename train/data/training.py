@@ -14,8 +14,8 @@ from ..heartbeat import tick
 from ..options import ConfigError
 from ..towers.bundle import Bundle
 from ..world import World
-from .corruption import corruption_sources
 from .loader import Batches, Loader, Reading, trial
+from .noise import Noisy
 from .record import BadRecordError, DataError, count_bad, describe_bad
 from .sampler import StepSampler
 from .sources import open_source
@@ -25,10 +25,12 @@ CAPTIONS_READ = 200_000  # records at most that a tokenizer is trained on
 
 
 class TrainingData(ABC):
-    """`fingerprint`: hex SHA-256 of what it holds; `epoch_length`: in samples."""
+    """`fingerprint`: hex SHA-256 of what it holds; `epoch_length`: in samples; `noisy`: what captions are made wrong
+    by."""
 
     fingerprint: str
     epoch_length: int
+    noisy: Noisy | None = None
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -75,26 +77,33 @@ class Indexed(TrainingData):
         options = config.data
         self.source = open_source(options.source, options)
         trial(self.source, options)
-        swapped = options.noise.get("swap", 0.0)
-        labels = self.source.labels() if options.distinct == "label" or swapped else None
-        if options.distinct == "label" and labels is None:
-            raise ConfigError(
-                f"data.distinct='label', but not every record of data.source={options.source!r} has a label; use "
-                "data.distinct=none"
-            )
-        exchanged = np.arange(len(self.source)) if labels is None else labels
+        labels = self._labels("data.distinct", "none") if options.distinct == "label" else None
+        if config.loss.positives == "label":
+            self._labels("loss.positives", "pair")
         self.sampler = StepSampler(
             getattr(self.source, "lengths", [len(self.source)]),
             config.optimizer.batch_size,
             config.job.seed,
             weights=options.weights,
-            labels=labels if options.distinct == "label" else None,
-            corruption=corruption_sources(exchanged, swapped, options.seed) if swapped else None,
+            labels=labels,
         )
+        if options.noise:
+            self.noisy = Noisy(self.source, options.noise, options.seed)
         self.fingerprint, self.epoch_length = self.source.fingerprint, self.sampler.epoch_length
 
+    def _labels(self, option: str, other: str) -> np.ndarray:
+        """Those that option=label needs."""
+        labels = self.source.labels()
+        if labels is None:
+            raise ConfigError(
+                f"{option}='label', but not every record of data.source={self._config.data.source!r} has a label; use "
+                f"{option}={other}"
+            )
+        return labels
+
     def captions(self) -> Iterable[str]:
-        """All captions, or those of CAPTIONS_READ records, evenly spaced."""
+        """All captions, or those of CAPTIONS_READ records, evenly spaced; without noise, so that runs that differ in it
+        alone have one tokenizer."""
         count = min(len(self.source), CAPTIONS_READ)
         for index in np.linspace(0, len(self.source) - 1, count).astype(int).tolist():
             tick()
@@ -104,10 +113,11 @@ class Indexed(TrainingData):
                 continue  # it is counted when its batch is read
 
     def describe(self) -> str:
-        return f"{len(self.source)} pairs (bad samples left out: {count_bad(self.source.left_out)})"
+        wrong = f"; captions made wrong: {self.noisy.describe()}" if self.noisy is not None else ""
+        return f"{len(self.source)} pairs (bad samples left out: {count_bad(self.source.left_out)}{wrong})"
 
     def _loader(self, reading: Reading, world: World) -> Loader:
-        return Loader(self.source, self.sampler, reading, self._config.data, world)
+        return Loader(self.noisy or self.source, self.sampler, reading, self._config.data, world)
 
 
 class Streamed(TrainingData):
@@ -116,6 +126,8 @@ class Streamed(TrainingData):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._urls = shards_of(config.data)
+        if config.loss.positives == "label":
+            raise ConfigError(f"loss.positives='label' with data.source={config.data.source!r}; allowed: 'pair'")
         names = [url.rpartition("/")[2] for url in self._urls]
         self.fingerprint = hashlib.sha256("\n".join(names).encode()).hexdigest()
         assert config.data.epoch_samples is not None
