@@ -34,7 +34,8 @@ class LinearProbe:
     mean_per_class_recall  the same within each class of these rows, averaged over the classes
     C                      inverse strength of the regularization
     chance, majority       acc1 of a guess among the classes trained on, and of always naming the largest class here
-    converged              whether every fit ended within MAX_ITERATIONS; those that did not count as they were
+    converged              whether the fit on all rows ended within MAX_ITERATIONS. In the search, where values of C far
+                           too high do not, a fit counts as it was by then
     """
 
     acc1: float
@@ -96,17 +97,10 @@ def fit(rows: Tensor, classes: np.ndarray, seed: int, groups: np.ndarray | None 
     from threadpoolctl import threadpool_limits
 
     fitted, held = _split(classes, groups, seed)
-    x, converged = _numbers(rows), []
-
-    def train(c: float, part: np.ndarray | slice) -> Any:
-        classifier, within = _regress(x[part], classes[part], c)
-        converged.append(within)
-        heartbeat.tick()
-        return classifier
-
+    x = _numbers(rows)
     with threadpool_limits(1):
-        c = _best(lambda c: float(train(c, fitted).score(x[held], classes[held])))
-        return Probe(train(c, slice(None)), all(converged))
+        c = _best(lambda c: float(_regress(x[fitted], classes[fitted], c)[0].score(x[held], classes[held])))
+        return Probe(*_regress(x, classes, c))
 
 
 def require_scikit_learn() -> None:
@@ -160,7 +154,7 @@ def _argmax(scores: dict[float, float]) -> float:
 
 
 def _regress(x: np.ndarray, classes: np.ndarray, c: float) -> tuple[Any, bool]:
-    """The classifier, and whether it converged: MAX_ITERATIONS is a bound on time, and what they give is used."""
+    """The classifier after at most MAX_ITERATIONS, and whether it converged by then. Counts as progress."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
@@ -168,6 +162,7 @@ def _regress(x: np.ndarray, classes: np.ndarray, c: float) -> tuple[Any, bool]:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", ConvergenceWarning)
         classifier = LogisticRegression(C=c, max_iter=MAX_ITERATIONS).fit(x, classes)
+    heartbeat.tick()
     return classifier, not said
 
 
