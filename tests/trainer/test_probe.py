@@ -19,7 +19,7 @@ from torch import Tensor
 from train import heartbeat
 from train.data import DataError
 from train.evaluate import probe
-from train.evaluate.probe import fit, linear_probe
+from train.evaluate.probe import fit, split
 from train.options import ConfigError
 
 SEED = 3
@@ -41,7 +41,7 @@ def regression(c: float) -> LogisticRegression:
 def test_a_probe_is_scikit_learns_on_the_same_features(digits: tuple[Tensor, np.ndarray], grouped: bool) -> None:
     rows, classes = digits
     groups = np.arange(300) // 3 if grouped else None
-    found = linear_probe(rows[:300], classes[:300], rows[300:], classes[300:], SEED, groups)
+    found = fit(rows[:300], classes[:300], SEED, groups).score(rows[300:], classes[300:])
 
     x, y = rows.double().numpy(), classes
     splitter = (StratifiedGroupKFold if grouped else StratifiedKFold)(5, shuffle=True, random_state=SEED)
@@ -77,16 +77,16 @@ def test_of_values_of_c_that_are_equally_good_the_lowest_is_taken() -> None:
 
 def test_a_group_is_on_one_side_of_the_split() -> None:
     classes, groups = np.repeat(["a", "b", "c"], [200, 100, 50]), np.arange(350) // 5
-    fitted, held = probe._split(classes, groups, 0)
+    fitted, held = split(classes, groups, 0)
     assert sorted([*fitted, *held]) == list(range(350))
     assert not set(groups[fitted]) & set(groups[held])
     assert [int((classes[held] == name).sum()) for name in "abc"] == [40, 20, 10]
-    assert set(probe._split(classes, groups, 1)[1]) != set(held)
+    assert set(split(classes, groups, 1)[1]) != set(held)
 
 
 def test_where_each_class_is_one_group_its_rows_are_split() -> None:
     classes = np.repeat([4, 7, 9], [100, 50, 5])
-    fitted, held = probe._split(classes, classes, 2**40)  # as large as data.seed may be
+    fitted, held = split(classes, classes, 2**40)  # as large as data.seed may be
     assert sorted([*fitted, *held]) == list(range(155))
     assert [int((classes[held] == number).sum()) for number in (4, 7, 9)] == [20, 10, 1]
 
@@ -106,7 +106,7 @@ def test_a_fit_that_does_not_converge_is_told_and_not_warned_of(
 ) -> None:
     rows, classes = digits
     monkeypatch.setattr(probe, "MAX_ITERATIONS", 2)
-    found = linear_probe(rows[:300], classes[:300], rows[300:], classes[300:], SEED)
+    found = fit(rows[:300], classes[:300], SEED).score(rows[300:], classes[300:])
     assert not found.converged
     assert found.acc1 > found.chance
 

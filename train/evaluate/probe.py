@@ -70,18 +70,6 @@ class Probe:
         )
 
 
-def linear_probe(
-    train: Tensor,
-    train_classes: np.ndarray,
-    test: Tensor,
-    test_classes: np.ndarray,
-    seed: int,
-    groups: np.ndarray | None = None,
-) -> LinearProbe:
-    """Fit on `train` (n, E), score on `test` (m, E); see `fit`. For several tests of one probe use Probe.score."""
-    return fit(train, train_classes, seed, groups).score(test, test_classes)
-
-
 def fit(rows: Tensor, classes: np.ndarray, seed: int, groups: np.ndarray | None = None) -> Probe:
     """Choose C on a validation split of the unit rows (n, E), then fit on all of them.
 
@@ -90,13 +78,13 @@ def fit(rows: Tensor, classes: np.ndarray, seed: int, groups: np.ndarray | None 
     groups   (n,), for example the concept that a row shows: the split leaves no group on both sides. Where each class
              is one group, as class folders have it, groups cannot be kept apart, and rows are
 
-    Of values of C that are equally good the lowest is taken. Raises ConfigError without scikit-learn, DataError where
-    the rows are too few to be split.
+    Of values of C that are equally good the lowest is taken. Raises as require_scikit_learn and split do, which can be
+    called before anything is embedded.
     """
     require_scikit_learn()
     from threadpoolctl import threadpool_limits
 
-    fitted, held = _split(classes, groups, seed)
+    fitted, held = split(classes, groups, seed)
     x = _numbers(rows)
     with threadpool_limits(1):
         c = _best(lambda c: float(_regress(x[fitted], classes[fitted], c)[0].score(x[held], classes[held])))
@@ -104,7 +92,7 @@ def fit(rows: Tensor, classes: np.ndarray, seed: int, groups: np.ndarray | None 
 
 
 def require_scikit_learn() -> None:
-    """Raises ConfigError where a probe cannot be fitted: to be called before anything is computed."""
+    """Raises ConfigError, which names our extra, where the library is missing."""
     try:
         import sklearn  # noqa: F401
     except ImportError as error:
@@ -114,15 +102,16 @@ def require_scikit_learn() -> None:
         ) from error
 
 
-def _split(classes: np.ndarray, groups: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to fit on and to validate on, stratified by class as far as its rows or groups go."""
+def split(classes: np.ndarray, groups: np.ndarray | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to fit on and to validate on, stratified by class as far as its rows or groups go; see `fit`. Raises
+    DataError where they are too few."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     _, class_of = np.unique(classes, return_inverse=True)
     _, unit_of = np.unique(np.arange(len(classes)) if groups is None else groups, return_inverse=True)
     units = np.bincount(np.unique(np.stack([class_of, unit_of]), axis=1)[0])  # of each class, rows or groups
     if groups is not None and units.max() == 1:
-        return _split(classes, None, seed)
+        return split(classes, None, seed)
     folds = min(FOLDS, int(units.max()))
     if folds > 1 and len(units) > 1:
         kind = StratifiedKFold if groups is None else StratifiedGroupKFold
