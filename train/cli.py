@@ -26,6 +26,7 @@ AUTO_PATIENCE = 15.0  # seconds for the ranks of a job whose launcher was killed
 OTHER_COMMANDS = f"""other commands:
   {PROGRAM} plot RUN [RUN ...]  draw the curves of runs together
   {PROGRAM} evaluate RUN        evaluate a run from its newest checkpoint
+  {PROGRAM} robustness          compare runs' accuracies under a shift with those of reference models
   {PROGRAM} data                prepare the emoji set
   {PROGRAM} grid STUDY.yaml     carry out the runs of a study
 Each tells more with --help."""
