@@ -26,6 +26,7 @@ AUTO_PATIENCE = 15.0  # seconds for the ranks of a job whose launcher was killed
 OTHER_COMMANDS = f"""other commands:
   {PROGRAM} plot RUN [RUN ...]  draw the curves of runs together
   {PROGRAM} evaluate RUN        evaluate a run from its newest checkpoint
+  {PROGRAM} export RUN          write its towers in a form that another library loads
   {PROGRAM} data                prepare the emoji set
 Each tells more with --help."""
 USER_ERRORS = (ConfigError, checkpoint.CheckpointError, DataError, SetupError, lock.LockedError)
