@@ -27,8 +27,10 @@ OTHER_COMMANDS = f"""other commands:
   {PROGRAM} plot RUN [RUN ...]  draw the curves of runs together
   {PROGRAM} evaluate RUN        evaluate a run from its newest checkpoint
   {PROGRAM} robustness          compare runs' accuracies under a shift with those of reference models
-  {PROGRAM} data                prepare the emoji set
   {PROGRAM} grid STUDY.yaml     carry out the runs of a study
+  {PROGRAM} compare STUDY       what its methods differ by
+  {PROGRAM} export RUN          write its towers in a form that another library loads
+  {PROGRAM} data                prepare the emoji set
 Each tells more with --help."""
 USER_ERRORS = (ConfigError, checkpoint.CheckpointError, DataError, SetupError, lock.LockedError)
 
