@@ -264,8 +264,7 @@ def test_the_account_names_every_wrong_caption_and_where_it_is_from(tmp_path: Pa
     noisy = Noisy(source, ALL, 0)
     noisy.write_account(tmp_path)
     written = (tmp_path / ACCOUNT).read_bytes()
-    noisy.write_account(tmp_path)
-    assert (tmp_path / ACCOUNT).read_bytes() == written
+    assert written[4:8] == bytes(4), "it holds no time: the same noise gives the same file"
     rows = list(csv.DictReader(gzip.decompress(written).decode().splitlines()))
     lost = {7, 8} | {index for index in range(100) if noisy.others[index] in (7, 8)}
     expected = [
