@@ -24,6 +24,11 @@ from .loss_options import LossOptions
 SELF, EMA = "self", "ema"  # of loss.teachers; any other is a place of towers
 
 
+def teachers_of(loss: LossOptions) -> tuple[str, ...]:
+    """Those of loss.teachers that have a part in a run: hard targets have none."""
+    return () if loss.target == "hard" else loss.teachers
+
+
 @dataclass(frozen=True)
 class Taught:
     """What a teacher made of this rank's share of a batch: rows of the images (b, E) and of the texts (b, E), and its

@@ -56,6 +56,8 @@ class Share:
     images: Tensor
     tokens: Tensor
     bad: dict[str, int]
+    labels: Tensor
+    views: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def bundle(seed: int = 0, lock: str = "none", precision: str = "fp32") -> Bundle:
