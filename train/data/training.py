@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,12 +33,12 @@ class TrainingData(ABC):
     def __init__(self, config: Config) -> None:
         self._config = config
 
-    def batches(self, bundle: Bundle, world: World, first: int, last: int) -> Batches:
-        """This rank's share of the batches of steps `first` to `last` - 1, in order."""
-        return self._loader(bundle, world).batches(first, last)
-
-    def _reading(self, bundle: Bundle) -> Reading:
-        return Reading(bundle.prepare, bundle.tokenize, self._config.data.max_pixels)
+    def batches(self, bundle: Bundle, world: World, first: int, last: int, teachers: Sequence[Bundle] = ()) -> Batches:
+        """This rank's share of the batches of steps `first` to `last` - 1, in order; each of `teachers` has a view of
+        them."""
+        views = tuple((teacher.prepare, teacher.tokenize) for teacher in teachers)
+        reading = Reading(bundle.prepare, bundle.tokenize, self._config.data.max_pixels, views)
+        return self._loader(reading, world).batches(first, last)
 
     @abstractmethod
     def captions(self) -> Iterable[str]:
@@ -49,7 +49,7 @@ class TrainingData(ABC):
         """How much there is, in words."""
 
     @abstractmethod
-    def _loader(self, bundle: Bundle, world: World) -> Any: ...
+    def _loader(self, reading: Reading, world: World) -> Any: ...
 
     def check_bad(self, bad: int, steps: int, reasons: Mapping[str, int]) -> None:
         """Raises DataError where, of all samples of `steps` steps, and of an epoch at least, too many were bad."""
@@ -106,8 +106,8 @@ class Indexed(TrainingData):
     def describe(self) -> str:
         return f"{len(self.source)} pairs (bad samples left out: {count_bad(self.source.left_out)})"
 
-    def _loader(self, bundle: Bundle, world: World) -> Loader:
-        return Loader(self.source, self.sampler, self._reading(bundle), self._config.data, world)
+    def _loader(self, reading: Reading, world: World) -> Loader:
+        return Loader(self.source, self.sampler, reading, self._config.data, world)
 
 
 class Streamed(TrainingData):
@@ -131,6 +131,6 @@ class Streamed(TrainingData):
     def describe(self) -> str:
         return f"a stream of {len(self._urls)} shards"
 
-    def _loader(self, bundle: Bundle, world: World) -> Stream:
+    def _loader(self, reading: Reading, world: World) -> Stream:
         batch_size, seed = self._config.optimizer.batch_size, self._config.job.seed
-        return Stream(batch_size, seed, self._reading(bundle), self._config.data, world)
+        return Stream(batch_size, seed, reading, self._config.data, world)
