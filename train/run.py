@@ -30,11 +30,11 @@ from .evaluate.sets import Evaluation, read_evaluation
 from .files import explain
 from .heartbeat import Heartbeat
 from .options import SKIP_WINDOW
-from .setup import build_towers, check_labels, check_optimizer, check_options
+from .set_up import build_towers, check_labels, check_optimizer, check_options
 from .signals import name_of, stop
 from .step import StepResult, train_step
-from .targets import EMA, teachers_of
-from .teachers import Teachers, read_teachers
+from .targets import EMA
+from .teachers import Teachers, find_teachers, read_teachers
 from .towers import Bundle
 from .world import ElsewhereError, World, asked_to_stop, on_each, on_first
 
@@ -100,8 +100,8 @@ def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
     if trainer.log is not None:
         for note in trainer.bundle.notes:
             trainer.log.say(f"{task.config.model.towers}: {note}")
-        for name, place in trainer.teachers.places.items():
-            trainer.log.say(f"teacher {name}: the weights of {place}, SHA-256 {trainer.teachers.hashes[name]}")
+        for name, found in trainer.teachers.found.items():
+            trainer.log.say(f"teacher {name}: the weights of {found.place}, SHA-256 {found.sha256}")
         seconds = f"{time.perf_counter() - began:.1f} s"
         trainer.log.say(
             f"run {task.run}: {_describe(trainer)}, steps {trainer.state.step} to {last}; ready in {seconds}"
@@ -128,6 +128,7 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     config, run, first = task.config, task.run, world.rank == 0
     _quiet()
     on_each(world, lambda: check_options(config, world.size))
+    found = find_teachers(config.loss, world)
     data = on_each(world, lambda: open_training_data(config))
     on_each(world, lambda: check_labels(config, data))
     # Rank 0 evaluates; what is wrong with the held-out data is said before the first step.
@@ -137,11 +138,11 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     bundle = build_towers(config, data, resumed, world)
     config, choices = on_first(world, lambda: settle(config, bundle, world.size, world.device))
     bundle.module.precision = config.job.precision
-    teachers = read_teachers(config, bundle, world)
+    teachers = read_teachers(config, found, bundle, world)
     heartbeat.tick()
     evaluated = {} if evaluation is None else {name: one.source.fingerprint for name, one in evaluation.sets.items()}
-    taught_by = tuple(teachers.hashes.get(name, name) for name in teachers_of(config.loss))
-    now = on_first(world, lambda: fingerprint.take(data.fingerprint, evaluated, world.device, taught_by))
+    taught = teachers.fingerprint(config.loss)
+    now = on_first(world, lambda: fingerprint.take(data.fingerprint, evaluated, world.device, taught))
     state = checkpoint.State(0, 0, world.size, config.job.zero_stage)
     if resumed is not None:
         state = on_first(world, lambda: resume.check(config, task.stop_after, resumed, world, now))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import checkpoint, towers
 from .config import Config
+from .loss_options import LossOptions
 from .options import ConfigError, ModelOptions
 from .targets import EMA, SELF, Taught, teachers_of
 from .towers import Bundle, Contrastive
@@ -46,21 +47,28 @@ class Seen(Protocol):
 
 
 @dataclass(frozen=True)
+class Found:
+    """Where a frozen teacher is: the folder of a checkpoint or a form of model.towers, and the SHA-256 of its
+    weights."""
+
+    place: str
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Teachers:
     """Those of loss.teachers that are modules of their own, on the device of the rank.
 
     ema     the moving average of the towers, alike to the last bit on all ranks; None where it is no teacher
     decay   its d, loss.ema_decay
     frozen  the others, by name, in their order
-    places  by name, where rank 0 found a frozen one: the folder of a checkpoint, or a form of model.towers
-    hashes  by name, the SHA-256 of its weights
+    found   likewise, where they are
     """
 
     ema: Contrastive | None = None
     decay: float = 0.0
     frozen: Mapping[str, Bundle] = field(default_factory=dict)
-    places: Mapping[str, str] = field(default_factory=dict)
-    hashes: Mapping[str, str] = field(default_factory=dict)
+    found: Mapping[str, Found] = field(default_factory=dict)
 
     @torch.no_grad()
     def teach(self, batch: Seen, micro_batches: int) -> dict[str, Taught]:
@@ -83,8 +91,15 @@ class Teachers:
         for mine, its in zip(self.ema.parameters(), engine.module.parameters(), strict=True):
             with deepspeed.zero.GatheredParameters([its] if partitioned else [], enabled=partitioned):
                 mine.lerp_(its, 1.0 - kept)  # which leaves a locked parameter as it is, to the last bit
-        for mine, its in zip(self.ema.buffers(), engine.module.buffers(), strict=True):
-            mine.copy_(its)
+        for buffer, its in zip(self.ema.buffers(), engine.module.buffers(), strict=True):
+            buffer.copy_(its)
+
+    def fingerprint(self, loss: LossOptions) -> tuple[str, ...]:
+        """See fingerprint.Fingerprint."""
+        names = teachers_of(loss)
+        return (
+            () if names == (SELF,) else tuple(self.found[name].sha256 if name in self.found else name for name in names)
+        )
 
     def ema_weights(self) -> dict[str, Tensor]:
         """Of the moving average, on the CPU, copied; nothing where it is no teacher."""
@@ -112,18 +127,20 @@ def _encode(module: Contrastive, view: tuple[Tensor, Tensor], micro_batches: int
     return Taught(torch.cat(images), torch.cat(texts), float(scales[0]))
 
 
-def read_teachers(config: Config, bundle: Bundle, world: World) -> Teachers:
-    """The teachers that `config` names, beside the student `bundle`, which no engine has taken yet. Raises ConfigError
-    where one cannot be had."""
-    names = [name for name in teachers_of(config.loss) if name not in (SELF, EMA)]
-    found = on_first(world, lambda: {name: _found(name) for name in names})
-    frozen = on_each(world, lambda: {name: _read(name, place) for name, (place, _) in found.items()})
+def find_teachers(loss: LossOptions, world: World) -> dict[str, Found]:
+    """The frozen ones, by name, as rank 0 finds them. Raises ConfigError where one cannot be had."""
+    names = [name for name in teachers_of(loss) if name not in (SELF, EMA)]
+    return on_first(world, lambda: {name: _find(name) for name in names})
+
+
+def read_teachers(config: Config, found: Mapping[str, Found], bundle: Bundle, world: World) -> Teachers:
+    """All that `config` names, beside the student `bundle`, which no engine has taken yet."""
+    frozen = on_each(world, lambda: {name: _read(name, one.place) for name, one in found.items()})
     ema = on_each(world, lambda: _copy(config, bundle)) if EMA in teachers_of(config.loss) else None
     for module in (*(one.module for one in frozen.values()), *([ema] if ema is not None else [])):
         module.precision = config.job.precision
         module.to(world.device).requires_grad_(False).eval()
-    places, hashes = ({name: both[part] for name, both in found.items()} for part in (0, 1))
-    return Teachers(ema, config.loss.ema_decay, frozen, places, hashes)
+    return Teachers(ema, config.loss.ema_decay, frozen, found)
 
 
 def _copy(config: Config, bundle: Bundle) -> Contrastive:
@@ -133,20 +150,20 @@ def _copy(config: Config, bundle: Bundle) -> Contrastive:
     return module
 
 
-def _found(name: str) -> tuple[str, str]:
-    """The place of a teacher, a folder of a run settled to the checkpoint in it, and the SHA-256 of its weights."""
+def _find(name: str) -> Found:
     place = _place(name)
     weights = _read(name, place).module.state_dict()
     bad = [key for key, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if bad:
         _refuse(name, f"is not finite: NaN or infinity in {checkpoint.name_some(bad)}")
-    found = _hash(weights)
-    if not Path(place).is_dir() and _hash(_read(name, place, seed=1).module.state_dict()) != found:
+    sha256 = _hash(weights)
+    if not Path(place).is_dir() and _hash(_read(name, place, seed=1).module.state_dict()) != sha256:
         _refuse(name, "begins with random weights, in one tower at least")
-    return place, found
+    return Found(place, sha256)
 
 
 def _place(name: str) -> str:
+    """A run's folder is settled to its newest good checkpoint."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if name.partition(":")[0] not in FORMS:
@@ -186,5 +203,5 @@ def _hash(weights: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        total.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -124,7 +124,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def _rows(group: Any, options: Config) -> tuple[Tensor, Tensor]:
     """The embeddings that a new run begins with, on every rank."""
-    from train.setup import build_towers
+    from train.set_up import build_towers
     from train.world import World
 
     here = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), group)
