@@ -37,8 +37,9 @@ from .options import SKIP_WINDOW, ConfigError
 from .targets import EMA, teachers_of
 
 FOLDER, LATEST, MANIFEST, ENGINE = "checkpoints", "latest", "manifest.json", "engine"
-TOWERS, EMA_WEIGHTS = "towers", "ema.safetensors"
-WEIGHTS, CONFIG, STATE, FINGERPRINT = "model.safetensors", "config.json", "state.json", "fingerprint.json"
+TOWERS = "towers"
+WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+CONFIG, STATE, FINGERPRINT = "config.json", "state.json", "fingerprint.json"
 NAME = re.compile(r"step-[0-9]{6,}")
 SHOWN = 300  # characters of another library's error
 MAX_COUNT = 2**62  # of steps and the like
@@ -118,9 +119,10 @@ def write_portable(
 ) -> None:
     """Weights, those of the teacher `ema` where there is one, configuration, the towers' own files, state and
     fingerprint, none of which can run code."""
-    for file, tensors in ((WEIGHTS, weights), *(((EMA_WEIGHTS, ema),) if ema else ())):
-        held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-        write_new(folder / file, save_safetensors(held))
+    for file, tensors in ((WEIGHTS, weights), (EMA_WEIGHTS, ema)):
+        if tensors:
+            held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+            write_new(folder / file, save_safetensors(held))
     write_new(folder / CONFIG, json.dumps(config.to_dict(), indent=1).encode())
     (folder / TOWERS).mkdir()  # their names may be any, config.json among them
     for name, content in files.items():

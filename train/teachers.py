@@ -25,8 +25,6 @@ from .targets import EMA, SELF, Taught, teachers_of
 from .towers import Bundle, Contrastive
 from .world import World, on_each, on_first
 
-FORMS = ("open_clip", "hf", "timm", "python")  # of model.towers that may come with weights
-
 
 class Seen(Protocol):
     """What is encoded of a rank's share of a batch, b pairs, on its device.
@@ -97,9 +95,9 @@ class Teachers:
     def fingerprint(self, loss: LossOptions) -> tuple[str, ...]:
         """See fingerprint.Fingerprint."""
         names = teachers_of(loss)
-        return (
-            () if names == (SELF,) else tuple(self.found[name].sha256 if name in self.found else name for name in names)
-        )
+        if names == (SELF,):
+            return ()
+        return tuple(self.found[name].sha256 if name in self.found else name for name in names)
 
     def ema_weights(self) -> dict[str, Tensor]:
         """Of the moving average, on the CPU, copied; nothing where it is no teacher."""
@@ -166,7 +164,7 @@ def _place(name: str) -> str:
     """A run's folder is settled to its newest good checkpoint."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if name.partition(":")[0] not in FORMS:
+        if name.partition(":")[0] not in (*towers.LIBRARIES, "python"):
             _refuse(name, "is no folder")
         return name
     try:

@@ -62,8 +62,8 @@ def test_a_librarys_towers_teach_what_the_library_computes(pool: Pool, tmp_path:
         torch.testing.assert_close(found[f"hf:{clip}"].texts, normalize(y, dim=-1))
         torch.testing.assert_close(found[name].images, made.eval().encode_image(images, normalize=True))
         torch.testing.assert_close(found[name].texts, made.encode_text(tokens, normalize=True))
-    assert found[f"hf:{clip}"].scale == pytest.approx(float(model.logit_scale.exp()))
-    assert found[name].scale == pytest.approx(float(made.logit_scale.exp()))
+        assert found[f"hf:{clip}"].scale == pytest.approx(float(model.logit_scale.exp()))
+        assert found[name].scale == pytest.approx(float(made.logit_scale.exp()))
 
 
 def _refused(group: Any, teachers: list[str]) -> list[str]:
