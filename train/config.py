@@ -115,11 +115,19 @@ def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(mapping, dict):
         raise ConfigError(f"the configuration {path} holds {type(mapping).__name__}; a mapping of sections is needed")
     for override in overrides:
-        _override(mapping, override, path)
+        _override(mapping, override, str(path))
     return Config.from_dict(mapping)
 
 
-def _override(mapping: dict[str, Any], override: str, path: Path) -> None:
+def changed(settings: Config, overrides: Sequence[str]) -> Config:
+    """With `section.name=value` overrides on top."""
+    mapping = settings.to_dict()
+    for override in overrides:
+        _override(mapping, override, "the configuration")
+    return Config.from_dict(mapping)
+
+
+def _override(mapping: dict[str, Any], override: str, path: str) -> None:
     """Put `section.name=value` into the mapping; more names lead further down (data.evaluate.NAME=...)."""
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
