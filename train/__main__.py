@@ -6,7 +6,12 @@ from typing import NoReturn
 
 from .signals import stop
 
-COMMANDS = {"plot": ".plot", "evaluate": ".evaluate.__main__", "data": ".data.__main__"}  # besides training
+COMMANDS = {  # besides training
+    "plot": ".plot",
+    "evaluate": ".evaluate.__main__",
+    "data": ".data.__main__",
+    "grid": ".study.grid",
+}
 
 
 def main() -> NoReturn:

@@ -27,6 +27,7 @@ OTHER_COMMANDS = f"""other commands:
   {PROGRAM} plot RUN [RUN ...]  draw the curves of runs together
   {PROGRAM} evaluate RUN        evaluate a run from its newest checkpoint
   {PROGRAM} data                prepare the emoji set
+  {PROGRAM} grid STUDY.yaml     carry out the runs of a study
 Each tells more with --help."""
 USER_ERRORS = (ConfigError, checkpoint.CheckpointError, DataError, SetupError, lock.LockedError)
 
@@ -206,7 +207,7 @@ def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
     if isinstance(
         error, (checkpoint.RunError, WorkerError, OSError)
     ):  # not faults of the code, which its lines would explain
-        watch.fail(_words(error))
+        watch.fail(words(error))
         return 1
     traceback.print_exc()
     watch.fail(f"{type(error).__name__}: {error}")
@@ -214,9 +215,10 @@ def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
 
 
 def _print_error(error: Exception) -> None:
-    rank, words = os.environ.get("RANK", "0"), _words(error)
-    print(f"error: {words}" if rank == "0" else f"error: rank {rank}: {words}", file=sys.stderr, flush=True)
+    rank, said = os.environ.get("RANK", "0"), words(error)
+    print(f"error: {said}" if rank == "0" else f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
 
 
-def _words(error: Exception) -> str:
+def words(error: Exception) -> str:
+    """What a user is told of it."""
     return explain(error) if isinstance(error, OSError) else str(error)

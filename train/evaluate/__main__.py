@@ -151,7 +151,7 @@ def _of_run(options: argparse.Namespace) -> tuple[Config, Path]:
         if not override.startswith("data."):
             raise ConfigError(f"{override!r} with a RUN; allowed: options of section data, for the model is the run's")
     folder = checkpoint.find(Path(options.run), warn=lambda text: print(text, file=sys.stderr))
-    settings = config.changed(checkpoint.read_config(folder), options.overrides)
+    settings = config.changed(checkpoint.read_config(folder), options.overrides, folder / checkpoint.CONFIG)
     if not settings.data.evaluate:
         raise ConfigError(f"{options.run} has no data.evaluate; add data.evaluate.NAME=SOURCE")
     return settings, folder
