@@ -14,12 +14,13 @@ of them.
     zero_shot   the nearest class by text alone
     probe       the class by logistic regression on embeddings
     report      the table, in words and as JSON
+    records     what was found for each picture and text by itself
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,18 @@ class SetResult:
     images, texts   how many of each, the texts being different ones
     zero_shot       None where the records name no classes
     probe           a probe.LinearProbe; None where data.probe is not set or the records name no classes
+    image_labels    (images,) int64, what each picture shows; a number of its own where not every record has a label
+    text_labels     (q,) int64, likewise of the first picture of each text that is asked for
     """
 
     images: int
     texts: int
     image_to_text: Retrieval
     text_to_image: Retrieval
-    zero_shot: ZeroShot | None = None
-    probe: Any = None
+    zero_shot: ZeroShot | None
+    probe: Any
+    image_labels: np.ndarray = field(repr=False, compare=False)
+    text_labels: np.ndarray = field(repr=False, compare=False)
 
 
 def evaluate_checkpoint(
@@ -98,7 +103,10 @@ def evaluate_set(
     (probe.Probe), if records name classes."""
     x, kept = embed_images(bundle, pairs, options, world)
     y = embed_texts(bundle, pairs.texts, world)
-    image_to_text, text_to_image = retrieve(x, y, torch.from_numpy(_of_kept(pairs.shows, kept)), world)
+    shows = _of_kept(pairs.shows, kept)
+    image_to_text, text_to_image = retrieve(x, y, torch.from_numpy(shows), world)
+    labels = (np.arange(len(pairs)) if pairs.labels is None else pairs.labels)[kept]
+    _, first = np.unique(shows[:, 1], return_index=True)
     named = [pairs.class_names[record] for record in kept]
     known = [index for index, name in enumerate(named) if name is not None]
     zero_shot = probed = None
@@ -107,7 +115,7 @@ def evaluate_set(
     if probe is not None and known:
         classes = np.array([named[index] for index in known])
         probed = on_first(world, lambda: probe.score(x[known], classes))
-    return SetResult(len(x), len(y), image_to_text, text_to_image, zero_shot, probed)
+    return SetResult(len(x), len(y), image_to_text, text_to_image, zero_shot, probed, labels, labels[shows[first, 0]])
 
 
 def _of_kept(shows: np.ndarray, kept: np.ndarray) -> np.ndarray:

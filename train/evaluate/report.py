@@ -9,6 +9,7 @@ from typing import Any
 from ..data import count_bad
 from ..files import write_atomically
 from . import SetResult
+from .records import Hits, write_records
 from .retrieval import DEPTHS
 from .sets import Evaluation
 
@@ -71,8 +72,8 @@ def text(results: dict[str, SetResult], evaluation: Evaluation) -> str:
 def write(
     folder: Path, towers: str, checkpoint: str | None, results: dict[str, SetResult], evaluation: Evaluation
 ) -> None:
-    """evaluation.md and evaluation.json in `folder`: of these towers (model.towers), with the weights of a checkpoint,
-    or of their own."""
+    """evaluation.md, evaluation.json and evaluation-records.npz in `folder`: of these towers (model.towers), with the
+    weights of a checkpoint, or of their own."""
     title = f"# {folder.name}, {checkpoint or towers}"
     page = f"{title}\n\nIn percent; held-out data only.\n\n{text(results, evaluation)}\n"
     write_atomically(folder / TABLE, page.encode())
@@ -83,6 +84,21 @@ def write(
         "left_out": {name: pairs.left_out for name, pairs in evaluation.sets.items()},
     }
     write_atomically(folder / FIGURES, json.dumps(figures, indent=1).encode())
+    write_records(folder, records(results))
+
+
+def records(results: dict[str, SetResult]) -> dict[str, Hits]:
+    """Of the metrics that are means over pictures or texts, by `SET/METRIC`."""
+    found = {}
+    for name, result in results.items():
+        of_images, of_texts = (result.image_to_text.hits, result.text_to_image.hits)
+        for index, depth in enumerate(DEPTHS):
+            found[f"{name}/image_retrieval_recall@{depth}"] = Hits(result.text_labels, of_texts[:, index].numpy())
+            found[f"{name}/text_retrieval_recall@{depth}"] = Hits(result.image_labels, of_images[:, index].numpy())
+        if result.zero_shot is not None:
+            labels, hits = result.image_labels[result.zero_shot.images.numpy()], result.zero_shot.hits.numpy()
+            found |= {f"{name}/acc1": Hits(labels, hits[:, 0]), f"{name}/acc5": Hits(labels, hits[:, 1])}
+    return found
 
 
 def entries(name: str, result: SetResult) -> list[dict[str, Any]]:
@@ -111,7 +127,7 @@ def entries(name: str, result: SetResult) -> list[dict[str, Any]]:
                 "metrics": {key: getattr(one, key) for key in guess},
                 "chance": guess,
                 "majority": one.majority,
-                "images": one.images,
+                "images": len(one.images),
                 "classes": one.classes,
             }
         )

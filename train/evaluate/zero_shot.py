@@ -4,7 +4,7 @@ been shown as such."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,20 +29,22 @@ class Classifier:
 class ZeroShot:
     """What is found among pictures whose class is known, as shares of 1.
 
-    images                 how many these are
     classes                how many classes there are to choose from
     acc1, acc5             pictures whose class is the nearest one, or one of the five nearest; acc5 is None where there
                            are fewer
     mean_per_class_recall  acc1 within each class that has pictures, averaged over these
     majority               acc1 of always naming the largest class; that of a guess is 1 / classes
+    images                 which pictures of the set these are, (k,) int64
+    hits                   (k, len(DEPTHS)) float64, what each adds to acc1 and acc5
     """
 
-    images: int
     classes: int
     acc1: float
     acc5: float | None
     mean_per_class_recall: float
     majority: float
+    images: Tensor = field(repr=False, compare=False)
+    hits: Tensor = field(repr=False, compare=False)
 
 
 def build_classifier(
@@ -60,19 +62,20 @@ def classify(x: Tensor, named: Sequence[str | None], classifier: Classifier, wor
     """x (n, E) unit rows of pictures, and the class that each one's record names: those that name none that the
     classifier knows are left out. None where all are."""
     number = {name: index for index, name in enumerate(classifier.names)}
-    known = [index for index, name in enumerate(named) if name in number]
-    if not known:
+    known = torch.tensor([index for index, name in enumerate(named) if name in number])
+    if not len(known):
         return None
-    classes = torch.tensor([number[str(named[index])] for index in known])
+    classes = torch.tensor([number[name] for name in named if name in number])
     right = torch.stack([torch.arange(len(known)), classes], 1)
     found = hits(x[known], classifier.centers, right, DEPTHS, world)
     sizes = torch.bincount(classes, minlength=len(number))
     recalls = torch.bincount(classes, found[:, 0], minlength=len(number))[sizes > 0] / sizes[sizes > 0]
     return ZeroShot(
-        images=len(known),
         classes=len(number),
         acc1=float(found[:, 0].mean()),
         acc5=float(found[:, 1].mean()) if len(number) >= DEPTHS[1] else None,
         mean_per_class_recall=float(recalls.mean()),
         majority=float(sizes.max()) / len(known),
+        images=known,
+        hits=found,
     )
