@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from helpers.data import GROUPS, sample, shard_of, tiny
 from helpers.ranks import Pool
+from helpers.saved_runs import write_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from train.evaluate import SetResult, embed, evaluate_towers, ranking, report, s
 from train.evaluate.__main__ import main
 from train.evaluate.embed import embed_images
 from train.evaluate.ranking import expected_hits
+from train.evaluate.records import read_records
 from train.evaluate.retrieval import DEPTHS, retrieve
 from train.evaluate.sets import read_classes, read_evaluation
 from train.evaluate.shares import ALONE
@@ -373,6 +375,53 @@ def test_held_out_data_are_checked_before_training(data: Path, tmp_path: Path) -
         read_evaluation(replace(bad, evaluate={"mine": str(tmp_path / "none.tar")}))
 
 
-def test_evaluate_names_a_missing_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path / "nothing")]) == 1
-    assert "no whole checkpoint (found: none)" in capsys.readouterr().err
+# --- The command
+
+
+def test_evaluate_takes_other_data_than_the_runs(
+    data: Path, files: dict[str, bytes], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    write_checkpoint(run, data, files, 8)
+    assert main([str(run), f"data.evaluate={{mine: {shard_of(data, 'concepts')}}}", "--folder", str(other)]) == 0
+    assert "| mine | 10 | 10 |" in capsys.readouterr().out
+    written = json.loads((other / report.FIGURES).read_text())
+    assert {one["dataset"] for one in written["results"]} == {"mine"}
+    assert (written["towers"], written["checkpoint"]) == ("small", "step-000008")
+    assert read_records(other).keys() == {
+        f"mine/{name}" for one in written["results"] for name in one["metrics"] if not name.startswith("mean")
+    }
+    assert not (run / report.FIGURES).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        (["RUN", "model.embed_dim=8"], "'model.embed_dim=8' with a RUN; allowed: options of section data"),
+        (["RUN", "--config", "a.yaml"], "--config goes without a RUN"),
+        (["RUN", "data.evaluate={}"], "has no data.evaluate; add data.evaluate.NAME=SOURCE"),
+        (["data.evaluate.a=b"], "model.towers='small' has no weights but a run's; give a RUN, or model.towers of a"),
+        (["model.towers=open_clip:x"], "data.evaluate is empty; add data.evaluate.NAME=SOURCE"),
+        (["nothing"], "no whole checkpoint (found: none)"),
+    ),
+)
+def test_evaluate_says_what_it_cannot_do(
+    data: Path,
+    files: dict[str, bytes],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    if "RUN" in arguments:
+        write_checkpoint(tmp_path / "run", data, files, 8)
+    assert main([str(tmp_path / "run") if one == "RUN" else one for one in arguments]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("error: ") and message in said.err and said.err.count("\n") == 1
+    assert not said.out
+
+
+def test_evaluate_takes_a_number_of_processes_from_one_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--processes", "0"])
+    assert "--processes 0: allowed: 1 or more" in capsys.readouterr().err
