@@ -126,6 +126,14 @@ def read(path: Path) -> dict[str, Any]:
     return mapping
 
 
+def changed(settings: Config, overrides: Sequence[str], path: Path) -> Config:
+    """`settings`, which are of file `path`, with `section.name=value` overrides on top."""
+    mapping = settings.to_dict()
+    for override in overrides:
+        _override(mapping, override, path)
+    return Config.from_dict(mapping)
+
+
 def _override(mapping: dict[str, Any], override: str, path: Path) -> None:
     """Put `section.name=value` into the mapping, which is of file `path`."""
     key, equals, text = override.partition("=")

@@ -24,14 +24,14 @@ from .auto import settle
 from .config import Config
 from .data import Batch, TrainingData, count_bad, open_training_data
 from .engine import make_engine
-from .engine_state import gather_weights, load_engine, nonfinite, save_engine
+from .engine_state import copy_weights, gather_weights, load_engine, nonfinite, save_engine
 from .evaluate import report
 from .evaluate.sets import Evaluation, read_evaluation
 from .files import explain
 from .heartbeat import Heartbeat
 from .options import SKIP_WINDOW
 from .set_up import build_towers, check_labels, check_optimizer, check_options
-from .signals import name_of, stop
+from .signals import StoppedError, name_of, stop
 from .step import StepResult, train_step
 from .targets import EMA
 from .teachers import Teachers, find_teachers, read_teachers
@@ -67,9 +67,10 @@ class Trainer:
 
     config      with every `auto` of the training step settled
     choices     how, in words
-    evaluation  what it is evaluated on: rank 0's alone, None elsewhere
+    evaluation  what it is evaluated on
     log         rank 0's alone, None elsewhere
     state       the steps that are done and skipped
+    evaluated   towers for evaluations on the way, as soon as there was one
     """
 
     config: Config
@@ -81,10 +82,11 @@ class Trainer:
     engine: Any
     teachers: Teachers
     data: TrainingData
-    evaluation: Evaluation | None
+    evaluation: Evaluation
     log: metrics.Log | None
     state: checkpoint.State
     fingerprint: fingerprint.Fingerprint
+    evaluated: Bundle | None = None
 
 
 def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
@@ -131,8 +133,7 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     found = find_teachers(config.loss, world)
     data = on_each(world, lambda: open_training_data(config))
     on_each(world, lambda: check_labels(config, data))
-    # Rank 0 evaluates; what is wrong with the held-out data is said before the first step.
-    evaluation = on_each(world, lambda: read_evaluation(config.data) if first else None)
+    evaluation = read_evaluation(config.data, world)  # what is wrong with it is said before the first step
     heartbeat.tick()
     resumed = on_first(world, lambda: checkpoint.find(run, engine=True) if checkpoint.has_any(run) else None)
     bundle = build_towers(config, data, resumed, world)
@@ -140,8 +141,7 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     bundle.module.precision = config.job.precision
     teachers = read_teachers(config, found, bundle, world)
     heartbeat.tick()
-    evaluated = {} if evaluation is None else {name: one.source.fingerprint for name, one in evaluation.sets.items()}
-    taught = teachers.fingerprint(config.loss)
+    taught, evaluated = teachers.fingerprint(config.loss), evaluation.fingerprints()
     now = on_first(world, lambda: fingerprint.take(data.fingerprint, evaluated, world.device, taught))
     state = checkpoint.State(0, 0, world.size, config.job.zero_stage)
     if resumed is not None:
@@ -311,37 +311,52 @@ def _check_finite(trainer: Trainer, bad: list[str]) -> None:
 
 
 def _evaluate_on_the_way(trainer: Trainer, step: int) -> None:
-    """R@1 on the first set by rank 0 while the others wait, in towers of its own."""
-    weights = gather_weights(trainer.engine)
-
-    def evaluate_here() -> None:
-        assert trainer.log is not None and trainer.evaluation is not None
-        bundle = towers.build(trainer.config.model, trainer.data.captions, files=trainer.bundle.files)
-        bundle.module.load_state_dict(weights)
-        bundle.module.to(trainer.world.device).eval()
-        name, pairs = next(iter(trainer.evaluation.sets.items()))
-        result = evaluate.evaluate_set(bundle, pairs, trainer.config.data, None)
+    """R@1 on the first set, by all ranks in shares, in towers of their own: the engine's may be cut into parts."""
+    config, world = trainer.config, trainer.world
+    if trainer.evaluated is None:
+        captions, files = trainer.data.captions, trainer.bundle.files
+        trainer.evaluated = on_each(world, lambda: towers.build(config.model, captions, files=files))
+    module = trainer.evaluated.module.to(world.device).eval()
+    copy_weights(trainer.engine, module)
+    name, pairs = next(iter(trainer.evaluation.sets.items()))
+    result = evaluate.evaluate_set(trainer.evaluated, pairs, config.data, world)
+    module.to("cpu")  # a GPU's memory is for training
+    if trainer.log is not None:
         ways = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
         trainer.log.row(step, {f"{name}_r1_{way}": found.recall[1] for way, found in ways.items()})
 
-    on_first(trainer.world, evaluate_here)
-
 
 def _finish(trainer: Trainer) -> None:
-    """The table and the plot by rank 0, from the checkpoint on disk: what `evaluate RUN` will read."""
+    """The table, from the checkpoint on disk: what `evaluate RUN` will read. Then the plot, by rank 0."""
     trainer.heartbeat.enter(trainer.state.step, "evaluation")
+    config, run, world = trainer.config, trainer.run, trainer.world
+    if trainer.evaluation.sets:
+        folder = on_first(world, lambda: checkpoint.find(run))
+        results = evaluate.evaluate_checkpoint(
+            folder, trainer.evaluation, config.data, world, partial(_leave_if_asked, world)
+        )
 
-    def evaluate_here() -> None:
-        assert trainer.log is not None and trainer.evaluation is not None
-        if trainer.evaluation.sets:
-            folder, device = checkpoint.find(trainer.run), trainer.world.device
-            results = evaluate.evaluate_checkpoint(folder, trainer.evaluation, trainer.config.data, device, stop.check)
+        def tell() -> None:
+            assert trainer.log is not None
             trainer.log.say(f"\n{report.text(results, trainer.evaluation)}\n")  # first, for the disk may be full
-            report.write(trainer.run, folder, results, trainer.evaluation)
-            trainer.log.say(str(trainer.run / report.TABLE))
-        trainer.log.say(str(plot.plot([trainer.run])))
+            report.write(run, config.model.towers, folder.name, results, trainer.evaluation)
+            trainer.log.say(str(run / report.TABLE))
 
-    on_first(trainer.world, evaluate_here)
+        on_first(world, tell)
+    curves = on_first(world, lambda: plot.plot([run]))
+    if trainer.log is not None:
+        trainer.log.say(str(curves))
+
+
+def _leave_if_asked(world: World) -> None:
+    """Raises StoppedError on rank 0 where any rank was asked to stop, and ElsewhereError on the others."""
+    request = asked_to_stop(world)
+
+    def leave() -> None:
+        if request:
+            raise StoppedError(name_of(request))
+
+    on_first(world, leave)
 
 
 def _describe(trainer: Trainer) -> str:

@@ -87,7 +87,11 @@ def test_evaluate_reads_the_same_table_back(whole_run: Path, capsys: pytest.Capt
         (whole_run / name).unlink()
     assert main([str(whole_run)]) == 0
     assert {name: (whole_run / name).read_bytes() for name in written} == written
-    assert capsys.readouterr().out.rstrip().endswith(written[report.TABLE].decode().rstrip().splitlines()[-1])
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith(written[report.TABLE].decode().rstrip().splitlines()[-1])
+    (whole_run / report.FIGURES).unlink()
+    assert main([str(whole_run), "--processes", "2"]) == 0
+    assert {name: (whole_run / name).read_bytes() for name in written} == written
 
 
 def test_a_killed_run_says_who_and_resumes_bitwise_from_the_last_good_checkpoint(
