@@ -302,13 +302,11 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(paths) if path.is_file()}
 
 
-def read_bundle(folder: Path, plain: bool = False) -> towers.Bundle:
-    """The trained towers in fp32, on the CPU, for evaluation: from safetensors and JSON. `plain`: as modules that can
-    be traced, neither compiled nor with gradient checkpointing."""
+def read_bundle(folder: Path, compiled: bool = True) -> towers.Bundle:
+    """The trained towers in fp32, on the CPU, for evaluation: from safetensors and JSON. `compiled`: where the run's
+    are, which takes minutes and pays for many pictures."""
     model = read_config(folder).model
-    if plain:
-        model = replace(model, compile=False, gradient_checkpointing=False)
-    bundle = towers.build(model, tuple, files=read_files(folder))
+    bundle = towers.build(replace(model, compile=model.compile and compiled), tuple, files=read_files(folder))
     bundle.module.load_state_dict(load_safetensors((folder / WEIGHTS).read_bytes()))
     bundle.module.eval()
     return bundle
