@@ -11,6 +11,7 @@ COMMANDS = {  # besides training
     "evaluate": ".evaluate.__main__",
     "data": ".data.__main__",
     "grid": ".study.grid",
+    "compare": ".study.compare",
 }
 
 

@@ -28,6 +28,7 @@ OTHER_COMMANDS = f"""other commands:
   {PROGRAM} evaluate RUN        evaluate a run from its newest checkpoint
   {PROGRAM} data                prepare the emoji set
   {PROGRAM} grid STUDY.yaml     carry out the runs of a study
+  {PROGRAM} compare STUDY       what its runs show, with intervals
 Each tells more with --help."""
 USER_ERRORS = (ConfigError, checkpoint.CheckpointError, DataError, SetupError, lock.LockedError)
 
