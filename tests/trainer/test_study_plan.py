@@ -82,7 +82,10 @@ def test_a_study_may_begin_with_a_configuration_beside_it(tmp_path: Path) -> Non
         ({"runs": {"hard": {"loss.target": "soft"}}}, "clean/hard, seed 3: loss.target='soft'; allowed: 'hard', 'psd'"),
         ({"runs": {"hard": {"job.seed": 5}}}, "hard sets job.seed, which the seeds set"),
         ({"conditions": {"clean": {"data.seed": 5}}}, "hard sets data.seed, which the seeds set"),
-        ({"conditions": {"clean": {"runs": ["soft"]}}}, r"conditions.clean.runs=\['soft'\]; allowed: some of hard, psd"),
+        (
+            {"conditions": {"clean": {"runs": ["soft"]}}},
+            r"conditions.clean.runs=\['soft'\]; allowed: some of hard, psd",
+        ),
         ({"conditions": {"clean": {"runs": []}}}, r"conditions.clean.runs=\[\]; allowed: some of hard, psd"),
         ({"conditions": {}}, "conditions={}; allowed: names"),
         ({"base": {"job": 3}}, "allowed: sections, each with its options"),

@@ -14,11 +14,10 @@ from .. import PROGRAM, config
 from ..cli import USER_ERRORS, words
 from ..config import ConfigError
 from ..files import write_atomically
-from .comparison import Comparison, Runs, choose_metrics, compare, read_runs
+from .comparison import USUAL, Comparison, Runs, choose_metrics, compare, read_runs
 from .finished import STUDY_FILE, Lines, read_lines
 from .intervals import DRAWS
 
-METRICS = ("*recall@1", "*acc1")
 HEAD = (
     "| metric | method | seeds | mean ± SD | difference | 95 % interval | of | p (Holm) | |",
     "| --- | --- | --: | --: | --: | --: | --- | --: | --- |",
@@ -39,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="append",
         metavar="PATTERN",
         help="of SET/METRIC or, for the mean over all sets, macro/METRIC, with * for anything; may be given several "
-        f"times (default: {' and '.join(METRICS)}; the study's primary metric is always there)",
+        f"times (default: {' and '.join(USUAL)}; the study's primary metric is always there)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the differences; its ending says of which kind")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, too")
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if lines and reference is not None and reference not in methods:
             raise ConfigError(f"--reference {reference!r}, of which no run is finished; allowed: {', '.join(methods)}")
         runs = read_runs(options.study, lines)
-        metrics = choose_metrics(runs, options.metric or METRICS, primary)
+        metrics = choose_metrics(runs, options.metric, primary)
         compared = compare(runs, reference, metrics, primary)
         text = describe(compared, runs, lines, reference, primary)
         print(text, flush=True)

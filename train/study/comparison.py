@@ -20,6 +20,7 @@ from .finished import Lines, folder_in
 from .intervals import Interval
 
 MACRO = "macro"  # in a metric's name in place of a set: the mean over all sets that have it
+USUAL = ("*recall@1", "*acc1")  # patterns of the metrics that are compared unless others are asked for
 Figures = dict[str, float]
 CLOSE = 1e-6  # between a metric and the mean of its records, which some wrote in float32
 
@@ -102,18 +103,18 @@ def _check_records(name: str, figures: Figures, records: Mapping[str, Hits]) -> 
             )
 
 
-def choose_metrics(runs: Mapping[str, Runs], patterns: Sequence[str], primary: str | None) -> list[str]:
-    """The metrics that some run has and some pattern fits, the primary one first. Raises ConfigError where there is no
-    such metric."""
+def choose_metrics(runs: Mapping[str, Runs], patterns: Sequence[str] | None, primary: str | None) -> list[str]:
+    """The metrics that some run has and some pattern fits, the primary one first; without patterns those of USUAL.
+    Raises ConfigError where there is no primary one, or a pattern fits none."""
     present = _different(
         metric for of in runs.values() for seeds in of.figures.values() for run in seeds.values() for metric in run
     )
     if primary is not None and primary not in present:
         raise ConfigError(f"primary={primary!r}, which no run has; allowed: {', '.join(present)}")
-    for pattern in patterns:
+    for pattern in patterns or ():
         if not any(fnmatchcase(metric, pattern) for metric in present):
             raise ConfigError(f"--metric {pattern!r} fits none; allowed: {', '.join(present)}")
-    chosen = [metric for metric in present if any(fnmatchcase(metric, pattern) for pattern in patterns)]
+    chosen = [metric for metric in present if any(fnmatchcase(metric, one) for one in patterns or USUAL)]
     return _different([*filter(None, [primary]), *chosen])
 
 
