@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from train.study import intervals
-from train.study.intervals import DRAWS, Interval, draw_means, holm, p_value, percentile_interval, t_interval, wider
+from train.study.intervals import DRAWS, Interval, draw_means, holm, percentile_interval, t_interval, widest
 
 DIFFERENCES = [0.031, 0.012, 0.044, -0.003, 0.020]
 
@@ -22,7 +22,7 @@ def test_the_t_interval_and_its_p_value_are_those_of_scipy() -> None:
     found = t_interval(DIFFERENCES)
     assert found is not None and found.method == intervals.OVER_SEEDS
     assert (found.low, found.high) == pytest.approx(tuple(expected.confidence_interval(0.95)), rel=1e-12)
-    assert p_value(DIFFERENCES) == pytest.approx(expected.pvalue, rel=1e-12)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-12)
 
 
 def test_the_t_interval_of_three_seeds_by_hand() -> None:
@@ -30,13 +30,13 @@ def test_the_t_interval_of_three_seeds_by_hand() -> None:
     found = t_interval([1.0, 2.0, 3.0])
     assert found is not None
     assert (found.low, found.high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)))
-    assert p_value([1.0, 2.0, 3.0]) == pytest.approx(0.0741799, rel=1e-6)
+    assert found.p == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-6)  # t is the root of 12, with two degrees
 
 
 def test_one_seed_has_no_interval_and_equal_differences_no_doubt() -> None:
-    assert (t_interval([0.1]), p_value([0.1]), t_interval([]), p_value([])) == (None,) * 4
-    assert t_interval([0.5, 0.5]) == Interval(0.5, 0.5, intervals.OVER_SEEDS)
-    assert (p_value([0.5, 0.5]), p_value([0.0, 0.0])) == (0.0, 1.0)
+    assert t_interval([0.1]) is None and t_interval([]) is None
+    assert t_interval([0.5, 0.5]) == Interval(0.5, 0.5, intervals.OVER_SEEDS, 0.0)
+    assert t_interval([0.0, 0.0]) == Interval(0.0, 0.0, intervals.OVER_SEEDS, 1.0)
 
 
 def test_holm_by_hand() -> None:
@@ -84,12 +84,22 @@ def test_a_draw_without_queries_does_not_count() -> None:
     """Of a set that holds one of two concepts: a quarter of the draws has none of it."""
     draws = draw_means(np.array([[[1.0, 0.0]]]), np.array([[[2, 0]]]))[:, 0]
     assert np.isnan(draws).mean() == pytest.approx(0.25, abs=0.03)
-    assert percentile_interval(draws) == Interval(0.5, 0.5, intervals.OVER_BOTH)
+    found = percentile_interval(draws)
+    assert found is not None and (found.low, found.high, found.method) == (0.5, 0.5, intervals.OVER_BOTH)
     assert percentile_interval(np.array([math.nan])) is None
 
 
-def test_the_wider_interval_is_kept() -> None:
-    narrow, wide = Interval(0.1, 0.2, "narrow"), Interval(-0.1, 0.1, "wide")
-    assert wider(narrow, wide) == wider(wide, narrow) == wide
-    assert wider(None, narrow) == narrow and wider(None, None) is None
-    assert wide.holds_zero and not narrow.holds_zero and not Interval(-0.2, -0.1, "").holds_zero
+def test_the_interval_of_draws_by_hand() -> None:
+    """Of 0, 1, ..., 199 less 3: 5 of 200 lie in each tail, and 4 are not above 0."""
+    found = percentile_interval(np.arange(200.0) - 3)
+    assert found is not None and (found.low, found.high) == pytest.approx((199 * 0.025 - 3, 199 * 0.975 - 3))
+    assert found.p == pytest.approx(2 * (4 + 1) / 201) and not found.holds_zero
+    around = percentile_interval(np.array([-1.0, 1.0]))
+    assert around is not None and around.p == 1.0 and around.holds_zero
+
+
+def test_the_interval_that_claims_least_is_kept() -> None:
+    narrow, wide = Interval(0.1, 0.2, "narrow", 0.04), Interval(-0.1, 0.2, "wide", 0.03)
+    assert widest([narrow, wide]) == widest([wide, narrow]) == Interval(-0.1, 0.2, "wide", 0.04)
+    assert widest([narrow]) == narrow and widest([]) is None
+    assert wide.holds_zero and not narrow.holds_zero and not Interval(-0.2, -0.1, "", 0.0).holds_zero

@@ -122,10 +122,11 @@ def _notes(
     notes = ["In percent. SD: over seeds."]
     if reference is None:
         return [f"{notes[0]} No differences: the study names no `reference`, and --reference is not given."]
+    families = "all comparisons" if primary is None else f"those of {primary}, and over all others"
     notes.append(
-        f"Differences to {reference} at the same seed, in points; of two 95 % intervals, t over seeds and "
-        f"a bootstrap of {DRAWS:,} draws over seeds and test concepts, the wider one. p: Student's, corrected by Holm "
-        + ("over all comparisons." if primary is None else f"over those of {primary}, and over all others.")
+        f"Differences to {reference} at the same seed, in points; of two 95 % intervals, t over seeds and a bootstrap "
+        f"of {DRAWS:,} draws over seeds and test concepts, the wider one. p: the larger of both, after Holm over "
+        f"{families}."
     )
     without = sum(not records for of in runs.values() for seeds in of.records.values() for records in seeds.values())
     if without:

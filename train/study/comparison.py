@@ -32,9 +32,9 @@ class Comparison:
     metric       SET/METRIC, or MACRO/METRIC
     values       by seed, of all finished runs
     differences  to the reference, by seed, of those seeds at which both are finished
-    interval     of the differences' mean: the wider of those there are; None where there is none, of fewer than two
-                 seeds without records
-    p            corrected for all comparisons of its family; None for fewer than two seeds
+    interval     of the differences' mean: the wider of those over seeds and, with records, over seeds and concepts,
+                 with the larger p value of both; None for fewer than two seeds
+    p            that one, corrected for all comparisons of the same family
     """
 
     condition: str
@@ -131,11 +131,11 @@ def compare(
                 values = _values(of, method, metric)
                 beside = {} if reference in (None, method) else _values(of, str(reference), metric)
                 differences = {seed: values[seed] - beside[seed] for seed in values if seed in beside}
-                listed = list(differences.values())
-                interval = intervals.wider(intervals.t_interval(listed), drawn.get(method, {}).get(metric))
-                p = intervals.p_value(listed)
+                over_seeds = intervals.t_interval(list(differences.values()))
+                both = () if over_seeds is None else (over_seeds, drawn.get(method, {}).get(metric))
+                interval = intervals.widest([one for one in both if one is not None])
                 if values:
-                    made.append(Comparison(condition, metric, method, values, differences, interval, p))
+                    made.append(Comparison(condition, metric, method, values, differences, interval, None))
     return _corrected(made, primary)
 
 
@@ -187,9 +187,9 @@ def _corrected(made: Sequence[Comparison], primary: str | None) -> list[Comparis
     """With the p values of each family corrected."""
     corrected = dict[int, float]()
     for of_primary in (True, False):
-        family = [i for i, one in enumerate(made) if (one.metric == primary) == of_primary and one.p is not None]
-        values = [p for i in family if (p := made[i].p) is not None]
-        corrected |= dict(zip(family, intervals.holm(values), strict=True))
+        family = [(index, one) for index, one in enumerate(made) if (one.metric == primary) == of_primary]
+        values = {index: one.interval.p for index, one in family if one.interval is not None}
+        corrected |= dict(zip(values, intervals.holm(list(values.values())), strict=True))
     return [replace(one, p=corrected.get(index)) for index, one in enumerate(made)]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,11 +20,12 @@ OVER_SEEDS, OVER_BOTH = "t, seeds", "bootstrap, seeds and concepts"
 
 @dataclass(frozen=True)
 class Interval:
-    """Of LEVEL; `method`: OVER_SEEDS or OVER_BOTH."""
+    """Of LEVEL, by `method`, OVER_SEEDS or OVER_BOTH; `p`: the two-sided p value of 0 by the same."""
 
     low: float
     high: float
     method: str
+    p: float
 
     @property
     def holds_zero(self) -> bool:
@@ -32,28 +33,18 @@ class Interval:
 
 
 def t_interval(differences: Sequence[float]) -> Interval | None:
-    """Of the mean of differences at as many seeds; None for fewer than two."""
+    """Of the mean of differences at as many seeds, and Student's p value; None for fewer than two."""
     from scipy.stats import t
 
     count = len(differences)
     if count < 2:
         return None
-    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * float(np.std(differences, ddof=1)) / math.sqrt(count)
-    mean = float(np.mean(differences))
-    return Interval(mean - half, mean + half, OVER_SEEDS)
-
-
-def p_value(differences: Sequence[float]) -> float | None:
-    """Of Student's test, two-sided, that the mean of the differences is 0; None for fewer than two."""
-    from scipy.stats import t
-
-    count = len(differences)
-    if count < 2:
-        return None
-    mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
-    if deviation == 0.0:
-        return 1.0 if mean == 0.0 else 0.0
-    return 2 * float(t.sf(abs(mean) / (deviation / math.sqrt(count)), count - 1))
+    mean, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(count)
+    half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * error
+    if error == 0.0:
+        return Interval(mean, mean, OVER_SEEDS, p=float(mean == 0.0))
+    p = 2 * float(t.sf(abs(mean) / error, count - 1))
+    return Interval(mean - half, mean + half, OVER_SEEDS, p)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -95,9 +86,12 @@ def percentile_interval(draws: np.ndarray) -> Interval | None:
     if not len(draws):
         return None
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()
-    return Interval(low, high, OVER_BOTH)
+    beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return Interval(low, high, OVER_BOTH, min(2 * (beyond + 1) / (len(draws) + 1), 1.0))
 
 
-def wider(one: Interval | None, other: Interval | None) -> Interval | None:
-    intervals = [each for each in (one, other) if each is not None]
-    return max(intervals, key=lambda each: each.high - each.low, default=None)
+def widest(intervals: Sequence[Interval]) -> Interval | None:
+    """The one of several that claims least, with the largest of their p values; None of none."""
+    if not intervals:
+        return None
+    return replace(max(intervals, key=lambda one: one.high - one.low), p=max(one.p for one in intervals))
