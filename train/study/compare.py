@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _in_order(lines: Lines, given: Mapping[str, Any]) -> Lines:
     """The lines in the order of the study's file, whichever run was finished first."""
-    conditions, methods = list(given.get("conditions") or [""]), list(given["runs"])
+    conditions, methods = list(given.get("conditions") or [""]), list(given.get("runs") or [])
 
     def place(line: dict[str, Any]) -> tuple[int, ...]:
         names = ((line["condition"], conditions), (line["method"], methods))
@@ -88,7 +88,7 @@ def describe(
     for condition in runs:
         rows = [_row(one, primary) for one in compared if one.condition == condition]
         parts += [*([f"## {condition}\n"] if condition else []), *HEAD, *rows, ""]
-    return "\n".join([*parts, *_notes(compared, runs, lines, reference, primary)])
+    return "\n".join([*parts, *_notes(runs, lines, reference, primary)])
 
 
 def _row(one: Comparison, primary: str | None) -> str:
@@ -115,9 +115,7 @@ def shown(one: Comparison) -> str:
     return "higher" if one.difference > 0 else "lower"
 
 
-def _notes(
-    compared: Sequence[Comparison], runs: Mapping[str, Runs], lines: Lines, reference: str | None, primary: str | None
-) -> list[str]:
+def _notes(runs: Mapping[str, Runs], lines: Lines, reference: str | None, primary: str | None) -> list[str]:
     """What one must know to read the tables."""
     notes = ["In percent. SD: over seeds."]
     if reference is None:

@@ -70,6 +70,7 @@ def describe(study: Path, run: Run, commit: str | None, first_step: int, ended: 
         "fingerprint": None if fingerprint is None else asdict(fingerprint),
         "configuration": run.config.to_dict(),
         "results": results_of(folder),
+        "evaluation_commit": commit,
         "training": trained[-1] if trained else None,
         "first_step": first_step,
         "wall_seconds": round(ended.wall_seconds, 1),

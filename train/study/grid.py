@@ -189,7 +189,7 @@ def _train(folder: Path, runs: Sequence[Run], parallel: int) -> list[str]:
 def _evaluate_again(folder: Path, runs: Sequence[Run], parallel: int) -> list[str]:
     """Evaluate the finished runs anew and put what that finds into their lines; returns the names of those that
     failed."""
-    lines, failed = read_lines(folder), list[str]()
+    lines, failed, commit = read_lines(folder), list[str](), commit_of(Path(__file__))
     places = {run.name: folder_in(folder, run.name) for run in runs if run.name in lines}
     jobs = [
         Job(name, _command("evaluate", str(place)), place.with_name(f"{place.name}.log"))
@@ -198,7 +198,7 @@ def _evaluate_again(folder: Path, runs: Sequence[Run], parallel: int) -> list[st
 
     def ended(job: Job, how: Ended) -> None:
         if how.status == 0:
-            lines[job.name]["results"] = results_of(places[job.name])
+            lines[job.name] |= {"results": results_of(places[job.name]), "evaluation_commit": commit}
             write_lines(folder, lines)
             print(f"{job.name}: evaluated", flush=True)
         elif not stop.request:
