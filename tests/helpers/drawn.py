@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.data.emoji import sources
+from train.data.icons.sources import ICON_SETS
 
 COOKS = {"1F9D1-200D-1F373": "cook", "1F468-200D-1F373": "man cook", "1F469-200D-1F373": "woman cook"}
 
@@ -47,4 +48,50 @@ def fake_packages(folder: Path) -> Path:
             chars = {}
         write_json(folder / package.name / "icons.json", table)
         write_json(folder / package.name / "chars.json", chars)
+    return folder
+
+
+def fake_vendor(folder: Path, vendor: str) -> Path:
+    """Drawings without code points: a square each, but for the red heart, which is nearly noto's. The names are of four
+    kinds: the label without hyphens, a numbered variant, Unicode's own (of 1F405), and one that nobody knows."""
+    shades = {"fruit3": "#102030", "fruit-4-1": "#304050", "tiger": "#506070", "nothing-known": "#708090"}
+    icons = {
+        name: {"body": f'<rect x="3" y="3" width="9" height="9" fill="{shade}"/>'} for name, shade in shades.items()
+    }
+    icons["fruit-6"] = icons["fruit3"]
+    icons["redheart"] = {"body": '<circle cx="8" cy="8" r="3" fill="#e10088"/>'}
+    package = sources.SHIFT_VENDORS[vendor].name
+    write_json(folder / package / "icons.json", {"icons": icons, "width": 16, "height": 16})
+    write_json(folder / package / "chars.json", {})
+    return folder
+
+
+def fake_icons(folder: Path) -> Path:
+    """Every icon set with the names `home`, `arrow down` and `tool 0` to `tool 39`, in two styles if it has any; mdi
+    and hugeicons have more, and the makers of tabler and lucide give tags."""
+    for name, icons in ICON_SETS.items():
+        drawn = {}
+        for number, what in enumerate(["home", "arrow-down", *(f"tool-{tool}" for tool in range(40))]):
+            for style in (*icons.styles, "")[:2]:
+                body = f'<rect x="2" y="{number % 12}" width="{3 + number % 9}" height="4" fill="currentColor"/>'
+                drawn[f"{what}-{style}".removesuffix("-")] = {"body": body}
+        table: dict[str, Any] = {"icons": drawn, "aliases": {}, "width": 16, "height": 16}
+        if name == "mdi":
+            drawn |= {key: drawn["home-outline"] for key in ("home", "traffic-light", "dice-1", "dice-2", "dice")}
+            drawn["gone"] = {**drawn["home"], "hidden": True}
+            table["aliases"] = {
+                "house": {"parent": "home"},
+                "house-outline": {"parent": "home-outline"},
+                "arrow-up": {"parent": "arrow-down-outline", "vFlip": True},
+                "nowhere": {"parent": "gone"},
+            }
+        if name == "hugeicons":
+            drawn |= {key: drawn["home"] for key in ("cup", "cup-2", "cup-3", "car-01", "key2", "key")}
+        write_json(folder / icons.package.name / "icons.json", table)
+        if "metadata.json" in icons.package.files:
+            categories = {"Home / House": [key for key in drawn if "home" in key], "Tools": list(drawn)}
+            write_json(folder / icons.package.name / "metadata.json", {"categories": categories})
+    tags = {"category": "Rooms", "tags": ["living", "Home", "roof", "door", "front-door"]}
+    write_json(folder / "@tabler/icons/icons.json", {"home": tags})
+    write_json(folder / "lucide-static/tags.json", {"home": ["living", "roof"]})
     return folder

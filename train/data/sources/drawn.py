@@ -47,7 +47,7 @@ def read_spec(spec: str) -> Drawn | None:
                 f"{spec}: the emoji set has no split {rest.partition('@')[0]!r}; allowed: {', '.join(emoji.SPLITS)}; "
                 f"of more vendors: {', '.join(emoji.SHIFT_VENDORS)}; as data.classes: {CLASSES}"
             )
-    elif name not in (*EVERY, *icons.ICON_SETS, *(() if slash else (NAMES,))) or view not in ("", NAMES):
+    elif name not in (*EVERY, *icons.ICON_SETS, *(() if slash else (NAMES,))) or (slash and view != NAMES):
         raise DataError(
             f"{spec}: there is no such icon set; allowed: {', '.join((*EVERY, *icons.ICON_SETS))}, each also with "
             f"/{NAMES}; as data.classes: {NAMES}, or a set with categories"
