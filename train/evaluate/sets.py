@@ -14,8 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data import BadRecordError, DataError, Source, count_bad, decode, open_source
-from ..data.emoji import CLASSES
-from ..data.sources import emoji_folder
+from ..data.sources.drawn import drawn_classes, read_spec
 from ..heartbeat import tick
 from ..options import DataOptions
 from ..world import World, on_each, on_first
@@ -23,7 +22,6 @@ from .shares import ALONE, in_shares
 
 CHUNK = 256  # records that a rank reads at a time
 DECODED = 10_000  # pictures of a set, at most, that are decoded before the first step
-EMOJI = "emoji:classes"
 PROBE = "data.probe"
 
 
@@ -106,9 +104,11 @@ def _classes_named(sets: Iterable[EvaluationSet]) -> dict[str, list[str]]:
 
 def read_classes(spec: str, seed: int) -> dict[str, list[str]]:
     """The texts that describe each class, by its name; a class without texts is described by its name."""
-    path = emoji_folder(spec, seed)[1] / CLASSES if spec.partition("@")[0] == EMOJI else Path(spec)
+    drawn = read_spec(spec)
+    if drawn is not None:
+        return drawn_classes(drawn, seed)
     try:
-        classes = json.loads(path.read_text(encoding="utf-8"))
+        classes = json.loads(Path(spec).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"data.classes={spec!r} cannot be read ({error}); give a JSON file of class names and lists of texts"
