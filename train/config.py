@@ -14,9 +14,9 @@ from .options import ConfigError, DataOptions, JobOptions, LossOptions, ModelOpt
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_FILE, EMPTY_FILE = CONFIGS / "emoji.yaml", CONFIGS / "pairs.yaml"
-# The options that may have another value when a run goes on: where its data lie (a fingerprint tells whether they are
-# the same), how far it goes, how it is computed, watched and kept. All others say what is trained on what, and a
-# checkpoint is a part of that.
+# The options that may have another value when a run goes on: where its data and teachers lie (a fingerprint tells
+# whether they are the same), how far it goes, how it is computed, watched and kept. All others say what is trained on
+# what, and a checkpoint is a part of that.
 CHANGEABLE = (
     "data.source",
     "data.evaluate",
@@ -29,6 +29,7 @@ CHANGEABLE = (
     "data.max_bad_fraction",
     "model.gradient_checkpointing",
     "model.compile",
+    "loss.teachers",
     "loss.backend",
     "optimizer.steps",
     "optimizer.micro_batches",

@@ -14,6 +14,7 @@ from typing import Any
 
 from .. import checkpoint
 from ..checkpoint import CheckpointError
+from ..data import DataError
 from ..evaluate.report import FIGURES
 from ..files import write_atomically
 from ..metrics import METRICS, read_rows
@@ -21,19 +22,26 @@ from ..threads import cpu_count
 from .jobs import Ended
 from .plan import Run
 
-LINES = "runs.jsonl"
+STUDY_FILE, LINES = "study.yaml", "runs.jsonl"
 Lines = dict[str, dict[str, Any]]
 
 
-def folder_of(study: Path, run: Run) -> Path:
-    return study / "runs" / run.name
+def folder_in(study: Path, name: str) -> Path:
+    """Of the run of that name."""
+    return study / "runs" / name
 
 
 def read_lines(study: Path) -> Lines:
-    """Of each finished run, by its name."""
+    """Of each finished run, by its name. Raises DataError where the file holds something else."""
     path = study / LINES
-    lines = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()) if path.exists() else ()
-    return {line["run"]: line for line in lines}
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        return {line["run"]: line for line in lines}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DataError(
+            f"{path} holds something else than a line for each finished run ({type(error).__name__}: {error}); put "
+            "back what the grid wrote, or remove the lines that are wrong, whose runs are then evaluated once more"
+        ) from error
 
 
 def write_lines(study: Path, lines: Lines) -> None:
@@ -45,10 +53,10 @@ def write_lines(study: Path, lines: Lines) -> None:
 def describe(study: Path, run: Run, commit: str | None, first_step: int, ended: Ended) -> dict[str, Any]:
     """The line of a run that has just ended well.
 
-    commit      of the code, as commit_of_code says it
+    commit      of the code, as commit_of says it
     first_step  from which it was carried out last; the seconds are those since then
     """
-    folder = folder_of(study, run)
+    folder = folder_in(study, run.name)
     kept = checkpoint.find(folder)
     fingerprint = checkpoint.read_fingerprint(kept)
     trained = [row for row in read_rows(folder / METRICS) if "loss" in row]
@@ -62,6 +70,7 @@ def describe(study: Path, run: Run, commit: str | None, first_step: int, ended: 
         "fingerprint": None if fingerprint is None else asdict(fingerprint),
         "configuration": run.config.to_dict(),
         "results": results_of(folder),
+        "evaluation_commit": commit,
         "training": trained[-1] if trained else None,
         "first_step": first_step,
         "wall_seconds": round(ended.wall_seconds, 1),
@@ -84,20 +93,17 @@ def steps_done(folder: Path) -> int:
         return 0
 
 
-def commit_of_code() -> str | None:
-    """Of the trainer that runs here, with `-dirty` where a file differs from it; None where it is not of a git
-    repository, such as an installed one."""
-    here = Path(__file__).parent
+def commit_of(file: Path) -> str | None:
+    """Of the git repository that a file is part of, with `-dirty` where something there differs from it; None where it
+    is part of none, as an installed one, which may lie in the folder of some repository all the same."""
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # others may work in the repository
 
     def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(here), *arguments]
+        command = ["git", "-C", str(file.parent), *arguments]
         try:
             return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    # An installed one may lie in the folder of some repository, which ignores it.
-    return (
-        git("describe", "--always", "--dirty", "--abbrev=12") if git("ls-files", "--error-unmatch", __file__) else None
-    )
+    tracked = git("ls-files", "--error-unmatch", file.name) is not None
+    return git("describe", "--always", "--dirty", "--abbrev=12") if tracked else None

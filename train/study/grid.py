@@ -18,11 +18,12 @@ from ..config import Config, ConfigError
 from ..data import open_source
 from ..data.stream import SCHEME
 from ..files import write_atomically
-from ..signals import STOPPED, name_of, stop
+from ..signals import LAUNCHER, STOPPED, name_of, stop
 from .finished import (
-    commit_of_code,
+    STUDY_FILE,
+    commit_of,
     describe,
-    folder_of,
+    folder_in,
     read_lines,
     results_of,
     steps_done,
@@ -31,7 +32,6 @@ from .finished import (
 from .jobs import Ended, Job, carry_out
 from .plan import Run, read_study
 
-STUDY_FILE = "study.yaml"
 PATIENCE = 15.0  # seconds for a grid that was killed a moment ago
 FAILED = 1  # exit status where some run failed
 
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         folder.mkdir(parents=True, exist_ok=True)
         with lock.hold(folder, PATIENCE, "study"):
-            write_atomically(folder / STUDY_FILE, options.file.read_bytes())
+            write_atomically(folder / STUDY_FILE, study.to_yaml().encode())
             os.nice(options.niceness)
             _prepare(study.runs)
             stop.act_at_once(None)
@@ -104,26 +104,29 @@ def _check_changes(folder: Path, runs: Sequence[Run]) -> None:
     a checkpoint."""
     lines = read_lines(folder)
     for run in runs:
-        file = folder_of(folder, run) / CONFIG_FILE
-        if run.name in lines:
-            before = Config.from_dict(lines[run.name]["configuration"])
-        elif checkpoint.has_any(file.parent):
-            before = config.load(file)
-        else:
-            continue
+        file = folder_in(folder, run.name) / CONFIG_FILE
+        try:
+            if run.name in lines:
+                before = Config.from_dict(lines[run.name]["configuration"])
+            elif checkpoint.has_any(file.parent):
+                before = config.load(file)
+            else:
+                continue
+        except ConfigError as error:
+            raise ConfigError(f"the run {run.name} of {folder} cannot go on here: {error}") from error
         changed = config.changes(before, run.config)
         if changed:
             named = ", ".join(f"{name} (then {then}, now {now})" for name, (then, now) in changed.items())
             raise ConfigError(
-                f"the run {run.name} of {folder} has another {named}; allowed: the same. Leave it as it was, name the "
-                "new method otherwise, or choose another --folder"
+                f"the run {run.name} of {folder} has another {named}; allowed: the same. Leave it as it was, give the "
+                "new method a name of its own, or choose another --folder"
             )
 
 
 def _list(folder: Path, runs: Sequence[Run]) -> None:
     lines = read_lines(folder)
     for run in runs:
-        steps, done = run.config.optimizer.steps, steps_done(folder_of(folder, run))
+        steps, done = run.config.optimizer.steps, steps_done(folder_in(folder, run.name))
         state = "finished" if run.name in lines else f"{done} of {steps} steps" if done else "not begun"
         print(f"{run.name}: {state}")
     print(f"{sum(run.name in lines for run in runs)} of {len(runs)} runs are finished")
@@ -153,12 +156,12 @@ def _fitting(runs: Sequence[Run]) -> int:
 
 def _train(folder: Path, runs: Sequence[Run], parallel: int) -> list[str]:
     """Carry out the runs that are not finished; returns the names of those that failed."""
-    lines, failed, commit = read_lines(folder), list[str](), commit_of_code()
+    lines, failed, commit = read_lines(folder), list[str](), commit_of(Path(__file__))
     left = {run.name: run for run in runs if run.name not in lines}
-    first_steps = {name: steps_done(folder_of(folder, run)) for name, run in left.items()}
+    first_steps = {name: steps_done(folder_in(folder, run.name)) for name, run in left.items()}
     jobs = []
     for name, run in left.items():
-        place = folder_of(folder, run)
+        place = folder_in(folder, run.name)
         place.parent.mkdir(parents=True, exist_ok=True)
         file = place.with_name(f"{place.name}.yaml")
         write_atomically(file, run.config.to_yaml().encode())
@@ -186,8 +189,8 @@ def _train(folder: Path, runs: Sequence[Run], parallel: int) -> list[str]:
 def _evaluate_again(folder: Path, runs: Sequence[Run], parallel: int) -> list[str]:
     """Evaluate the finished runs anew and put what that finds into their lines; returns the names of those that
     failed."""
-    lines, failed = read_lines(folder), list[str]()
-    places = {run.name: folder_of(folder, run) for run in runs if run.name in lines}
+    lines, failed, commit = read_lines(folder), list[str](), commit_of(Path(__file__))
+    places = {run.name: folder_in(folder, run.name) for run in runs if run.name in lines}
     jobs = [
         Job(name, _command("evaluate", str(place)), place.with_name(f"{place.name}.log"))
         for name, place in places.items()
@@ -195,7 +198,7 @@ def _evaluate_again(folder: Path, runs: Sequence[Run], parallel: int) -> list[st
 
     def ended(job: Job, how: Ended) -> None:
         if how.status == 0:
-            lines[job.name]["results"] = results_of(places[job.name])
+            lines[job.name] |= {"results": results_of(places[job.name]), "evaluation_commit": commit}
             write_lines(folder, lines)
             print(f"{job.name}: evaluated", flush=True)
         elif not stop.request:
@@ -211,8 +214,9 @@ def _command(*arguments: str) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Of a run: one thread, in case its configuration leaves their number open."""
-    return {threads.VARIABLE: "1", **os.environ}
+    """Of a run: it ends, with a checkpoint, where this process does; and it has one thread, where its configuration
+    leaves their number open."""
+    return {threads.VARIABLE: "1", **os.environ, LAUNCHER: str(os.getpid())}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .. import config
 from ..config import Config, ConfigError
 from ..options import MAX_SEED
@@ -49,11 +51,17 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """`runs`: in the order in which they are carried out: seed by seed, so that pairs of one seed come early."""
+    """A study.
+
+    runs   in the order in which they are carried out: seed by seed, so that pairs of one seed come early
+    given  what its file says, in a form that needs no other file
+    """
 
     runs: tuple[Run, ...]
-    reference: str | None
-    primary: str | None
+    given: dict[str, Any]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.given, sort_keys=False, allow_unicode=True)
 
 
 def read_study(path: Path) -> Study:
@@ -71,8 +79,7 @@ def read_study(path: Path) -> Study:
     for seed in seeds:
         for condition, options in conditions.items():
             for method in chosen[condition]:
-                changes = {**options, **methods[method]}
-                changes.pop("runs", None)
+                changes = {**{key: value for key, value in options.items() if key != "runs"}, **methods[method]}
                 taken = sorted(set(changes) & set(seed_options))
                 if taken:
                     raise ConfigError(
@@ -80,7 +87,11 @@ def read_study(path: Path) -> Study:
                     )
                 changes |= dict.fromkeys(seed_options, seed)
                 runs.append(_run(path, base, changes, condition, method, seed))
-    return Study(tuple(runs), _reference(path, given, methods), _text(path, given, "primary"))
+    for key in ("reference", "primary"):
+        _text(path, given, key)
+    if given.get("reference", next(iter(methods))) not in methods:
+        raise ConfigError(f"{path}: reference={given['reference']!r}; allowed: one of {', '.join(methods)}")
+    return Study(tuple(runs), {"base": base, **{key: given[key] for key in KEYS[2:] if key in given}})
 
 
 def _run(path: Path, base: dict[str, Any], changes: dict[str, Any], condition: str, method: str, seed: int) -> Run:
@@ -143,13 +154,6 @@ def _seed_options(path: Path, given: dict[str, Any]) -> list[str]:
     if not isinstance(options, list) or not options or not all(isinstance(option, str) for option in options):
         raise ConfigError(f"{path}: seed_options={options!r}; allowed: a list of options, such as {list(SEED_OPTIONS)}")
     return options
-
-
-def _reference(path: Path, given: dict[str, Any], methods: dict[str, Any]) -> str | None:
-    name = _text(path, given, "reference")
-    if name is not None and name not in methods:
-        raise ConfigError(f"{path}: reference={name!r}; allowed: one of {', '.join(methods)}")
-    return name
 
 
 def _text(path: Path, given: dict[str, Any], key: str) -> str | None:
