@@ -70,7 +70,12 @@ def test_a_run_leaves_all_it_promises(whole_run: Path, data: Path) -> None:
     table, figures = ((whole_run / name).read_text() for name in (report.TABLE, report.FIGURES))
     assert "Bad samples left out: heldout: 1 (empty_caption 1); " in table
     assert json.loads(figures)["left_out"]["vendor"] == {"empty_caption": 1}
-    assert [row["step"] for row in rows if "heldout_r1_image_to_text" in row] == [5, 11, 17, 23]
+    on_the_way = [row for row in rows if "heldout_r1_image_to_text" in row]
+    assert [row["step"] for row in on_the_way] == [5, 11, 17, 23]
+    at_the_end = json.loads(figures)["results"][0]["metrics"]
+    assert on_the_way[-1]["heldout_r1_image_to_text"] == at_the_end["text_retrieval_recall@1"]
+    assert on_the_way[-1]["heldout_r1_text_to_image"] == at_the_end["image_retrieval_recall@1"]
+    assert len({row["heldout_r1_image_to_text"] for row in on_the_way}) > 1, "of the weights of each step"
     assert (whole_run / plot.PLOT).read_bytes().startswith(b"\x89PNG")
     assert list((whole_run / metrics.EVENTS).iterdir())
     assert {place.phase for place in heartbeat.read(whole_run)} == {"done"}

@@ -107,13 +107,11 @@ def evaluate_set(
     image_to_text, text_to_image = retrieve(x, y, torch.from_numpy(shows), world)
     labels = (np.arange(len(pairs)) if pairs.labels is None else pairs.labels)[kept]
     _, first = np.unique(shows[:, 1], return_index=True)
-    named = [pairs.class_names[record] for record in kept]
-    known = [index for index, name in enumerate(named) if name is not None]
     zero_shot = probed = None
     if classifier is not None:
-        zero_shot = classify(x, named, classifier, world)
+        zero_shot = classify(x, [pairs.class_names[record] for record in kept], classifier, world)
+    known, classes = _with_class(pairs, kept)
     if probe is not None and known:
-        classes = np.array([named[index] for index in known])
         probed = on_first(world, lambda: probe.score(x[known], classes))
     return SetResult(len(x), len(y), image_to_text, text_to_image, zero_shot, probed, labels, labels[shows[first, 0]])
 
@@ -126,12 +124,17 @@ def _of_kept(shows: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return renumbered[renumbered[:, 0] >= 0]
 
 
+def _with_class(pairs: EvaluationSet, kept: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """Which of the kept records name a class, 0 to len(kept) - 1, and these names."""
+    known = [index for index, record in enumerate(kept) if pairs.class_names[record] is not None]
+    return known, np.array([pairs.class_names[record] for record in kept[known]])
+
+
 def _fit_probe(bundle: Bundle, pairs: EvaluationSet, options: DataOptions, world: World) -> Any:
     """By rank 0, which gives it to all."""
     from . import probe
 
     rows, kept = embed_images(bundle, pairs, options, world)
-    known = [index for index, record in enumerate(kept) if pairs.class_names[record] is not None]
-    classes = np.array([pairs.class_names[kept[index]] for index in known])
+    known, classes = _with_class(pairs, kept)
     groups = None if pairs.labels is None else pairs.labels[kept[known]]
     return on_first(world, lambda: probe.fit(rows[known], classes, options.seed, groups))

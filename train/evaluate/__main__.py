@@ -31,12 +31,17 @@ EPILOG = f"""examples:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point, of every rank; returns the exit status."""
+    """Entry point; returns the exit status, but in a rank, which ends here."""
     options = _parse(arguments)
+    if launch.is_launched():
+        launch.leave(_run(options))
+    return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
-        count = options.processes
-        if count > 1 and not launch.is_launched():
-            return _launch(list(sys.argv[1:] if arguments is None else arguments), count, options.device)
+        if options.processes > 1 and not launch.is_launched():
+            return _launch(options)
         with _world(options.device) as world:
             _evaluate(options, world)
     except ElsewhereError:
@@ -83,26 +88,28 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _launch(arguments: list[str], count: int, device: str) -> int:
-    """Start `count` ranks that do what `arguments` say; returns the exit status of the first that fails."""
-    if launch.on_gpu(JobOptions(device=device)) and count > torch.cuda.device_count():
+def _launch(options: argparse.Namespace) -> int:
+    """Start the ranks; returns the exit status of the first that fails."""
+    count = options.processes
+    if launch.on_gpu(JobOptions(device=options.device)) and count > torch.cuda.device_count():
         raise ConfigError(
             f"--processes {count}; allowed: at most {torch.cuda.device_count()}, the GPUs here, or --device cpu"
         )
     store = dist.TCPStore(launch.LOOPBACK, 0, is_master=True, wait_for_workers=False)  # the ranks meet there
     try:
-        processes.spawn(_rank, (arguments, count, store.port), count)
+        processes.spawn(_rank, (options, store.port), count)
     except processes.ProcessExitedException as error:
         if error.signal_name is not None:
             print(f"error: rank {error.error_index} was killed by {error.signal_name}", file=sys.stderr)
-        return error.exit_code if error.exit_code > 0 else 1
+        return max(error.exit_code, 1)
     return 0
 
 
-def _rank(rank: int, arguments: list[str], count: int, port: int) -> None:
+def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
+    count = options.processes
     shared = {LAUNCHER: os.getppid(), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()})
-    launch.leave(main(arguments))
+    launch.leave(_run(options))
 
 
 @contextmanager
