@@ -261,12 +261,9 @@ def read_state(folder: Path) -> State:
 
 
 def read_config(folder: Path) -> Config:
-    """Options of earlier versions that others replaced are left out, for they never were a part of what is trained, but
-    for data.corrupt. Raises CheckpointError where it is not a configuration of this version."""
+    """Options of earlier versions that others replaced are left out: they never were a part of what is trained. Raises
+    CheckpointError where it is not a configuration of this version."""
     content = _read_mapping(folder / CONFIG)
-    data = content.get("data")
-    if isinstance(data, dict) and data.get("corrupt"):
-        data["noise"] = {"swap": data["corrupt"]}
     for name in REPLACED:
         section, _, option = name.partition(".")
         if isinstance(content.get(section), dict):

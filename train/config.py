@@ -55,7 +55,6 @@ CHANGEABLE = (
 # Options of earlier versions, and what stands in their place.
 REPLACED = {
     "job.max_skipped": "job.max_skipped_in_a_row and job.max_skipped_share",
-    "data.corrupt": "data.noise.swap",
     "data.folder": "data.source",
     "data.image_size": "model.image_size",
 }
@@ -172,6 +171,10 @@ def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _section(section: str, kind: type, values: dict[str, Any]) -> Any:
+    if section == "data" and "corrupt" in values:  # of an earlier version: data.noise.swap says the same
+        values = dict(values)
+        swap = values.pop("corrupt")
+        values["noise"] = ({"swap": swap} if swap else {}) | values.get("noise", {})
     known = {option.name: option for option in fields(kind)}
     for name in sorted(str(name) for name in values if f"{section}.{name}" in REPLACED):
         raise ConfigError(f"{section}.{name} is of an earlier version; give {REPLACED[f'{section}.{name}']} instead")

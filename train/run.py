@@ -30,7 +30,7 @@ from .evaluate.sets import Evaluation, read_evaluation
 from .files import explain
 from .heartbeat import Heartbeat
 from .options import SKIP_WINDOW
-from .set_up import build_towers, check_labels, check_optimizer, check_options
+from .set_up import build_towers, check_optimizer, check_options
 from .signals import StoppedError, name_of, stop
 from .step import StepResult, train_step
 from .targets import EMA
@@ -132,7 +132,6 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     on_each(world, lambda: check_options(config, world.size))
     found = find_teachers(config.loss, world)
     data = on_each(world, lambda: open_training_data(config))
-    on_each(world, lambda: check_labels(config, data))
     evaluation = read_evaluation(config.data, world)  # what is wrong with it is said before the first step
     heartbeat.tick()
     resumed = on_first(world, lambda: checkpoint.find(run, engine=True) if checkpoint.has_any(run) else None)

@@ -10,7 +10,6 @@ import torch
 from . import checkpoint, deepspeed_options, towers
 from .config import Config
 from .data import TrainingData
-from .data.training import Indexed
 from .optimizers import make_optimizer
 from .options import ConfigError
 from .towers import Bundle
@@ -29,15 +28,6 @@ def check_options(config: Config, processes: int) -> None:
     if options.micro_batches > share:
         raise ConfigError(
             f"optimizer.micro_batches={options.micro_batches}; allowed: at most {share}, a process's share"
-        )
-
-
-def check_labels(config: Config, data: TrainingData) -> None:
-    """Raises ConfigError where the hard target needs labels that the data do not have."""
-    if config.loss.positives == "label" and not (isinstance(data, Indexed) and data.source.labels() is not None):
-        raise ConfigError(
-            f"loss.positives='label', but not every record of data.source={config.data.source!r} has a label that is "
-            "known before it is read; allowed: shards, folders and tables with labels. Else use loss.positives=pair"
         )
 
 

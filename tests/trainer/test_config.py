@@ -131,6 +131,14 @@ def test_the_file_of_the_default_run_names_only_known_options() -> None:
     Config.from_dict(mapping)
 
 
+def test_swapped_captions_have_an_earlier_name(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    for corrupt, noise in ((0.0, {}), (0.3, {"swap": 0.3})):
+        file.write_text(f"data: {{corrupt: {corrupt}}}")
+        assert load(file).data.noise == noise
+    assert load(file, ["data.noise={junk: 0.1}"]).data.noise == {"swap": 0.3, "junk": 0.1}
+
+
 def test_documentation_lists_every_option_with_its_default() -> None:
     page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     text = page.partition("\n## Options\n")[2].partition("\n## ")[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,23 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import engines
-from helpers.data import shard_of, tiny
 from helpers.engines import teachers_of
 from helpers.jobs import configuration, finish, start, training_rows
 from helpers.ranks import Pool
 from helpers.saved_runs import write_checkpoint
-from helpers.sources import listed
 from helpers.taught import RANKS, config, write_run
 from safetensors.torch import load_file
 
 from train import checkpoint
 from train.config import Config
-from train.data import open_training_data
-from train.data.training import Indexed
 from train.fingerprint import Fingerprint
-from train.options import ConfigError
 from train.resume import compare
-from train.set_up import check_labels
 from train.teachers import ALONE
 
 # --- Checkpoints and refusals
@@ -111,18 +104,6 @@ def test_a_teacher_that_cannot_be_had_is_refused_on_all_ranks_by_name(pool: Pool
     for said, other, (name, problem) in zip(here, there, problems.items(), strict=True):
         assert said.startswith(f"ConfigError: loss.teachers: {name!r} ") and problem in said, said
         assert other.startswith(f"ElsewhereError: rank 0: loss.teachers: {name!r}"), other
-
-
-def test_labels_that_the_data_lack_are_asked_for_in_vain_before_the_first_step(data: Path, training: Indexed) -> None:
-    by_label, without = config("1", positives="label"), copy(training)
-    check_labels(by_label, training)
-    without.source = listed(60)
-    check_labels(config("1"), without)
-    sections = tiny(data)["data"] | {"source": f"stream:{shard_of(data, 'train')}", "epoch_samples": 40}
-    stream = open_training_data(Config.from_dict({"data": sections | {"distinct": "none"}}))
-    for unlabelled in (without, stream):
-        with pytest.raises(ConfigError, match=r"loss.positives='label', but not every record of data.source='emoji"):
-            check_labels(by_label, unlabelled)
 
 
 # --- Saving
