@@ -64,7 +64,7 @@ $(OPTIONAL)/dependencies: constraints.txt constraints-optional.txt pyproject.tom
 	$(OPTIONAL)/bin/python -m pip install -q --no-build-isolation -c constraints.txt -c constraints-optional.txt \
 	  pytest pytest-timeout pytest-xdist $$($(OPTIONAL)/bin/python -c "import tomllib; \
 	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
-	  print(*extras['train'], *extras['open_clip'], *extras['hf'], *extras['timm'])")
+	  print(*extras['train'], *extras['open_clip'], *extras['hf'], *extras['timm'], *extras['onnx'])")
 	touch $@
 
 $(VENV)/package: $(VENV)/dependencies setup.py $(KERNELS)

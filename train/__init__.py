@@ -13,6 +13,7 @@ To read it, begin with step, the training step on one page, then run (set-up, lo
                               what an engine holds, and its part of a checkpoint
     data/                     what it is trained on, from whichever layout; data/emoji/ is the default set
     evaluate/                 retrieval and zero-shot on held-out data: `python -m train evaluate`
+    export/                   the towers in forms that others load: `python -m train export`
     checkpoint, fingerprint   checkpoints, and the data, code and versions that they were made with
     resume                    whether a run may go on from one
     metrics, console, tracker, plot

@@ -173,6 +173,16 @@ def find(run: Path, warn: Callable[[str], None] = print, engine: bool = False) -
     raise CheckpointError(f"{run} holds no whole checkpoint (found: {', '.join(names) or 'none'}); start a new one")
 
 
+def of_step(run: Path, step: int) -> Path:
+    """The checkpoint of `step`. Raises CheckpointError where it is missing or not good."""
+    if name_of(step) not in _names(run):
+        raise CheckpointError(f"{run} holds no checkpoint {name_of(step)} (found: {', '.join(_names(run)) or 'none'})")
+    problem = why_broken(run / FOLDER / name_of(step))
+    if problem is not None:
+        raise CheckpointError(f"checkpoint {name_of(step)} {problem}; choose another of {', '.join(_names(run))}")
+    return run / FOLDER / name_of(step)
+
+
 def why_broken(folder: Path, engine: bool = False) -> str | None:
     """What is wrong with a checkpoint, and where it is asked for with its `engine` files, or None."""
     problem = _why_not_whole(folder)
@@ -242,9 +252,12 @@ def read_state(folder: Path) -> State:
 
 
 def read_config(folder: Path) -> Config:
-    """Options of earlier versions that others replaced are left out: they never were a part of what is trained. Raises
-    CheckpointError where it is not a configuration of this version."""
+    """Options of earlier versions that others replaced are left out, for they never were a part of what is trained, but
+    for data.corrupt. Raises CheckpointError where it is not a configuration of this version."""
     content = _read_mapping(folder / CONFIG)
+    data = content.get("data")
+    if isinstance(data, dict) and data.get("corrupt"):
+        data["noise"] = {"swap": data["corrupt"]}
     for name in REPLACED:
         section, _, option = name.partition(".")
         if isinstance(content.get(section), dict):
@@ -280,9 +293,13 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(paths) if path.is_file()}
 
 
-def read_bundle(folder: Path) -> towers.Bundle:
-    """The trained towers in fp32, on the CPU, for evaluation: from safetensors and JSON."""
-    bundle = towers.build(read_config(folder).model, tuple, files=read_files(folder))
+def read_bundle(folder: Path, plain: bool = False) -> towers.Bundle:
+    """The trained towers in fp32, on the CPU, for evaluation: from safetensors and JSON. `plain`: as modules that can
+    be traced, neither compiled nor with gradient checkpointing."""
+    model = read_config(folder).model
+    if plain:
+        model = replace(model, compile=False, gradient_checkpointing=False)
+    bundle = towers.build(model, tuple, files=read_files(folder))
     bundle.module.load_state_dict(load_safetensors((folder / WEIGHTS).read_bytes()))
     bundle.module.eval()
     return bundle

@@ -26,9 +26,11 @@ AUTO_PATIENCE = 15.0  # seconds for the ranks of a job whose launcher was killed
 OTHER_COMMANDS = f"""other commands:
   {PROGRAM} plot RUN [RUN ...]  draw the curves of runs together
   {PROGRAM} evaluate RUN        evaluate a run from its newest checkpoint
-  {PROGRAM} data                prepare the emoji set
+  {PROGRAM} robustness          compare runs' accuracies under a shift with those of reference models
   {PROGRAM} grid STUDY.yaml     carry out the runs of a study
-  {PROGRAM} compare STUDY       what its runs show, with intervals
+  {PROGRAM} compare STUDY       what its methods differ by
+  {PROGRAM} export RUN          write its towers in a form that another library loads
+  {PROGRAM} data                prepare the emoji set
 Each tells more with --help."""
 USER_ERRORS = (ConfigError, checkpoint.CheckpointError, DataError, SetupError, lock.LockedError)
 

@@ -44,7 +44,7 @@ class DataOptions:
     max_pixels        a larger picture is bad
     max_bad_fraction  share of the samples that may be bad
     seed              fixes which captions are made wrong, and of the emoji set the splits and the wording
-    noise             share of the records whose captions are made wrong, by kind; noise.KINDS says what each does
+    noise             share of the records whose captions are made wrong, by kind; data.noise says what each does
     """
 
     source: str = "emoji:train"

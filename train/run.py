@@ -140,6 +140,8 @@ def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     engine = make_engine(bundle, config, world)
     if resumed is not None:
         load_engine(engine, resumed)
+    if data.noisy is not None and resumed is None:
+        on_first(world, partial(data.noisy.write_account, run))
     log = on_each(world, lambda: metrics.Log(run, state.step, config.optimizer.steps, config) if first else None)
     return Trainer(config, choices, run, world, heartbeat, bundle, engine, data, evaluation, log, state, now)
 
@@ -266,6 +268,7 @@ def _record(trainer: Trainer, step: int, result: StepResult, times: Times) -> No
     if log is None:
         return
     samples = config.optimizer.batch_size
+    apart = {name: value for name in ("r1_clean", "r1_noisy") if (value := getattr(result, name)) is not None}
     log.step(
         step,
         {
@@ -274,6 +277,7 @@ def _record(trainer: Trainer, step: int, result: StepResult, times: Times) -> No
             "scale": result.scale,
             "r1_image_to_text": result.r1_image_to_text,
             "r1_text_to_image": result.r1_text_to_image,
+            **apart,
             "lr": config.optimizer.lr_at(step),
             "grad_norm": result.grad_norm,
             "samples_per_second": samples / times.step,

@@ -30,6 +30,7 @@ class Share(Protocol):
 
     images  (b, 3, H, W) float32
     tokens  (b, L) int64
+    noise   (b,) int64, above 0 where the caption was made wrong; only where the configuration says that some are
     bad     records that were left out while it was read, counted by reason
     """
 
@@ -40,6 +41,9 @@ class Share(Protocol):
     def tokens(self) -> Tensor: ...
 
     @property
+    def noise(self) -> Tensor: ...
+
+    @property
     def bad(self) -> Mapping[str, int]: ...
 
 
@@ -48,7 +52,8 @@ class StepResult:
     """Of the global batch, and the same on every rank.
 
     applied    the parameters were updated, since the loss and the gradient were finite
-    r1_*       in-batch R@1
+    r1_*       in-batch R@1; r1_clean and r1_noisy: image→text, of the pairs whose captions are their own and of those
+               whose are not, NaN where there are none; None where data.noise is empty
     scale      the logit scale that the loss was taken with
     grad_norm  before clipping; NaN where the loss is not finite
     bad        records that were left out
@@ -61,6 +66,8 @@ class StepResult:
     scale: float
     grad_norm: float
     bad: int
+    r1_clean: float | None = None
+    r1_noisy: float | None = None
 
 
 def train_step(engine: Any, batch: Share, step: int, config: Config, group: Any) -> StepResult:
@@ -74,17 +81,30 @@ def train_step(engine: Any, batch: Share, step: int, config: Config, group: Any)
 
     # One exchange before the backward pass: what is logged, and whether every rank's loss is finite.
     bad = loss.new_tensor(sum(batch.bad.values()))
-    local = torch.stack([torch.isfinite(loss), loss.detach(), *ranks.recall(1), bad]).double()
+    apart = _apart(ranks.rows == 0, batch.noise) if config.data.noise else []
+    local = torch.stack([torch.isfinite(loss), loss.detach(), *ranks.recall(1), bad, *apart]).double()
     dist.all_reduce(local, group=group)
-    finite, loss_value, image_to_text, text_to_image, _ = (local / dist.get_world_size(group)).tolist()
+    finite, loss_value, image_to_text, text_to_image, *_ = (local / dist.get_world_size(group)).tolist()
     applied, grad_norm = finite == 1.0, float("nan")
     if applied:
         backward(loss * loss_scale(engine))
         applied, grad_norm = update(engine, config.optimizer.max_grad_norm)
         clamp_log_scale(engine.module.log_scale)
     return StepResult(
-        applied, loss_value, image_to_text, text_to_image, float(scale.detach()), grad_norm, round(float(local[-1]))
+        applied,
+        loss_value,
+        image_to_text,
+        text_to_image,
+        float(scale.detach()),
+        grad_norm,
+        round(float(local[4])),
+        *(local[5::2] / local[6::2]).tolist(),  # r1_clean and r1_noisy, or nothing
     )
+
+
+def _apart(found: Tensor, noise: Tensor) -> list[Tensor]:
+    """Of the pairs whose captions are their own, then of the others: how many were found, and how many there are."""
+    return [count.sum() for those in (noise == 0, noise > 0) for count in (found & those, those)]
 
 
 def encode(engine: Any, batch: Share, micro_batches: int) -> tuple[tuple[Tensor, ...], Callable[[Tensor], None]]:

@@ -35,6 +35,7 @@ class Bundle:
                      of the trained parameters, as torch's optimizers take them, with `lr_scale` where layers differ.
                      Weight decay for matrices and kernels only. Raises ConfigError where these towers know no layers
     files            what a checkpoint must hold, besides the weights, for the towers to be built again: by file name
+    preprocessing    what `prepare` does in an evaluation, in the terms of the towers' library; JSON can hold it
     notes            what a person should know about them, each in one line; rank 0 says it
     """
 
@@ -45,4 +46,5 @@ class Bundle:
     tokens_per_pair: int
     parameter_groups: Callable[[float, float | None], list[dict[str, Any]]]
     files: dict[str, bytes] = field(default_factory=dict)
+    preprocessing: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -3,6 +3,7 @@ with the files of its tokenizer and its image processor. Without weights the mod
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,11 +28,11 @@ class HuggingFace(LibraryModel):
     """A CLIPModel, SiglipModel or their like."""
 
     def encode_images(self, images: Tensor) -> Tensor:
-        return _pooled(self.model.get_image_features(pixel_values=images))
+        return pooled(self.model.get_image_features(pixel_values=images))
 
     def encode_texts(self, tokens: Tensor) -> Tensor:
         """Padding needs no mask: CLIP reads up to the end token, and SigLIP was trained to read it."""
-        return _pooled(self.model.get_text_features(input_ids=tokens))
+        return pooled(self.model.get_text_features(input_ids=tokens))
 
 
 def build(path: str, options: ModelOptions, saved: Path | None) -> Bundle:
@@ -69,6 +70,7 @@ def build(path: str, options: ModelOptions, saved: Path | None) -> Bundle:
         tokens_per_pair=(size // model.config.vision_config.patch_size) ** 2 + tokenize.length,
         parameter_groups=partial(groups.without_layers, module, towers=towers),
         files=packed(model.config.save_pretrained, processor.save_pretrained, tokenize.tokenizer.save_pretrained),
+        preprocessing=json.loads(processor.to_json_string()),
         notes=() if saved or holds_weights(folder) else BOTH_RANDOM,
     )
 
@@ -115,7 +117,7 @@ class Tokenize:
         return cast(Tensor, encoded.input_ids)
 
 
-def _pooled(features: Any) -> Tensor:
+def pooled(features: Any) -> Tensor:
     """transformers 4 returns the rows themselves."""
     return features if isinstance(features, Tensor) else cast(Tensor, features.pooler_output)
 

@@ -43,13 +43,13 @@ class LibraryModel(Contrastive):
         return state
 
 
-def library(name: str, extra: str) -> Any:
-    """The module `name`, or a ConfigError that says which extra of ours brings it."""
+def library(name: str, extra: str, option: str = "model.towers") -> Any:
+    """The module `name`, which `option` needs, or a ConfigError that says which extra of ours brings it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(
-            f"model.towers needs the library {name}, which cannot be imported ({error}); install it by "
+            f"{option} needs the library {name}, which cannot be imported ({error}); install it by "
             f"pip install 'softclip-kernels[{extra}]'"
         ) from error
 

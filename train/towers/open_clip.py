@@ -84,6 +84,7 @@ def build(name: str, options: ModelOptions, saved: Path | None) -> Bundle:
         tokens_per_pair=_patches(model.visual, trunk) + tokenize.context_length,
         parameter_groups=without_layers if trunk is None else partial(groups.with_timm_layers, module, trunk),
         files=_files(config, model, tokenize),
+        preprocessing=model.visual.preprocess_cfg,
         notes=() if saved or weights else BOTH_RANDOM,
     )
 

@@ -102,6 +102,7 @@ def build(names: str, options: ModelOptions, saved: Path | None) -> Bundle:
         tokens_per_pair=timm_patches(trunk, described["input_size"][1:]) + tokenize.length,
         parameter_groups=partial(groups.with_timm_layers, module, trunk),
         files=packed(text.config.save_pretrained, tokenize.tokenizer.save_pretrained),
+        preprocessing=described,
         notes=tuple(RANDOM.format(tower) for tower, known in loaded.items() if not known and not saved),
     )
 

@@ -26,6 +26,8 @@ from .tokenizer import Tokenize, train_tokenizer
 
 IMAGE_SIZE, CONTEXT_LENGTH, SCALE = 48, 12, 14.3
 TOKENIZER = "tokenizer.json"
+HALVES = [0.5, 0.5, 0.5]
+PREPROCESSING = {"resize_mode": "longest", "interpolation": "bicubic", "fill_color": 255, "mean": HALVES, "std": HALVES}
 
 
 class Prepare:
@@ -71,4 +73,5 @@ def build(options: ModelOptions, captions: Callable[[], Iterable[str]], files: M
         tokens_per_pair=GRID * GRID + length,
         parameter_groups=partial(groups.without_layers, module, towers=options.towers),
         files={TOKENIZER: written},
+        preprocessing=PREPROCESSING | {"size": [size, size]},
     )
