@@ -3,8 +3,9 @@
 A checkpoint is a folder `checkpoints/step-000120`:
 
     model.safetensors  config.json  state.json    safe to share: no code in them
+    ema.safetensors                               likewise: of the teacher `ema`, where there is one, for resuming
     towers/                                       what its kind of towers is built from, such as a tokenizer, likewise
-    fingerprint.json                              of the data, the code and the versions
+    fingerprint.json                              of the data, the teachers, the code and the versions
     engine/                                       the optimizer's state, a file a rank, for resuming: see engine_state
     manifest.json                                 SHA-256 and size of all others
 
@@ -33,10 +34,12 @@ from .config import CHANGEABLE, REPLACED, Config, changes
 from .files import explain, sha256_of, sync_file, sync_folder, write_atomically, write_new
 from .fingerprint import Fingerprint
 from .options import SKIP_WINDOW, ConfigError
+from .targets import EMA, teachers_of
 
 FOLDER, LATEST, MANIFEST, ENGINE = "checkpoints", "latest", "manifest.json", "engine"
 TOWERS = "towers"
-WEIGHTS, CONFIG, STATE, FINGERPRINT = "model.safetensors", "config.json", "state.json", "fingerprint.json"
+WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+CONFIG, STATE, FINGERPRINT = "config.json", "state.json", "fingerprint.json"
 NAME = re.compile(r"step-[0-9]{6,}")
 SHOWN = 300  # characters of another library's error
 MAX_COUNT = 2**62  # of steps and the like
@@ -112,10 +115,14 @@ def write_portable(
     files: Mapping[str, bytes],
     state: State,
     fingerprint: Fingerprint,
+    ema: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Weights, configuration, the towers' own files, state and fingerprint, none of which can run code."""
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    write_new(folder / WEIGHTS, save_safetensors(tensors))
+    """Weights, those of the teacher `ema` where there is one, configuration, the towers' own files, state and
+    fingerprint, none of which can run code."""
+    for file, tensors in ((WEIGHTS, weights), (EMA_WEIGHTS, ema)):
+        if tensors:
+            held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+            write_new(folder / file, save_safetensors(held))
     write_new(folder / CONFIG, json.dumps(config.to_dict(), indent=1).encode())
     (folder / TOWERS).mkdir()  # their names may be any, config.json among them
     for name, content in files.items():
@@ -189,8 +196,10 @@ def why_broken(folder: Path, engine: bool = False) -> str | None:
     if problem is not None:
         return f"is not whole ({problem})"
     try:
-        bundle = read_bundle(folder)
-        bad = [name for name, tensor in bundle.module.state_dict().items() if not torch.isfinite(tensor).all()]
+        weights = read_bundle(folder).module.state_dict()
+        if engine and EMA in teachers_of(read_config(folder).loss):
+            weights |= {f"{name} ({EMA})": tensor for name, tensor in read_ema(folder).items()}
+        bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if bad:
             return f"is not finite (NaN or infinity in {name_some(bad)})"
         state = read_state(folder)
@@ -293,16 +302,22 @@ def read_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(paths) if path.is_file()}
 
 
-def read_bundle(folder: Path, plain: bool = False) -> towers.Bundle:
-    """The trained towers in fp32, on the CPU, for evaluation: from safetensors and JSON. `plain`: as modules that can
-    be traced, neither compiled nor with gradient checkpointing."""
+def read_bundle(folder: Path, compiled: bool = True) -> towers.Bundle:
+    """The trained towers in fp32, on the CPU, for evaluation: from safetensors and JSON. `compiled`: where the run's
+    are, which takes minutes and pays for many pictures."""
     model = read_config(folder).model
-    if plain:
-        model = replace(model, compile=False, gradient_checkpointing=False)
-    bundle = towers.build(model, tuple, files=read_files(folder))
+    bundle = towers.build(replace(model, compile=model.compile and compiled), tuple, files=read_files(folder))
     bundle.module.load_state_dict(load_safetensors((folder / WEIGHTS).read_bytes()))
     bundle.module.eval()
     return bundle
+
+
+def read_ema(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the teacher `ema`, on the CPU. Raises CheckpointError where there are none."""
+    path = folder / EMA_WEIGHTS
+    if not path.exists():
+        raise CheckpointError(f"{folder.name} lacks {EMA_WEIGHTS}, without which the teacher 'ema' cannot go on")
+    return load_safetensors(path.read_bytes())
 
 
 def other_options(then: Config, now: Config) -> tuple[list[str], list[str]]:

@@ -28,7 +28,7 @@ OTHER_COMMANDS = f"""other commands:
   {PROGRAM} evaluate RUN        evaluate a run from its newest checkpoint
   {PROGRAM} robustness          compare runs' accuracies under a shift with those of reference models
   {PROGRAM} grid STUDY.yaml     carry out the runs of a study
-  {PROGRAM} compare STUDY       what its methods differ by
+  {PROGRAM} compare STUDY       what its runs show, with intervals
   {PROGRAM} export RUN          write its towers in a form that another library loads
   {PROGRAM} data                prepare the emoji set
 Each tells more with --help."""

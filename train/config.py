@@ -14,9 +14,9 @@ from .options import ConfigError, DataOptions, JobOptions, LossOptions, ModelOpt
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_FILE, EMPTY_FILE = CONFIGS / "emoji.yaml", CONFIGS / "pairs.yaml"
-# The options that may have another value when a run goes on: where its data lie (a fingerprint tells whether they are
-# the same), how far it goes, how it is computed, watched and kept. All others say what is trained on what, and a
-# checkpoint is a part of that.
+# The options that may have another value when a run goes on: where its data and teachers lie (a fingerprint tells
+# whether they are the same), how far it goes, how it is computed, watched and kept. All others say what is trained on
+# what, and a checkpoint is a part of that.
 CHANGEABLE = (
     "data.source",
     "data.evaluate",
@@ -29,6 +29,7 @@ CHANGEABLE = (
     "data.max_bad_fraction",
     "model.gradient_checkpointing",
     "model.compile",
+    "loss.teachers",
     "loss.backend",
     "optimizer.steps",
     "optimizer.micro_batches",
@@ -123,6 +124,14 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         raise ConfigError(f"the configuration {path} holds {type(mapping).__name__}; a mapping of sections is needed")
     return mapping
+
+
+def changed(settings: Config, overrides: Sequence[str], path: Path) -> Config:
+    """`settings`, which are of file `path`, with `section.name=value` overrides on top."""
+    mapping = settings.to_dict()
+    for override in overrides:
+        _override(mapping, override, path)
+    return Config.from_dict(mapping)
 
 
 def _override(mapping: dict[str, Any], override: str, path: Path) -> None:

@@ -74,11 +74,6 @@ class Stop:
         the process, nobody who waits goes on to say the same."""
         return self._asked.wait(seconds)
 
-    def check(self) -> None:
-        """Raises StoppedError once asked to stop."""
-        if self.request:
-            raise StoppedError(name_of(self.request))
-
     def _listen(self, reader: int, parent: int | None) -> None:
         orphaned: float | None = None
         while True:

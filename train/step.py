@@ -22,23 +22,20 @@ from softclip_kernels import Exchange, TwoPass, softclip_loss_with_ranks
 from .config import Config
 from .engine import loss_scale, update
 from .targets import target_at
+from .teachers import ALONE, Seen, Teachers
 from .towers.contrastive import MAX_LOG_SCALE
 
 
-class Share(Protocol):
-    """What the step asks of a rank's share of a batch, b pairs, on its device.
+class Share(Seen, Protocol):
+    """What the step asks of a rank's share of a batch, besides what is encoded.
 
-    images  (b, 3, H, W) float32
-    tokens  (b, L) int64
+    labels  (b,) int64, of what each pair shows; of those alike, loss.positives=label makes positives
     noise   (b,) int64, above 0 where the caption was made wrong; only where the configuration says that some are
     bad     records that were left out while it was read, counted by reason
     """
 
     @property
-    def images(self) -> Tensor: ...
-
-    @property
-    def tokens(self) -> Tensor: ...
+    def labels(self) -> Tensor: ...
 
     @property
     def noise(self) -> Tensor: ...
@@ -70,12 +67,16 @@ class StepResult:
     r1_noisy: float | None = None
 
 
-def train_step(engine: Any, batch: Share, step: int, config: Config, group: Any) -> StepResult:
+def train_step(
+    engine: Any, batch: Share, step: int, config: Config, group: Any, teachers: Teachers = ALONE
+) -> StepResult:
     """One optimizer step. Where any rank's loss or gradient is not finite, no rank updates its parameters."""
     for settings in engine.optimizer.param_groups:
         settings["lr"] = config.optimizer.lr_at(step) * settings.get("lr_scale", 1.0)
-    (x, y, scale), backward = encode(engine, batch, config.optimizer.micro_batches)
-    target = target_at(step, config.optimizer.batch_size, config.loss, config.job.seed)
+    micro_batches, pairs = config.optimizer.micro_batches, config.optimizer.batch_size
+    (x, y, scale), backward = encode(engine, batch, micro_batches)
+    taught = teachers.teach(batch, micro_batches) if config.loss.alpha()(step) > 0.0 else {}
+    target = target_at(step, pairs, config.loss, config.job.seed, batch.labels, taught)
     exchange = Exchange(group, step=step)  # errors name the step
     loss, ranks = softclip_loss_with_ranks(x, y, scale, target, group=exchange, backend=config.loss.backend)
 
@@ -90,6 +91,8 @@ def train_step(engine: Any, batch: Share, step: int, config: Config, group: Any)
         backward(loss * loss_scale(engine))
         applied, grad_norm = update(engine, config.optimizer.max_grad_norm)
         clamp_log_scale(engine.module.log_scale)
+    if applied:
+        teachers.follow(engine, step)
     return StepResult(
         applied,
         loss_value,

@@ -79,11 +79,19 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, capsys: pytest.Cap
 
 def test_towers_of_anyones_are_exported(tmp_path: Path) -> None:
     towers = f"python:{__name__}:{made_by_a_factory.__name__}"
-    run = write_run(tmp_path / "run", replace(SMALL, towers=towers, compile=True, gradient_checkpointing=True))
+    run = write_run(tmp_path / "run", replace(SMALL, towers=towers))
     out = tmp_path / "out"
     assert main([str(run), "--to", "safetensors", "--out", str(out)]) == 0
-    expected = rows(checkpoint.read_bundle(run / checkpoint.FOLDER / "step-000003", plain=True))
-    assert all(torch.equal(a, b) for a, b in zip(expected, rows(checkpoint.read_bundle(out, plain=True)), strict=True))
+    expected = rows(checkpoint.read_bundle(run / checkpoint.FOLDER / "step-000003"))
+    assert all(torch.equal(a, b) for a, b in zip(expected, rows(checkpoint.read_bundle(out)), strict=True))
+
+
+def test_an_export_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take minutes, for three pictures."""
+    folder = checkpoint.find(write_run(tmp_path / "run", replace(SMALL, compile=True)))
+    assert "encode_images" in vars(checkpoint.read_bundle(folder).module), "compiled"
+    monkeypatch.delattr(torch, "compile")
+    export.export(folder, "safetensors", tmp_path / "out")
 
 
 @pytest.mark.parametrize("form", ("open_clip", "hf"))

@@ -2,8 +2,8 @@
 
 swap        records exchange their captions, each with one of another label
 near_swap   likewise, two and two, within a class
-partial     one word is left of all captions
-wrong_word  a word of a record of another label is put among those of each caption, or in the place of one
+partial     one word is left of all captions, a keyword (_keywords)
+wrong_word  a keyword of a record of another label is put among the words of each caption, or in the place of one
 junk        a caption that says nothing of any picture
 
 Which records, how, and the words are functions of (data.seed, record) alone: every epoch, rank and resumed run reads
@@ -71,7 +71,7 @@ class Noisy:
         rng = np.random.default_rng([self._seed, 0xC1, index])
         match NOISE[kind - 1]:
             case "partial":
-                captions = (_word(_words(record.captions), rng),)
+                captions = (_word(_keywords(record.captions), rng),)
             case "wrong_word":
                 captions = _with_a_word(record.captions, captions, rng)
             case "junk":
@@ -182,9 +182,15 @@ def _strangers(labels: np.ndarray, chosen: np.ndarray, share: float, rng: np.ran
     raise DataError(f"data.noise.wrong_word={share}, but (nearly) all records have one label; allowed: 0")
 
 
+def _keywords(captions: tuple[str, ...]) -> list[str]:
+    """The captions that are one word, as tags are, or else the words of the first one: others may be sentences around
+    it, whose words tell nothing of the picture."""
+    return _words(tuple(text for text in captions if " " not in text) or captions[:1])
+
+
 def _words(captions: tuple[str, ...]) -> list[str]:
     """Each once; of a caption without letters or digits, what stands between its spaces."""
-    return list(dict.fromkeys(word for text in captions for word in re.findall(r"[\w'-]+", text) or text.split()))
+    return list(dict.fromkeys(word for text in captions for word in re.findall(r"\w[\w'-]*", text) or text.split()))
 
 
 def _word(words: list[str], rng: np.random.Generator) -> str:
@@ -194,9 +200,9 @@ def _word(words: list[str], rng: np.random.Generator) -> str:
 
 
 def _with_a_word(own: tuple[str, ...], others: tuple[str, ...], rng: np.random.Generator) -> tuple[str, ...]:
-    """Captions with a word of `others` that is none of theirs, the same in each. The only word of a caption stays."""
+    """Captions with a keyword of `others` that is no word of theirs, the same in each. A caption's only word stays."""
     known = {word.lower() for word in _words(own)}
-    foreign = _words(others)
+    foreign = _keywords(others)
     word = _word([word for word in foreign if word.lower() not in known] or foreign, rng)
     where, in_place = rng.random(), rng.random() < 0.5
     made = []

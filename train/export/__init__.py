@@ -80,7 +80,7 @@ def export(folder: Path, form: str, out: Path) -> None:
         raise ConfigError(f"--to {form} cannot hold model.towers={towers}; allowed for these: {general}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out {out} is there, and is no empty folder; give another one")
-    bundle = checkpoint.read_bundle(folder, plain=True)
+    bundle = checkpoint.read_bundle(folder, compiled=False)
     with _whole(out) as scratch:
         with _reporting(f"--to {form} cannot write model.towers={towers}", ConfigError, OSError):
             chosen.write(folder, bundle, scratch)

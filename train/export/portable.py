@@ -36,5 +36,5 @@ def write_files(bundle: Bundle, out: Path) -> None:
 
 def rows(out: Path, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """See Form.rows."""
-    x, y, _ = checkpoint.read_bundle(out, plain=True).module(images, tokens)
+    x, y, _ = checkpoint.read_bundle(out, compiled=False).module(images, tokens)
     return x, y

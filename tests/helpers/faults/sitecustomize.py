@@ -155,7 +155,8 @@ def stuck_evaluation() -> None:
     """Rank 0 stands still in the evaluation on the way."""
     from train import evaluate
 
-    evaluate.retrieve = lambda *_: time.sleep(STUCK_SECONDS)  # type: ignore[assignment, misc]
+    if RANK == "0":
+        evaluate.retrieve = lambda *_: time.sleep(STUCK_SECONDS)  # type: ignore[assignment, misc]
 
 
 def stuck_set_up() -> None:
@@ -187,7 +188,7 @@ def slow_evaluation_and_saving() -> None:
         time.sleep(SLOW_SECONDS)
         sync_file(path)
 
-    embed.CHUNK = 8
+    embed.CHUNK = 4
     embed.heartbeat = SimpleNamespace(tick=slow_tick)  # type: ignore[assignment]
     checkpoint.sync_file = slow_sync_file
 
