@@ -28,16 +28,23 @@ def read_results(path: Path) -> Results:
             "results"
         )
     try:
-        content = json.loads(file.read_bytes())
-        results: Results = {}
+        return results_in(json.loads(file.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{file} holds no results, each with `dataset`, `task` and `metrics` ({error}); `{PROGRAM} evaluate RUN` "
+            "writes them anew"
+        ) from error
+
+
+def results_in(content: Any) -> Results:
+    """Those in what such a file holds. Raises ValueError where it holds something else."""
+    results: Results = {}
+    try:
         for entry in content.get("results", [content]):
             metrics = {str(name): float(value) for name, value in entry["metrics"].items() if _is_figure(value)}
             results.setdefault(str(entry["dataset"]), {}).update(metrics)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{file} holds no results, each with `dataset`, `task` and `metrics` ({type(error).__name__}: {error}); "
-            f"`{PROGRAM} evaluate RUN` writes them anew"
-        ) from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     return results
 
 

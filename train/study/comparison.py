@@ -15,6 +15,7 @@ from .. import PROGRAM
 from ..config import ConfigError
 from ..data import DataError
 from ..evaluate.records import Hits, read_records
+from ..evaluate.results import results_in
 from . import intervals
 from .finished import Lines, folder_in
 from .intervals import Interval
@@ -78,15 +79,12 @@ def _figures(name: str, results: Any) -> Figures:
     """By SET/METRIC, in the order of their coming, then MACRO/METRIC of those that several sets have."""
     try:
         found = {
-            f"{entry['dataset']}/{metric}": float(value)
-            for entry in results["results"]
-            for metric, value in entry["metrics"].items()
-            if value is not None
+            f"{of}/{metric}": value for of, metrics in results_in(results).items() for metric, value in metrics.items()
         }
-    except (TypeError, KeyError, ValueError) as error:
+    except ValueError as error:
         raise DataError(
-            f"the results of {name} cannot be compared ({type(error).__name__}: {error}): the run is evaluated on "
-            f"nothing, or they are of an earlier version; `{PROGRAM} grid` with --evaluate-again writes them anew"
+            f"the results of {name} cannot be compared ({error}): the run is evaluated on nothing, or they are of an "
+            f"earlier version; `{PROGRAM} grid` with --evaluate-again writes them anew"
         ) from error
     of_sets: dict[str, list[float]] = {}
     for key, value in found.items():
