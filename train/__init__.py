@@ -5,7 +5,8 @@ To read it, begin with step, the training step on one page, then run (set-up, lo
     cli, config, options, auto
                               the command line, the options, and what `auto` means
     launch, world, threads    the processes of a job, and what they do together
-    run, step                 a whole run, and one step of it
+    run, set_up, step         a whole run, what comes before it, and one step of it
+    targets, teachers         what a batch should match at a step, and who makes the soft targets
     towers/                   what is trained, from whichever library
     engine, deepspeed_options, optimizers
                               DeepSpeed's engine, and what it is made with
@@ -14,7 +15,7 @@ To read it, begin with step, the training step on one page, then run (set-up, lo
     data/                     what it is trained on, from whichever layout; data/emoji/ is the default set
     evaluate/                 retrieval and zero-shot on held-out data: `python -m train evaluate`
     export/                   the towers in forms that others load: `python -m train export`
-    checkpoint, fingerprint   checkpoints, and the data, code and versions that they were made with
+    checkpoint, fingerprint   checkpoints, and the data, teachers, code and versions that they were made with
     resume                    whether a run may go on from one
     metrics, console, tracker, plot
                               logs, progress bar, and curves: `python -m train plot`

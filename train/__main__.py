@@ -9,6 +9,9 @@ from .signals import stop
 COMMANDS = {  # besides training
     "plot": ".plot",
     "evaluate": ".evaluate.__main__",
+    "robustness": ".evaluate.robustness",
+    "grid": ".study.grid",
+    "compare": ".study.compare",
     "export": ".export.__main__",
     "data": ".data.__main__",
 }

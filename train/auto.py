@@ -30,7 +30,7 @@ def precision(asked: str, device: torch.device) -> str:
 def backend(asked: str, rows: int, width: int, device: torch.device) -> tuple[str, str]:
     """The backend of a rank's block of `rows` × `rows` pairs with in-batch R@1, and why those that `auto` prefers to it
     were passed over. Raises ConfigError where the one that was asked for cannot run here."""
-    # Embeddings reach the loss in fp32 whatever the towers' precision; a teacher's are the student's own.
+    # Embeddings reach the loss in fp32 whatever the towers' precision, a teacher's as well as the student's own.
     x, zeros = torch.zeros(rows, width, device=device), torch.zeros(rows, device=device)
     positive = torch.arange(rows, device=device)
     problem = Problem(x, x, zeros[0], positive, row_threshold=zeros, column_threshold=zeros)

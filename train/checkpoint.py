@@ -3,8 +3,9 @@
 A checkpoint is a folder `checkpoints/step-000120`:
 
     model.safetensors  config.json  state.json    safe to share: no code in them
+    ema.safetensors                               likewise: of the teacher `ema`, where there is one, for resuming
     towers/                                       what its kind of towers is built from, such as a tokenizer, likewise
-    fingerprint.json                              of the data, the code and the versions
+    fingerprint.json                              of the data, the teachers, the code and the versions
     engine/                                       the optimizer's state, a file a rank, for resuming: see engine_state
     manifest.json                                 SHA-256 and size of all others
 
@@ -33,10 +34,12 @@ from .config import CHANGEABLE, REPLACED, Config, changes
 from .files import explain, sha256_of, sync_file, sync_folder, write_atomically, write_new
 from .fingerprint import Fingerprint
 from .options import SKIP_WINDOW, ConfigError
+from .targets import EMA, teachers_of
 
 FOLDER, LATEST, MANIFEST, ENGINE = "checkpoints", "latest", "manifest.json", "engine"
 TOWERS = "towers"
-WEIGHTS, CONFIG, STATE, FINGERPRINT = "model.safetensors", "config.json", "state.json", "fingerprint.json"
+WEIGHTS, EMA_WEIGHTS = "model.safetensors", "ema.safetensors"
+CONFIG, STATE, FINGERPRINT = "config.json", "state.json", "fingerprint.json"
 NAME = re.compile(r"step-[0-9]{6,}")
 SHOWN = 300  # characters of another library's error
 MAX_COUNT = 2**62  # of steps and the like
@@ -112,10 +115,14 @@ def write_portable(
     files: Mapping[str, bytes],
     state: State,
     fingerprint: Fingerprint,
+    ema: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Weights, configuration, the towers' own files, state and fingerprint, none of which can run code."""
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
-    write_new(folder / WEIGHTS, save_safetensors(tensors))
+    """Weights, those of the teacher `ema` where there is one, configuration, the towers' own files, state and
+    fingerprint, none of which can run code."""
+    for file, tensors in ((WEIGHTS, weights), (EMA_WEIGHTS, ema)):
+        if tensors:
+            held = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+            write_new(folder / file, save_safetensors(held))
     write_new(folder / CONFIG, json.dumps(config.to_dict(), indent=1).encode())
     (folder / TOWERS).mkdir()  # their names may be any, config.json among them
     for name, content in files.items():
@@ -189,8 +196,10 @@ def why_broken(folder: Path, engine: bool = False) -> str | None:
     if problem is not None:
         return f"is not whole ({problem})"
     try:
-        bundle = read_bundle(folder)
-        bad = [name for name, tensor in bundle.module.state_dict().items() if not torch.isfinite(tensor).all()]
+        weights = read_bundle(folder).module.state_dict()
+        if engine and EMA in teachers_of(read_config(folder).loss):
+            weights |= {f"{name} ({EMA})": tensor for name, tensor in read_ema(folder).items()}
+        bad = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
         if bad:
             return f"is not finite (NaN or infinity in {name_some(bad)})"
         state = read_state(folder)
@@ -252,9 +261,12 @@ def read_state(folder: Path) -> State:
 
 
 def read_config(folder: Path) -> Config:
-    """Options of earlier versions that others replaced are left out: they never were a part of what is trained. Raises
-    CheckpointError where it is not a configuration of this version."""
+    """Options of earlier versions that others replaced are left out, for they never were a part of what is trained, but
+    for data.corrupt. Raises CheckpointError where it is not a configuration of this version."""
     content = _read_mapping(folder / CONFIG)
+    data = content.get("data")
+    if isinstance(data, dict) and data.get("corrupt"):
+        data["noise"] = {"swap": data["corrupt"]}
     for name in REPLACED:
         section, _, option = name.partition(".")
         if isinstance(content.get(section), dict):
@@ -298,6 +310,14 @@ def read_bundle(folder: Path, compiled: bool = True) -> towers.Bundle:
     bundle.module.load_state_dict(load_safetensors((folder / WEIGHTS).read_bytes()))
     bundle.module.eval()
     return bundle
+
+
+def read_ema(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the teacher `ema`, on the CPU. Raises CheckpointError where there are none."""
+    path = folder / EMA_WEIGHTS
+    if not path.exists():
+        raise CheckpointError(f"{folder.name} lacks {EMA_WEIGHTS}, without which the teacher 'ema' cannot go on")
+    return load_safetensors(path.read_bytes())
 
 
 def other_options(then: Config, now: Config) -> tuple[list[str], list[str]]:

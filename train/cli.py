@@ -26,6 +26,9 @@ AUTO_PATIENCE = 15.0  # seconds for the ranks of a job whose launcher was killed
 OTHER_COMMANDS = f"""other commands:
   {PROGRAM} plot RUN [RUN ...]  draw the curves of runs together
   {PROGRAM} evaluate RUN        evaluate a run from its newest checkpoint
+  {PROGRAM} robustness          compare runs' accuracies under a shift with those of reference models
+  {PROGRAM} grid STUDY.yaml     carry out the runs of a study
+  {PROGRAM} compare STUDY       what its runs show, with intervals
   {PROGRAM} export RUN          write its towers in a form that another library loads
   {PROGRAM} data                prepare the emoji set
 Each tells more with --help."""
@@ -207,7 +210,7 @@ def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
     if isinstance(
         error, (checkpoint.RunError, WorkerError, OSError)
     ):  # not faults of the code, which its lines would explain
-        watch.fail(_words(error))
+        watch.fail(words(error))
         return 1
     traceback.print_exc()
     watch.fail(f"{type(error).__name__}: {error}")
@@ -215,9 +218,10 @@ def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
 
 
 def _print_error(error: Exception) -> None:
-    rank, words = os.environ.get("RANK", "0"), _words(error)
-    print(f"error: {words}" if rank == "0" else f"error: rank {rank}: {words}", file=sys.stderr, flush=True)
+    rank, said = os.environ.get("RANK", "0"), words(error)
+    print(f"error: {said}" if rank == "0" else f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
 
 
-def _words(error: Exception) -> str:
+def words(error: Exception) -> str:
+    """What a user is told of it."""
     return explain(error) if isinstance(error, OSError) else str(error)

@@ -14,9 +14,9 @@ from .options import ConfigError, DataOptions, JobOptions, LossOptions, ModelOpt
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_FILE, EMPTY_FILE = CONFIGS / "emoji.yaml", CONFIGS / "pairs.yaml"
-# The options that may have another value when a run goes on: where its data lie (a fingerprint tells whether they are
-# the same), how far it goes, how it is computed, watched and kept. All others say what is trained on what, and a
-# checkpoint is a part of that.
+# The options that may have another value when a run goes on: where its data and teachers lie (a fingerprint tells
+# whether they are the same), how far it goes, how it is computed, watched and kept. All others say what is trained on
+# what, and a checkpoint is a part of that.
 CHANGEABLE = (
     "data.source",
     "data.evaluate",
@@ -29,6 +29,7 @@ CHANGEABLE = (
     "data.max_bad_fraction",
     "model.gradient_checkpointing",
     "model.compile",
+    "loss.teachers",
     "loss.backend",
     "optimizer.steps",
     "optimizer.micro_batches",
@@ -106,6 +107,14 @@ def file_of(file: Path | None, overrides: Sequence[str]) -> Path:
 def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file (see file_of) with `section.name=value` overrides on top."""
     path = file_of(file, overrides)
+    mapping = read(path)
+    for override in overrides:
+        _override(mapping, override, path)
+    return Config.from_dict(mapping)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError where it holds none."""
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -114,26 +123,41 @@ def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"the configuration {path} is not YAML: {error}") from error
     if not isinstance(mapping, dict):
         raise ConfigError(f"the configuration {path} holds {type(mapping).__name__}; a mapping of sections is needed")
+    return mapping
+
+
+def changed(settings: Config, overrides: Sequence[str], path: Path) -> Config:
+    """`settings`, which are of file `path`, with `section.name=value` overrides on top."""
+    mapping = settings.to_dict()
     for override in overrides:
         _override(mapping, override, path)
     return Config.from_dict(mapping)
 
 
 def _override(mapping: dict[str, Any], override: str, path: Path) -> None:
-    """Put `section.name=value` into the mapping; more names lead further down (data.evaluate.NAME=...)."""
+    """Put `section.name=value` into the mapping, which is of file `path`."""
     key, equals, text = override.partition("=")
-    names = key.strip().split(".")
-    if not equals or len(names) < 2 or not all(names):
+    if not equals:
         raise ConfigError(f"{override!r}: write section.name=value, for example optimizer.steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML") from error
+    put(mapping, key, value, path)
+
+
+def put(mapping: dict[str, Any], key: str, value: Any, path: Path) -> None:
+    """Give option `section.name` of the mapping, which is of file `path`, a value; more names lead further down
+    (data.evaluate.NAME)."""
+    names = key.strip().split(".")
+    if len(names) < 2 or not all(names):
+        raise ConfigError(f"'{key}={value}': write section.name=value, for example optimizer.steps=100")
     inner = mapping
     for depth, name in enumerate(names[:-1], 1):
         inner = inner.setdefault(name, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{override!r}: {'.'.join(names[:depth])!r} is no section of {path}")
-    try:
-        inner[names[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML") from error
+            raise ConfigError(f"'{key}={value}': {'.'.join(names[:depth])!r} is no section of {path}")
+    inner[names[-1]] = value
 
 
 def changes(before: Config, after: Config) -> dict[str, tuple[Any, Any]]:

@@ -196,6 +196,23 @@ def gather_weights(engine: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def copy_weights(engine: Any, module: torch.nn.Module) -> None:
+    """The whole model into `module`, towers like the engine's, on every rank. Buffers become those of rank 0, as a
+    checkpoint has them: batch norm's differ. Every rank must call it, as gather_weights."""
+    partitioned = engine.zero_optimization_partition_weights()
+    parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
+    into = module.state_dict(keep_vars=True)
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        gathered = partitioned and name in parameters
+        with deepspeed.zero.GatheredParameters([tensor] if gathered else [], enabled=gathered):
+            whole = tensor.detach()
+            if name not in parameters:
+                whole = whole.clone()
+                dist.broadcast(whole, src=0, group=engine.data_parallel_group)
+            into[name].copy_(whole)
+
+
+@torch.no_grad()
 def nonfinite(engine: Any, weights: dict[str, Tensor], group: Any) -> list[str]:
     """What holds NaN or infinity of `weights` (rank 0's, see gather_weights), and of the fp32 master copies and the
     optimizer's state, of which each rank holds its part: by parameter, and the same on every rank. Every rank calls

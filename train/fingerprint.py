@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -33,12 +33,15 @@ class Fingerprint:
     code        SHA-256 in hex of softclip_kernels and the trainer, compiled parts included
     versions    by name, the machine's kind among them
     evaluation  of the data that it is evaluated on, by name
+    teachers    in the order of loss.teachers: `self`, `ema`, or the SHA-256 of a frozen one's weights; empty where the
+                model alone teaches, as in all earlier versions, or nobody does
     """
 
     data: str = ""
     code: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     evaluation: dict[str, str] = field(default_factory=dict)
+    teachers: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -47,15 +50,15 @@ class Fingerprint:
     def from_json(cls, text: str) -> Fingerprint:
         """Raises ValueError or TypeError where the text is none."""
         made = cls(**json.loads(text))
-        kinds = (str, str, dict, dict)
+        kinds = (str, str, dict, dict, list | tuple)
         if not all(isinstance(getattr(made, one.name), kind) for one, kind in zip(fields(cls), kinds, strict=True)):
-            raise TypeError("a fingerprint holds two texts and two mappings")
-        return made
+            raise TypeError("a fingerprint holds two texts, two mappings and a list")
+        return replace(made, teachers=tuple(made.teachers))
 
 
-def take(data: str, evaluation: dict[str, str], device: torch.device) -> Fingerprint:
-    """Of the data, and of what runs here, now."""
-    return Fingerprint(data, of_code(), versions_of(device), evaluation)
+def take(data: str, evaluation: dict[str, str], device: torch.device, teachers: tuple[str, ...] = ()) -> Fingerprint:
+    """Of the data and the teachers, and of what runs here, now."""
+    return Fingerprint(data, of_code(), versions_of(device), evaluation, teachers)
 
 
 def of_code() -> str:
@@ -85,6 +88,14 @@ def versions_of(device: torch.device) -> dict[str, str]:
 def other_data(then: Fingerprint, now: Fingerprint) -> str | None:
     """In words, where the data differ."""
     return None if then.data == now.data else f"{then.data[:SHORT]} then, {now.data[:SHORT]} now"
+
+
+def other_teachers(then: Fingerprint, now: Fingerprint) -> str | None:
+    """In words, where the teachers differ."""
+    if then.teachers == now.teachers:
+        return None
+    before, after = (", ".join(name[:SHORT] for name in one.teachers or ("self",)) for one in (then, now))
+    return f"{before} then, {after} now"
 
 
 def other_software(then: Fingerprint, now: Fingerprint) -> list[str]:

@@ -20,20 +20,20 @@ class LockedError(RuntimeError):
     """Another job works on the run."""
 
 
-def hold(run: Path, patience: float = 0.0) -> TextIO:
+def hold(run: Path, patience: float = 0.0, what: str = "run") -> TextIO:
     """Take the run for this job; it holds as long as the returned file is open, here or in a process that inherits it.
-    `patience`: seconds to wait for the job before, which may be ending. Raises LockedError where another job holds it,
-    or the folder cannot be written."""
+    `patience`: seconds to wait for the job before, which may be ending; `what` the folder is, in words. Raises
+    LockedError where another job holds it, or the folder cannot be written."""
     try:
         file = (run / FILE).open("a+", encoding="utf-8")
     except OSError as error:
         raise LockedError(
-            f"{run / FILE} cannot be written ({error.strerror}); a run needs a folder that it can write to"
+            f"{run / FILE} cannot be written ({error.strerror}); a {what} needs a folder that it can write to"
         ) from error
     try:
         if not take(file, patience):
             raise LockedError(
-                f"the run {run} is in use by {_holder(file)}; wait for it, end it, or choose another --folder"
+                f"the {what} {run} is in use by {_holder(file)}; wait for it, end it, or choose another --folder"
             )
     except OSError as error:
         if error.errno not in UNKNOWN_TO_THE_FILE_SYSTEM:

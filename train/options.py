@@ -27,7 +27,7 @@ class DataOptions:
     weights           of each source named by `::`, how often an epoch takes its pairs; empty: once
     evaluate          sources by name, on which retrieval is measured
     classes           a JSON file of class names and the texts of each, for zero-shot classification of those records of
-                      `evaluate` that name a class; None: no such classification
+                      `evaluate` that name one of them; None: the classes that these records name, each by its name
     templates         sentences with `{}` where a text of a class stands, of whose embeddings a class's is the mean;
                       empty: the text alone
     probe             image-text pairs whose records name a class, on which a linear probe is trained, to be measured on
@@ -44,7 +44,7 @@ class DataOptions:
     max_pixels        a larger picture is bad
     max_bad_fraction  share of the samples that may be bad
     seed              fixes which captions are made wrong, and of the emoji set the splits and the wording
-    noise             share of the records whose captions are made wrong, by kind; noise.KINDS says what each does
+    noise             share of the records whose captions are made wrong, by kind; data.noise says what each does
     """
 
     source: str = "emoji:train"

@@ -29,8 +29,9 @@ def check(config: Config, stop_after: int | None, folder: Path, world: World, no
 
 
 def compare(config: Config, folder: Path, now: Fingerprint) -> None:
-    """Name all that differs from when the checkpoint was written. Other data, and other options that are a part of what
-    is trained, are refused; with other code or versions the run goes on, but need not repeat bit for bit."""
+    """Name all that differs from when the checkpoint was written. Other data or teachers, and other options that are a
+    part of what is trained, are refused; with other code or versions the run goes on, but need not repeat bit for
+    bit."""
     fixed, changeable = checkpoint.other_options(checkpoint.read_config(folder), config)
     if fixed:
         raise ConfigError(
@@ -48,6 +49,12 @@ def compare(config: Config, folder: Path, now: Fingerprint) -> None:
         raise checkpoint.CheckpointError(
             f"{folder} was trained on other data (fingerprint {data}); let data.source in the run's config.yaml name "
             "the data it was trained on, or start a new run"
+        )
+    teachers = fingerprint.other_teachers(then, now)
+    if teachers is not None:
+        raise checkpoint.CheckpointError(
+            f"{folder} was taught by others than loss.teachers={list(config.loss.teachers)} name (SHA-256 of weights: "
+            f"{teachers}); let them name the teachers it was trained with, or start a new run"
         )
     software = fingerprint.other_software(then, now)
     if software:

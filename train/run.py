@@ -7,7 +7,7 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -19,20 +19,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, deepspeed_options, evaluate, fingerprint, metrics, plot, resume, towers
+from . import checkpoint, evaluate, fingerprint, metrics, plot, resume, towers
 from .auto import settle
 from .config import Config
 from .data import Batch, TrainingData, count_bad, open_training_data
 from .engine import make_engine
-from .engine_state import gather_weights, load_engine, nonfinite, save_engine
+from .engine_state import copy_weights, gather_weights, load_engine, nonfinite, save_engine
 from .evaluate import report
 from .evaluate.sets import Evaluation, read_evaluation
 from .files import explain
 from .heartbeat import Heartbeat
-from .optimizers import make_optimizer
-from .options import SKIP_WINDOW, ConfigError
-from .signals import name_of, stop
+from .options import SKIP_WINDOW
+from .set_up import build_towers, check_labels, check_optimizer, check_options
+from .signals import StoppedError, name_of, stop
 from .step import StepResult, train_step
+from .targets import EMA
+from .teachers import Teachers, find_teachers, read_teachers
 from .towers import Bundle
 from .world import ElsewhereError, World, asked_to_stop, on_each, on_first
 
@@ -65,9 +67,10 @@ class Trainer:
 
     config      with every `auto` of the training step settled
     choices     how, in words
-    evaluation  what it is evaluated on: rank 0's alone, None elsewhere
+    evaluation  what it is evaluated on
     log         rank 0's alone, None elsewhere
     state       the steps that are done and skipped
+    evaluated   towers for evaluations on the way, as soon as there was one
     """
 
     config: Config
@@ -77,11 +80,13 @@ class Trainer:
     heartbeat: Heartbeat
     bundle: Bundle
     engine: Any
+    teachers: Teachers
     data: TrainingData
-    evaluation: Evaluation | None
+    evaluation: Evaluation
     log: metrics.Log | None
     state: checkpoint.State
     fingerprint: fingerprint.Fingerprint
+    evaluated: Bundle | None = None
 
 
 def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
@@ -97,12 +102,15 @@ def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
     if trainer.log is not None:
         for note in trainer.bundle.notes:
             trainer.log.say(f"{task.config.model.towers}: {note}")
+        for name, found in trainer.teachers.found.items():
+            trainer.log.say(f"teacher {name}: the weights of {found.place}, SHA-256 {found.sha256}")
         seconds = f"{time.perf_counter() - began:.1f} s"
         trainer.log.say(
             f"run {task.run}: {_describe(trainer)}, steps {trainer.state.step} to {last}; ready in {seconds}"
         )
     try:
-        batches = trainer.data.batches(trainer.bundle, world, trainer.state.step, last)
+        readers = list(trainer.teachers.frozen.values())
+        batches = trainer.data.batches(trainer.bundle, world, trainer.state.step, last, readers)
         with closing(batches):  # its worker processes
             stopped = _loop(trainer, last, batches)
         if last == steps and stopped is None:
@@ -121,62 +129,32 @@ def train(task: Task, world: World, heartbeat: Heartbeat) -> str | None:
 def _set_up(task: Task, world: World, heartbeat: Heartbeat) -> Trainer:
     config, run, first = task.config, task.run, world.rank == 0
     _quiet()
-    on_each(world, lambda: _check(config, world.size))
+    on_each(world, lambda: check_options(config, world.size))
+    found = find_teachers(config.loss, world)
     data = on_each(world, lambda: open_training_data(config))
-    # Rank 0 evaluates; what is wrong with the held-out data is said before the first step.
-    evaluation = on_each(world, lambda: read_evaluation(config.data) if first else None)
+    on_each(world, lambda: check_labels(config, data))
+    evaluation = read_evaluation(config.data, world)  # what is wrong with it is said before the first step
     heartbeat.tick()
     resumed = on_first(world, lambda: checkpoint.find(run, engine=True) if checkpoint.has_any(run) else None)
-    bundle = _build(config, data, resumed, world)
+    bundle = build_towers(config, data, resumed, world)
     config, choices = on_first(world, lambda: settle(config, bundle, world.size, world.device))
     bundle.module.precision = config.job.precision
+    teachers = read_teachers(config, found, bundle, world)
     heartbeat.tick()
-    evaluated = {} if evaluation is None else {name: one.source.fingerprint for name, one in evaluation.sets.items()}
-    now = on_first(world, lambda: fingerprint.take(data.fingerprint, evaluated, world.device))
+    taught, evaluated = teachers.fingerprint(config.loss), evaluation.fingerprints()
+    now = on_first(world, lambda: fingerprint.take(data.fingerprint, evaluated, world.device, taught))
     state = checkpoint.State(0, 0, world.size, config.job.zero_stage)
     if resumed is not None:
         state = on_first(world, lambda: resume.check(config, task.stop_after, resumed, world, now))
-    on_each(world, lambda: _check_optimizer(bundle, config))
+    on_each(world, lambda: check_optimizer(bundle, config))
     engine = make_engine(bundle, config, world)
     if resumed is not None:
         load_engine(engine, resumed)
+        on_each(world, partial(teachers.resume, resumed))
+    if data.noisy is not None and resumed is None:
+        on_first(world, partial(data.noisy.write_account, run))
     log = on_each(world, lambda: metrics.Log(run, state.step, config.optimizer.steps, config) if first else None)
-    return Trainer(config, choices, run, world, heartbeat, bundle, engine, data, evaluation, log, state, now)
-
-
-def _build(config: Config, data: TrainingData, resumed: Path | None, world: World) -> Bundle:
-    """The towers, alike on all ranks: those of a checkpoint, whose weights follow, or new ones. Each rank loads itself
-    what these begin with; what `small` learns from the captions is rank 0's."""
-
-    def files() -> Mapping[str, bytes] | None:
-        if resumed is not None:
-            return checkpoint.read_files(resumed)
-        return towers.build(config.model, data.captions).files if config.model.towers == "small" else None
-
-    shared = on_first(world, files)
-    torch.manual_seed(config.job.seed)
-    return on_each(world, lambda: towers.build(config.model, data.captions, files=shared))
-
-
-def _check(config: Config, processes: int) -> None:
-    deepspeed_options.check(config.deepspeed)
-    options = config.optimizer
-    if options.batch_size % processes:
-        raise ConfigError(
-            f"optimizer.batch_size={options.batch_size}; allowed: a multiple of the {processes} processes"
-        )
-    share = options.batch_size // processes
-    if options.micro_batches > share:
-        raise ConfigError(
-            f"optimizer.micro_batches={options.micro_batches}; allowed: at most {share}, a process's share"
-        )
-
-
-def _check_optimizer(bundle: Bundle, config: Config) -> None:
-    """Raises ConfigError where the engine could not be made with it: there, ranks wait for one another."""
-    options = config.optimizer
-    groups = bundle.parameter_groups(options.weight_decay, options.layer_decay)
-    make_optimizer(groups, options, config.job.zero_stage)
+    return Trainer(config, choices, run, world, heartbeat, bundle, engine, teachers, data, evaluation, log, state, now)
 
 
 def _loop(trainer: Trainer, last: int, batches: Iterator[Batch]) -> str | None:
@@ -191,7 +169,7 @@ def _loop(trainer: Trainer, last: int, batches: Iterator[Batch]) -> str | None:
         # Of dropout and the like: a function of (seed, step), too.
         torch.manual_seed(_step_seed(options.seed, step, world.rank))
         trainer.engine.train()
-        result = train_step(trainer.engine, batch, step, trainer.config, world.group)
+        result = train_step(trainer.engine, batch, step, trainer.config, world.group, trainer.teachers)
         trainer.state = trainer.state.after(result.applied, result.bad)
         _record(trainer, step, result, Times(ready - began, time.perf_counter() - began))
         if result.bad:
@@ -266,6 +244,7 @@ def _record(trainer: Trainer, step: int, result: StepResult, times: Times) -> No
     if log is None:
         return
     samples = config.optimizer.batch_size
+    apart = {name: value for name in ("r1_clean", "r1_noisy") if (value := getattr(result, name)) is not None}
     log.step(
         step,
         {
@@ -274,6 +253,7 @@ def _record(trainer: Trainer, step: int, result: StepResult, times: Times) -> No
             "scale": result.scale,
             "r1_image_to_text": result.r1_image_to_text,
             "r1_text_to_image": result.r1_text_to_image,
+            **apart,
             "lr": config.optimizer.lr_at(step),
             "grad_norm": result.grad_norm,
             "samples_per_second": samples / times.step,
@@ -296,12 +276,14 @@ def save(trainer: Trainer) -> None:
     if trainer.log is not None:
         trainer.log.flush()  # no log may lack a step of a checkpoint
     step, weights = trainer.state.step, gather_weights(trainer.engine)
-    bad = nonfinite(trainer.engine, weights, trainer.world.group)
+    ema = trainer.teachers.ema_weights() if trainer.world.rank == 0 else {}  # they are alike on all ranks
+    named = {f"{name} ({EMA})": tensor for name, tensor in ema.items()}
+    bad = nonfinite(trainer.engine, weights | named, trainer.world.group)
     on_each(trainer.world, partial(_check_finite, trainer, bad))
     try:
         scratch = on_first(trainer.world, lambda: checkpoint.begin(trainer.run, step))
         on_each(trainer.world, lambda: save_engine(trainer.engine, scratch / checkpoint.ENGINE))
-        on_first(trainer.world, partial(_commit, trainer, scratch, weights))
+        on_first(trainer.world, partial(_commit, trainer, scratch, weights, ema))
     except (OSError, ElsewhereError) as error:
         on_first(trainer.world, lambda: checkpoint.abandon(trainer.run, step))
         if not isinstance(error, OSError):
@@ -312,9 +294,9 @@ def save(trainer: Trainer) -> None:
         ) from error
 
 
-def _commit(trainer: Trainer, scratch: Path, weights: dict[str, Tensor]) -> None:
+def _commit(trainer: Trainer, scratch: Path, weights: dict[str, Tensor], ema: dict[str, Tensor]) -> None:
     files = trainer.bundle.files
-    checkpoint.write_portable(scratch, weights, trainer.config, files, trainer.state, trainer.fingerprint)
+    checkpoint.write_portable(scratch, weights, trainer.config, files, trainer.state, trainer.fingerprint, ema)
     options = trainer.config.job
     checkpoint.commit(trainer.run, scratch, trainer.state.step, options.keep_checkpoints, options.keep_every)
 
@@ -329,37 +311,52 @@ def _check_finite(trainer: Trainer, bad: list[str]) -> None:
 
 
 def _evaluate_on_the_way(trainer: Trainer, step: int) -> None:
-    """R@1 on the first set by rank 0 while the others wait, in towers of its own."""
-    weights = gather_weights(trainer.engine)
-
-    def evaluate_here() -> None:
-        assert trainer.log is not None and trainer.evaluation is not None
-        bundle = towers.build(trainer.config.model, trainer.data.captions, files=trainer.bundle.files)
-        bundle.module.load_state_dict(weights)
-        bundle.module.to(trainer.world.device).eval()
-        name, pairs = next(iter(trainer.evaluation.sets.items()))
-        result = evaluate.evaluate_set(bundle, pairs, trainer.config.data, None)
+    """R@1 on the first set, by all ranks in shares, in towers of their own: the engine's may be cut into parts."""
+    config, world = trainer.config, trainer.world
+    if trainer.evaluated is None:
+        captions, files = trainer.data.captions, trainer.bundle.files
+        trainer.evaluated = on_each(world, lambda: towers.build(config.model, captions, files=files))
+    module = trainer.evaluated.module.to(world.device).eval()
+    copy_weights(trainer.engine, module)
+    name, pairs = next(iter(trainer.evaluation.sets.items()))
+    result = evaluate.evaluate_set(trainer.evaluated, pairs, config.data, world)
+    module.to("cpu")  # a GPU's memory is for training
+    if trainer.log is not None:
         ways = {"image_to_text": result.image_to_text, "text_to_image": result.text_to_image}
         trainer.log.row(step, {f"{name}_r1_{way}": found.recall[1] for way, found in ways.items()})
 
-    on_first(trainer.world, evaluate_here)
-
 
 def _finish(trainer: Trainer) -> None:
-    """The table and the plot by rank 0, from the checkpoint on disk: what `evaluate RUN` will read."""
+    """The table, from the checkpoint on disk: what `evaluate RUN` will read. Then the plot, by rank 0."""
     trainer.heartbeat.enter(trainer.state.step, "evaluation")
+    config, run, world = trainer.config, trainer.run, trainer.world
+    if trainer.evaluation.sets:
+        folder = on_first(world, lambda: checkpoint.find(run))
+        results = evaluate.evaluate_checkpoint(
+            folder, trainer.evaluation, config.data, world, partial(_leave_if_asked, world)
+        )
 
-    def evaluate_here() -> None:
-        assert trainer.log is not None and trainer.evaluation is not None
-        if trainer.evaluation.sets:
-            folder, device = checkpoint.find(trainer.run), trainer.world.device
-            results = evaluate.evaluate_checkpoint(folder, trainer.evaluation, trainer.config.data, device, stop.check)
+        def tell() -> None:
+            assert trainer.log is not None
             trainer.log.say(f"\n{report.text(results, trainer.evaluation)}\n")  # first, for the disk may be full
-            report.write(trainer.run, folder, results, trainer.evaluation)
-            trainer.log.say(str(trainer.run / report.TABLE))
-        trainer.log.say(str(plot.plot([trainer.run])))
+            report.write(run, config.model.towers, folder.name, results, trainer.evaluation)
+            trainer.log.say(str(run / report.TABLE))
 
-    on_first(trainer.world, evaluate_here)
+        on_first(world, tell)
+    curves = on_first(world, lambda: plot.plot([run]))
+    if trainer.log is not None:
+        trainer.log.say(str(curves))
+
+
+def _leave_if_asked(world: World) -> None:
+    """Raises StoppedError on rank 0 where any rank was asked to stop, and ElsewhereError on the others."""
+    request = asked_to_stop(world)
+
+    def leave() -> None:
+        if request:
+            raise StoppedError(name_of(request))
+
+    on_first(world, leave)
 
 
 def _describe(trainer: Trainer) -> str:

@@ -20,7 +20,7 @@ from typing import Any, TextIO, cast
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOPPED = 75  # exit status of a job that was asked to stop: sysexits' EX_TEMPFAIL, "try again later"
 INTERRUPTED = 128 + signal.SIGINT  # and of one that was interrupted a second time
-LAUNCHER = "TRAIN_LAUNCHER"  # in the environment of the ranks that launch.launch starts: its process id
+LAUNCHER = "TRAIN_LAUNCHER"  # in the environment of what launch.launch or a grid starts: the process id of that one
 LOOK_SECONDS = 1.0
 ORPHAN_SECONDS = 6.0  # which a rank has for its step and a checkpoint once its launcher is gone
 ORPHANED = 999  # stands beside the signals' numbers
@@ -61,7 +61,7 @@ class Stop:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: None)
                 signal.siginterrupt(number, False)
-        parent = int(os.environ.get(LAUNCHER, os.getppid())) if "RANK" in os.environ else None
+        parent = int(os.environ.get(LAUNCHER, os.getppid())) if {"RANK", LAUNCHER} & os.environ.keys() else None
         threading.Thread(target=self._listen, args=(reader, parent), name="signals", daemon=True).start()
 
     def act_at_once(self, act: Callable[[str], None] | None) -> None:
@@ -73,11 +73,6 @@ class Stop:
         """Whether a request is there within so many seconds, and what is called at once has returned: where that ends
         the process, nobody who waits goes on to say the same."""
         return self._asked.wait(seconds)
-
-    def check(self) -> None:
-        """Raises StoppedError once asked to stop."""
-        if self.request:
-            raise StoppedError(name_of(self.request))
 
     def _listen(self, reader: int, parent: int | None) -> None:
         orphaned: float | None = None
@@ -91,7 +86,7 @@ class Stop:
             if orphaned is None:
                 orphaned = time.monotonic()
                 self._ask(ORPHANED)
-            if time.monotonic() - orphaned > ORPHAN_SECONDS:
+            if "RANK" in os.environ and time.monotonic() - orphaned > ORPHAN_SECONDS:
                 end(f"rank {os.environ['RANK']}: the launcher is gone, and the step in progress took too long to save")
 
     def _ask(self, request: int) -> None:

@@ -22,22 +22,23 @@ from softclip_kernels import Exchange, TwoPass, softclip_loss_with_ranks
 from .config import Config
 from .engine import loss_scale, update
 from .targets import target_at
+from .teachers import ALONE, Seen, Teachers
 from .towers.contrastive import MAX_LOG_SCALE
 
 
-class Share(Protocol):
-    """What the step asks of a rank's share of a batch, b pairs, on its device.
+class Share(Seen, Protocol):
+    """What the step asks of a rank's share of a batch, besides what is encoded.
 
-    images  (b, 3, H, W) float32
-    tokens  (b, L) int64
+    labels  (b,) int64, of what each pair shows; of those alike, loss.positives=label makes positives
+    noise   (b,) int64, above 0 where the caption was made wrong; only where the configuration says that some are
     bad     records that were left out while it was read, counted by reason
     """
 
     @property
-    def images(self) -> Tensor: ...
+    def labels(self) -> Tensor: ...
 
     @property
-    def tokens(self) -> Tensor: ...
+    def noise(self) -> Tensor: ...
 
     @property
     def bad(self) -> Mapping[str, int]: ...
@@ -48,7 +49,8 @@ class StepResult:
     """Of the global batch, and the same on every rank.
 
     applied    the parameters were updated, since the loss and the gradient were finite
-    r1_*       in-batch R@1
+    r1_*       in-batch R@1; r1_clean and r1_noisy: image→text, of the pairs whose captions are their own and of those
+               whose are not, NaN where there are none; None where data.noise is empty
     scale      the logit scale that the loss was taken with
     grad_norm  before clipping; NaN where the loss is not finite
     bad        records that were left out
@@ -61,30 +63,51 @@ class StepResult:
     scale: float
     grad_norm: float
     bad: int
+    r1_clean: float | None = None
+    r1_noisy: float | None = None
 
 
-def train_step(engine: Any, batch: Share, step: int, config: Config, group: Any) -> StepResult:
+def train_step(
+    engine: Any, batch: Share, step: int, config: Config, group: Any, teachers: Teachers = ALONE
+) -> StepResult:
     """One optimizer step. Where any rank's loss or gradient is not finite, no rank updates its parameters."""
     for settings in engine.optimizer.param_groups:
         settings["lr"] = config.optimizer.lr_at(step) * settings.get("lr_scale", 1.0)
-    (x, y, scale), backward = encode(engine, batch, config.optimizer.micro_batches)
-    target = target_at(step, config.optimizer.batch_size, config.loss, config.job.seed)
+    micro_batches, pairs = config.optimizer.micro_batches, config.optimizer.batch_size
+    (x, y, scale), backward = encode(engine, batch, micro_batches)
+    taught = teachers.teach(batch, micro_batches) if config.loss.alpha()(step) > 0.0 else {}
+    target = target_at(step, pairs, config.loss, config.job.seed, batch.labels, taught)
     exchange = Exchange(group, step=step)  # errors name the step
     loss, ranks = softclip_loss_with_ranks(x, y, scale, target, group=exchange, backend=config.loss.backend)
 
     # One exchange before the backward pass: what is logged, and whether every rank's loss is finite.
     bad = loss.new_tensor(sum(batch.bad.values()))
-    local = torch.stack([torch.isfinite(loss), loss.detach(), *ranks.recall(1), bad]).double()
+    apart = _apart(ranks.rows == 0, batch.noise) if config.data.noise else []
+    local = torch.stack([torch.isfinite(loss), loss.detach(), *ranks.recall(1), bad, *apart]).double()
     dist.all_reduce(local, group=group)
-    finite, loss_value, image_to_text, text_to_image, _ = (local / dist.get_world_size(group)).tolist()
+    finite, loss_value, image_to_text, text_to_image, *_ = (local / dist.get_world_size(group)).tolist()
     applied, grad_norm = finite == 1.0, float("nan")
     if applied:
         backward(loss * loss_scale(engine))
         applied, grad_norm = update(engine, config.optimizer.max_grad_norm)
         clamp_log_scale(engine.module.log_scale)
+    if applied:
+        teachers.follow(engine, step)
     return StepResult(
-        applied, loss_value, image_to_text, text_to_image, float(scale.detach()), grad_norm, round(float(local[-1]))
+        applied,
+        loss_value,
+        image_to_text,
+        text_to_image,
+        float(scale.detach()),
+        grad_norm,
+        round(float(local[4])),
+        *(local[5::2] / local[6::2]).tolist(),  # r1_clean and r1_noisy, or nothing
     )
+
+
+def _apart(found: Tensor, noise: Tensor) -> list[Tensor]:
+    """Of the pairs whose captions are their own, then of the others: how many were found, and how many there are."""
+    return [count.sum() for those in (noise == 0, noise > 0) for count in (found & those, those)]
 
 
 def encode(engine: Any, batch: Share, micro_batches: int) -> tuple[tuple[Tensor, ...], Callable[[Tensor], None]]:

@@ -24,6 +24,11 @@ from .loss_options import LossOptions
 SELF, EMA = "self", "ema"  # of loss.teachers; any other is a place of towers
 
 
+def teachers_of(loss: LossOptions) -> tuple[str, ...]:
+    """Those of loss.teachers that have a part in a run: hard targets have none."""
+    return () if loss.target == "hard" else loss.teachers
+
+
 @dataclass(frozen=True)
 class Taught:
     """What a teacher made of this rank's share of a batch: rows of the images (b, E) and of the texts (b, E), and its
@@ -48,7 +53,7 @@ def target_at(
     labels  (b,) int64 of this rank's share, which loss.positives=label needs
     taught  by each of loss.teachers but SELF, wherever soft targets have a part in the step
     """
-    hard = Hard(smoothing=loss.smoothing, groups=_groups(labels) if loss.positives == "label" else None)
+    hard = _hard(loss, labels)
     alpha = loss.alpha()
     if alpha(step) == 0.0:
         return ForBatch(hard, pairs)
@@ -56,12 +61,16 @@ def target_at(
     soft = teachers[0] if len(teachers) == 1 else Average(teachers, loss.teacher_weights or None)
     if loss.target == "blend":
         return ForBatch(Mix(hard, soft, alpha(step)), pairs)
-    return ProgressiveSelfDistillation(alpha, seed, scope=loss.scope, teacher=soft, hard=hard).at(step, pairs)
+    # "none": where they are to be swapped, the teachers are so already.
+    return ProgressiveSelfDistillation(alpha, seed, "none", loss.scope, teacher=soft, hard=hard).at(step, pairs)
 
 
-def _groups(labels: Tensor | None) -> tuple[Tensor, Tensor]:
+def _hard(loss: LossOptions, labels: Tensor | None) -> Target:
+    if loss.positives == "pair":
+        return Hard(smoothing=loss.smoothing)
     assert labels is not None  # training data without are refused at the start
-    return labels, labels
+    # The pair itself stands beside its label without weight: it is the one positive whose rank is logged.
+    return Mix(Hard(smoothing=loss.smoothing, groups=(labels, labels)), Hard(), 0.0)
 
 
 def _teacher(name: str, loss: LossOptions, taught: Mapping[str, Taught]) -> Target:

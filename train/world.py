@@ -72,7 +72,10 @@ def _store(rank: int, size: int) -> dist.Store:
 
 
 def on_first(world: World, act: Callable[[], T]) -> T:
-    """Run `act` on rank 0 and give its result to all; where it raises, the others raise an ElsewhereError."""
+    """Run `act` on rank 0 and give its result to all; where it raises, the others raise an ElsewhereError. A single
+    rank needs no process group for it, nor for on_each."""
+    if world.size == 1:
+        return act()
     outcome: list[Any] = [None, None]
     failure: Exception | None = None
     if world.rank == 0:
@@ -91,6 +94,8 @@ def on_first(world: World, act: Callable[[], T]) -> T:
 def on_each(world: World, act: Callable[[], T]) -> T:
     """Run `act` on every rank and go on once all have done it. The first rank where it raises raises that error, all
     others an ElsewhereError, so that what all ranks find alike is said once, and what one finds is said at all."""
+    if world.size == 1:
+        return act()
     result, failure = None, None
     try:
         result = act()

@@ -50,7 +50,7 @@ class Ratio:
     value: float
 
     def __post_init__(self) -> None:
-        checks.teacher_scale("the ratio of a teacher's scale to the student's", self.value)
+        checks.number_in("ratio", self.value, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 
 Scale = Tensor | float | str | Ratio

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from helpers.towers import import_deepspeed
 from softclip_kernels.testing import dense_loss
 from train.config import Config
+from train.options import ModelOptions
 from train.towers.bundle import Bundle
 from train.towers.contrastive import MAX_LOG_SCALE, Contrastive
 
@@ -37,10 +38,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class TinyTowers(Contrastive):
-    def __init__(self) -> None:
+    def __init__(self, width: int = 8) -> None:
         super().__init__()
-        self.image = nn.Sequential(nn.Flatten(), nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 8))
-        self.text = nn.Sequential(nn.Embedding(11, 20), nn.Flatten(), nn.Linear(60, 8))
+        self.image = nn.Sequential(nn.Flatten(), nn.Linear(12, 20), nn.GELU(), nn.Linear(20, width))
+        self.text = nn.Sequential(nn.Embedding(11, 20), nn.Flatten(), nn.Linear(60, width))
         self.log_scale = nn.Parameter(torch.tensor([1.5]))
         self.register_buffer("mean", torch.tensor([0.1]))
 
@@ -56,6 +57,8 @@ class Share:
     images: Tensor
     tokens: Tensor
     bad: dict[str, int]
+    labels: Tensor
+    views: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
 def bundle(seed: int = 0, lock: str = "none", precision: str = "fp32") -> Bundle:
@@ -81,11 +84,31 @@ def bundle(seed: int = 0, lock: str = "none", precision: str = "fp32") -> Bundle
     return Bundle(towers, None, None, 8, 7, parameter_groups)  # type: ignore[arg-type]
 
 
+def tiny(options: ModelOptions) -> Bundle:
+    """The factory of TOWERS."""
+    return bundle()
+
+
+def narrow(options: ModelOptions) -> Bundle:
+    """Of NARROW_TOWERS, in which a teacher may be of another width."""
+    torch.manual_seed(7)
+    return Bundle(TinyTowers(width=6), None, None, 6, 7, None)  # type: ignore[arg-type]
+
+
+def drawn(options: ModelOptions) -> Bundle:
+    """Of RANDOM_TOWERS."""
+    return Bundle(TinyTowers(), None, None, 8, 7, None)  # type: ignore[arg-type]
+
+
+TOWERS, NARROW_TOWERS, RANDOM_TOWERS = (f"python:helpers.engines:{name}" for name in ("tiny", "narrow", "drawn"))
+
+
 def config(kind: str, precision: str = "fp32", deepspeed: dict[str, Any] | None = None, **optimizer: Any) -> Config:
     options = {"batch_size": PAIRS, "steps": 20, "warmup_steps": 2, "lr": 1e-2, "eps": 1e-4, "max_grad_norm": 2.0}
     return Config.from_dict(
         {
             "optimizer": {**options, **optimizer},
+            "model": {"towers": TOWERS},
             "loss": {"hard_steps": 1, "rise_steps": 3, "alpha_end": 0.5},
             "job": {"device": "cpu", "precision": precision, **KINDS[kind]},
             "deepspeed": deepspeed or {},
@@ -99,9 +122,22 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(PAIRS, 3, 2, 2, generator=generator), torch.randint(0, 11, (PAIRS, 3), generator=generator)
 
 
-def share(step: int, rank: int, ranks: int) -> Share:
-    images, tokens = (whole.tensor_split(ranks)[rank] for whole in batch(step))
-    return Share(images, tokens, {"broken_image": rank + 1})
+def labels(step: int) -> Tensor:
+    """Of all ranks, (PAIRS,): some of them have the same."""
+    return torch.randint(0, 9, (PAIRS,), generator=torch.Generator().manual_seed(step))
+
+
+def view(step: int) -> tuple[Tensor, Tensor]:
+    """The batch as a frozen teacher takes it."""
+    images, tokens = batch(step)
+    return images.flip(3), tokens.flip(1)
+
+
+def share(step: int, rank: int, ranks: int, teachers: int = 0) -> Share:
+    """`teachers`: how many frozen ones there are."""
+    whole = (*batch(step), labels(step), *view(step))
+    images, tokens, numbers, *seen = (one.tensor_split(ranks)[rank] for one in whole)
+    return Share(images, tokens, {"broken_image": rank + 1}, numbers, ((seen[0], seen[1]),) * teachers)
 
 
 def start(group: Any, config: Config, bundle: Bundle) -> Any:
@@ -115,10 +151,21 @@ def start(group: Any, config: Config, bundle: Bundle) -> Any:
     return make_engine(bundle, config, World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), group))
 
 
-def take_step(engine: Any, step: int, config: Config, group: Any) -> Any:
+def take_step(engine: Any, step: int, config: Config, group: Any, teachers: Any = None) -> Any:
     from train.step import train_step
+    from train.teachers import ALONE
 
-    return train_step(engine, share(step, dist.get_rank(), dist.get_world_size()), step, config, group)
+    teachers = teachers or ALONE
+    taken = share(step, dist.get_rank(), dist.get_world_size(), len(teachers.frozen))
+    return train_step(engine, taken, step, config, group, teachers)
+
+
+def teachers_of(group: Any, config: Config, bundle: Bundle) -> Any:
+    from train.teachers import find_teachers, read_teachers
+    from train.world import World
+
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), group)
+    return read_teachers(config, find_teachers(config.loss, world), bundle, world)
 
 
 def weights(engine: Any) -> dict[str, Tensor]:

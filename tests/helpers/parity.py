@@ -27,11 +27,10 @@ from train.config import Config
 from train.data import TrainingData, open_training_data
 from train.evaluate import evaluate_set
 from train.evaluate.sets import EvaluationSet, read_evaluation
+from train.evaluate.shares import ALONE
 from train.targets import target_at
 from train.towers.contrastive import MAX_LOG_SCALE
-from train.world import World
 
-ALONE = World(0, 1, torch.device("cpu"), None)
 LossFunction = Callable[[Tensor, Tensor, Tensor, Target], Tensor]
 
 
@@ -152,7 +151,7 @@ def train(problem: Problem, loss_of: LossFunction, seed: int = 0, watch: Watch =
         run.scales.append(scale.item())
     run.parameters = torch.cat([p.detach().flatten() for p in model.parameters()])
     for name, pairs in problem.held_out.items():
-        result = evaluate_set(bundle, pairs, config.data, None)
+        result = evaluate_set(bundle, pairs, config.data, ALONE)
         run.recalls |= {
             f"{name} {i}": way.recall[1] for i, way in enumerate((result.image_to_text, result.text_to_image))
         }

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from train.data.record import BadRecordError, DataError, Record
+from train.data.sources.reading import class_numbers
 
 SIDE, LENGTH = 4, 16  # of a prepared picture, and of a tokenized caption
 
@@ -41,8 +42,13 @@ class Listed:
         return record
 
     def labels(self) -> np.ndarray | None:
-        known = [record.label for record in self.records if isinstance(record, Record)]
+        each = enumerate(self.records)
+        known = [record.label if isinstance(record, Record) else -1 - number for number, record in each]
         return None if None in known else np.array(known, dtype=np.int64)
+
+    def classes(self) -> np.ndarray | None:
+        each = enumerate(self.records)
+        return class_numbers(record.class_name if isinstance(record, Record) else f"bad {n}" for n, record in each)
 
 
 def png(color: tuple[int, int, int]) -> bytes:
@@ -52,10 +58,12 @@ def png(color: tuple[int, int, int]) -> bytes:
 
 
 def record(number: int, labels: int | None = None) -> Record:
-    """Its picture, key and three captions tell its number; with `labels`, number modulo so many is its label."""
+    """Its picture, key and three captions tell its number; with `labels`, number modulo so many is its label, and of
+    four labels in a row each has another class."""
     captions = tuple(f"{number} in words {way}" for way in range(3))
     label = None if labels is None else number % labels
-    return Record(f"r{number}", png((number // 256, number % 256, 7)), captions, label)
+    class_name = None if label is None else f"class {label % 4}"
+    return Record(f"r{number}", png((number // 256, number % 256, 7)), captions, label, class_name)
 
 
 def listed(count: int, labels: int | None = None, instead: dict[int, Exception | str] | None = None) -> Listed:

@@ -15,6 +15,7 @@ from softclip_kernels import (
     Mix,
     Potentials,
     ProgressiveSelfDistillation,
+    Ratio,
     SelfTeacher,
     Sinkhorn,
     SoftClipLoss,
@@ -108,6 +109,8 @@ BAD_CALLS = {
     "teacher scale of none": (lambda: Teacher(X, Y, None), TypeError, "teacher scale must be a number"),
     "self scale negative": (lambda: SelfTeacher(-1.0), ValueError, "scale=-1.0"),
     "normalise": (lambda: Teacher(X, Y, 1.0, normalise="rows"), ValueError, "normalise='rows'"),
+    "ratio": (lambda: Ratio(0.0), ValueError, "ratio=0.0 must lie in"),
+    "ratio of tensors": (lambda: Ratio(SCALE), TypeError, "ratio must be a number"),  # type: ignore[arg-type]
     "swap": (lambda: SelfTeacher(swap="pair"), ValueError, "swap='pair'"),
     "self scale": (lambda: SelfTeacher("own"), ValueError, "scale='own'"),
     "swap rectangular": (lambda: softclip_loss(X, Y[:4], SCALE, SelfTeacher(swap="paired")), ValueError, "6 and 4"),
@@ -154,6 +157,7 @@ BAD_CALLS = {
     "nan average": (lambda: Average([Hard()], [float("nan")]), ValueError, "weights=[nan]"),
     "psd swap": (lambda: psd(swap="both"), ValueError, "swap='both'"),
     "psd scope": (lambda: psd(scope="rows"), ValueError, "scope='rows'"),
+    "psd hard": (lambda: psd(hard="diagonal"), TypeError, "hard"),
     "psd scale": (lambda: psd(teacher_scale="free"), ValueError, "teacher_scale='free'"),
     "psd negative scale": (lambda: psd(teacher_scale=-1.0), ValueError, "teacher_scale=-1.0"),
     "psd size": (

@@ -12,6 +12,7 @@ from helpers.layouts import make_pairs, picture, write_folder
 
 from train.data.record import BadRecordError, DataError, Record, Source
 from train.data.sources import open_source
+from train.data.sources.reading import class_number
 from train.options import DataOptions
 
 datasets = pytest.importorskip("datasets")
@@ -49,6 +50,8 @@ def test_a_saved_split_is_read_as_it_lies(tmp_path: Path) -> None:
     ]
     labels = source.labels()
     assert labels is not None and labels.dtype == np.int64 and labels.tolist() == [0, 1] * 4
+    classes = source.classes()
+    assert classes is not None and classes.tolist() == [class_number("cat"), class_number("dog")] * 4
     assert source.left_out == {}
     assert all_of(pickle.loads(pickle.dumps(source))) == all_of(source)
 
@@ -58,7 +61,7 @@ def test_rows_without_a_label_have_none(tmp_path: Path) -> None:
     columns = {"image": BYTES[:3], "text": CAPTIONS[:3], "label": [1, -1, None]}
     source = opened(saved(tmp_path / "set", columns, label=datasets.ClassLabel(names=["cat", "dog"])))
     assert [(each.label, each.class_name) for each in all_of(source)] == [(1, "dog"), (None, None), (None, None)]
-    assert source.labels() is None
+    assert source.labels() is None and source.classes() is None
     columns["label"] = [0, 1, -1]
     source = opened(saved(tmp_path / "full", columns, label=datasets.ClassLabel(names=["cat", "dog"])))
     assert source.labels() is None

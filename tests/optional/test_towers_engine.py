@@ -58,7 +58,9 @@ def _train(group: Any, options: Config) -> tuple[list[float], dict[str, Tensor]]
     for step in range(options.optimizer.steps):
         images, tokens = (whole.tensor_split(RANKS)[dist.get_rank()] for whole in batch(step))
         engine.train()
-        losses.append(train_step(engine, engines.Share(images, tokens, {}), step, options, group).loss)
+        losses.append(
+            train_step(engine, engines.Share(images, tokens, {}, torch.zeros(len(images))), step, options, group).loss
+        )
     found = engines.weights(engine)
     engine.destroy()
     return losses, found

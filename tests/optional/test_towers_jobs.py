@@ -124,12 +124,12 @@ def batch() -> tuple[Tensor, Tensor]:
 
 def _rows(group: Any, options: Config) -> tuple[Tensor, Tensor]:
     """The embeddings that a new run begins with, on every rank."""
-    from train.run import _build
+    from train.set_up import build_towers
     from train.world import World
 
     here = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), group)
     data: Any = SimpleNamespace(captions=list)
-    engine = engines.start(group, options, _build(options, data, None, here))
+    engine = engines.start(group, options, build_towers(options, data, None, here))
     engine.eval()
     with torch.no_grad():
         x, y, _ = engine(*batch())

@@ -18,6 +18,7 @@ from softclip_kernels import (
     Hard,
     Mix,
     ProgressiveSelfDistillation,
+    Ratio,
     SelfTeacher,
     Sinkhorn,
     Teacher,
@@ -199,6 +200,29 @@ def test_paired_swap_of_an_external_teacher():
     torch.testing.assert_close(
         result(x, y, scale, target).dx, result(x, y, scale, Dense(u.T.softmax(1), u.T.softmax(0))).dx
     )
+
+
+@pytest.mark.parametrize("scope", ("full", "block"))
+def test_psd_is_a_mixture_of_what_it_is_given(scope):
+    n = 12
+    x, y, scale = unit_rows(n, 8, seed=1), unit_rows(n, 8, seed=2), torch.tensor(9.0, dtype=torch.float64)
+    hard, soft = Hard(smoothing=0.1), Mix(SelfTeacher(Ratio(3.0)), SelfTeacher(swap="paired"), 0.25)
+    psd = ProgressiveSelfDistillation(schedules.Constant(0.5), seed=4, scope=scope, hard=hard, teacher=soft)
+    chosen = partition(n, 6, 4, 2)
+    mixture = Mix(hard, soft, chosen.double())
+    expected = Blocks(mixture, chosen.long(), chosen.long()) if scope == "block" else mixture
+    assert_equal(result(x, y, scale, psd.at(2, n)), result(x, y, scale, expected))
+    hard_only = ProgressiveSelfDistillation(schedules.Constant(0.0), hard=hard).at(2, n)
+    assert_equal(result(x, y, scale, hard_only), result(x, y, scale, hard))
+
+
+def test_a_ratio_follows_the_students_scale():
+    x, y = unit_rows(7, 8, seed=1), unit_rows(7, 8, seed=2)
+    for scale in (3.0, 30.0):
+        students = torch.tensor(scale, dtype=torch.float64)
+        for swap in ("none", "paired"):
+            followed = result(x, y, students, SelfTeacher(Ratio(2.0), swap))
+            assert_equal(followed, result(x, y, students, SelfTeacher(2 * scale, swap)))
 
 
 def test_a_positive_in_another_segment_has_no_weight(monkeypatch):

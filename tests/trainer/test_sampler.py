@@ -10,15 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data.corruption import corruption_sources
-from train.data.record import DataError
 from train.data.sampler import StepSampler, batch_indices, permuted
 from train.options import ConfigError
 
 
 def images(sampler: StepSampler, steps: int) -> np.ndarray:
     """The records of so many steps, one after another."""
-    return np.concatenate([sampler.draw(step).image for step in range(steps)])
+    return np.concatenate([sampler.draw(step).record for step in range(steps)])
 
 
 # --- Orders and batches
@@ -78,16 +76,15 @@ def test_orders_are_as_random_as_shuffled_ones(n: int) -> None:
 def test_draws_follow_from_seed_and_step_and_are_all_there() -> None:
     one, again, other = (StepSampler([50], 8, seed) for seed in (3, 3, 4))
     for step in (5, 0, 11, 5):  # in any order
-        for name in ("image", "text", "caption", "seed"):
+        for name in ("record", "caption", "seed"):
             values = getattr(one.draw(step), name)
             assert np.array_equal(values, getattr(again.draw(step), name)) and len(values) == 8
             assert not np.array_equal(values, getattr(other.draw(step), name))
-            assert name in ("image", "text") or len(set(values)) == 8
+            assert name == "record" or len(set(values)) == 8
     draws = one.draw(2)
-    assert np.array_equal(draws.image, draws.text)
     assert ((draws.caption >= 0) & (draws.caption < 1)).all() and (draws.seed >= 0).all()
     first = draws.at(0)
-    assert (first.image, first.text, first.seed) == (draws.image[0], draws.text[0], draws.seed[0])
+    assert (first.record, first.caption, first.seed) == (draws.record[0], draws.caption[0], draws.seed[0])
 
 
 def test_captions_have_their_turn_alike() -> None:
@@ -102,7 +99,7 @@ def test_a_batch_takes_each_label_once_and_reaches_every_record() -> None:
     assert sampler.epoch_length == 40
     drawn: set[int] = set()
     for step in range(12):  # each of the two records of a label is missed with a chance of 2^-12
-        batch = sampler.draw(step).image
+        batch = sampler.draw(step).record
         assert len(set(labels[batch])) == 40
         drawn.update(batch.tolist())
     assert len(drawn) > 0.95 * 80
@@ -146,14 +143,14 @@ def test_a_batch_that_needs_more_than_there_is_is_refused() -> None:
 
 def test_a_spare_is_of_a_later_batch_and_not_in_this_one() -> None:
     sampler = StepSampler([50], 20, 2)
-    batch = set(sampler.draw(3).image.tolist())
+    batch = set(sampler.draw(3).record.tolist())
     none = 0
     for position in range(20):
         for attempt in range(1, 6):
             spare, again = (s.spare(3, position, attempt) for s in (sampler, StepSampler([50], 20, 2)))
             assert spare == again
             expected = sampler.draw(3 + attempt).at(position)
-            assert spare == (None if expected.image in batch else expected)
+            assert spare == (None if expected.record in batch else expected)
             none += spare is None
     assert 0 < none < 100
 
@@ -161,9 +158,9 @@ def test_a_spare_is_of_a_later_batch_and_not_in_this_one() -> None:
 def test_a_spare_has_none_of_the_labels_of_the_batch() -> None:
     labels = np.arange(60) % 30
     sampler = StepSampler([60], 12, 0, labels=labels)
-    batch = set(labels[sampler.draw(0).image])
+    batch = set(labels[sampler.draw(0).record])
     spares = [sampler.spare(0, position, attempt) for position in range(12) for attempt in range(1, 9)]
-    found = [labels[spare.image] for spare in spares if spare is not None]
+    found = [labels[spare.record] for spare in spares if spare is not None]
     assert found and not batch & set(found)
 
 
@@ -171,38 +168,6 @@ def test_ten_million_records_take_no_memory_and_no_time() -> None:
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     sampler = StepSampler([9_000_000, 1_000_000], 32_768, 0, weights=[1.0, 0.5])
     for step in (*range(20), 289, 290, 291, 10**6):  # an epoch ends with step 290
-        assert len(set(sampler.draw(step).image.tolist())) == 32_768
+        assert len(set(sampler.draw(step).record.tolist())) == 32_768
     assert time.perf_counter() - began < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
-
-
-# --- Corruption
-
-
-@given(st.lists(st.integers(0, 30), min_size=40, max_size=80), st.floats(0.5, 1), st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
-def test_corruption_never_keeps_the_label(labels: list[int], share: float, seed: int) -> None:
-    try:
-        source = corruption_sources(labels, share, seed)
-    except DataError:
-        assert max(map(labels.count, labels)) > 5, "refused although no label is frequent"
-        return
-    ids = np.asarray(labels)
-    moved = source != np.arange(len(ids))
-    assert moved.sum() == round(share * len(ids))
-    assert sorted(source) == list(range(len(ids))), "captions are exchanged, none lost"
-    assert (ids[source] != ids)[moved].all()
-    assert np.array_equal(source, corruption_sources(labels, share, seed))
-
-
-def test_corruption_of_one_label_is_refused() -> None:
-    with pytest.raises(DataError, match=r"data.noise.swap=0.5 chooses 5 of 10 records.*cannot be exchanged"):
-        corruption_sources([1] * 10, 0.5, 0)
-
-
-def test_corrupted_records_come_with_their_captions_of_another() -> None:
-    source = corruption_sources(np.arange(50), 0.3, 5)
-    assert not np.array_equal(source, corruption_sources(np.arange(50), 0.3, 6))
-    draws = StepSampler([50], 50, 0, corruption=source).draw(0)
-    assert np.array_equal(draws.text, source[draws.image])
-    assert (draws.text != draws.image).sum() == 15

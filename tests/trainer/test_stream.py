@@ -61,6 +61,7 @@ def test_batches_hold_pairs_of_all_shards(shards: Path, workers: int, monkeypatc
     words = set()
     for batch in made:
         assert batch.images.shape == (24, 3, 4, 4) and batch.tokens.shape == (24, 16) and batch.bad == {}
+        assert batch.labels.tolist() == [-1] * 24 and batch.noise.tolist() == [0] * 24 and batch.views == ()
         for key, image, tokens in zip(batch.keys, batch.images, batch.tokens, strict=True):
             number, _, way = bytes(tokens.tolist()).rstrip(b"\0").decode().partition(" ")
             words.add(way)

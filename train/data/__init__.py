@@ -5,7 +5,7 @@ sources/    one for each layout: shards, folders, tables, Arrow, and several tog
 captions    the rules by which text is cleaned
 images      pictures decoded, within limits
 sampler     which records each step takes: a function of (seed, step)
-corruption  captions exchanged on purpose
+noise       captions made wrong on purpose
 loader      the batch of each step
 workers     the processes that read and prepare
 stream      batches of what cannot be read at random

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -28,9 +28,13 @@ from .sampler import Draw, StepSampler
 from .workers import count_workers, produce
 
 CHUNK = 64  # samples, but for shares so large that they would need more than MOST_CHUNKS
-MOST_CHUNKS = 128  # of a share: each travels with two file descriptors, of which a process may often have 1024
+MOST_CHUNKS = 128  # of a share: each travels with two file descriptors for each of the towers that it is made for, of
+# which a process may often have 1024
 REPLACEMENTS = 100  # that are tried for one bad record
 TRIAL = 64
+
+
+View: TypeAlias = tuple[Tensor, Tensor]  # pictures (b, 3, H, W) float32, captions (b, L) int64
 
 
 @dataclass(frozen=True)
@@ -39,26 +43,51 @@ class Batch:
 
     images  (b, 3, H, W) float32
     tokens  (b, L) int64
+    labels  (b,) int64, Record.label; -1 where a record has none
+    noise   (b,) int64, Record.noise
+    views   the same pictures and captions as other towers take them, of each teacher in turn, under one augmentation
+            seed
     keys    names the records of the share
     bad     the records that others stand in for, counted by reason
     """
 
     images: Tensor
     tokens: Tensor
+    labels: Tensor
+    noise: Tensor
+    views: tuple[View, ...]
     keys: tuple[str, ...]
     bad: dict[str, int]
 
 
 @dataclass(frozen=True)
-class Chunk(Batch):
-    """A part of a share, on the CPU."""
+class Chunk:
+    """A part of a share, on the CPU. `tensors`: images and tokens, then those of each view; `facts`: (2, b) int64,
+    labels and noise, no tensor, since each that a worker hands over takes a file descriptor."""
+
+    tensors: tuple[Tensor, ...]
+    facts: np.ndarray
+    keys: tuple[str, ...]
+    bad: dict[str, int]
 
     def pin_memory(self) -> Chunk:
-        return Chunk(self.images.pin_memory(), self.tokens.pin_memory(), self.keys, self.bad)
+        return replace(self, tensors=tuple(tensor.pin_memory() for tensor in self.tensors))
 
 
 Batches: TypeAlias = Generator[Batch, None, None]
 Items: TypeAlias = Generator[Chunk | DataError, None, None]
+Tokenize: TypeAlias = Callable[[Sequence[str]], Tensor]
+
+
+class Sample(NamedTuple):
+    """A pair, read: `seed` is that of the augmentation; label and noise as in a Batch."""
+
+    key: str
+    picture: Image.Image
+    caption: str
+    seed: int
+    label: int = -1
+    noise: int = 0
 
 
 @dataclass(frozen=True)
@@ -68,17 +97,23 @@ class Reading:
     prepare     of the towers' bundle
     tokenize    likewise
     max_pixels  a larger picture is bad
+    views       of other towers, which read the same: their own prepare and tokenize
     """
 
     prepare: Prepare
-    tokenize: Callable[[Sequence[str]], Tensor]
+    tokenize: Tokenize
     max_pixels: int
+    views: tuple[tuple[Prepare, Tokenize], ...] = ()
 
-    def chunk(self, samples: Sequence[tuple[str, Image.Image, str, int]], bad: dict[str, int]) -> Chunk:
-        """Of (key, picture, caption, seed of the augmentation)."""
-        keys, pictures, captions, seeds = zip(*samples, strict=True)
-        images = self.prepare(pictures, np.array(seeds, dtype=np.int64))
-        return Chunk(images, self.tokenize(captions), keys, bad)
+    def chunk(self, samples: Sequence[Sample], bad: dict[str, int]) -> Chunk:
+        keys, pictures, captions, seeds, labels, noise = zip(*samples, strict=True)
+        drawn = np.array(seeds, dtype=np.int64)
+        made = [
+            (prepare(pictures, drawn), tokenize(captions))
+            for prepare, tokenize in ((self.prepare, self.tokenize), *self.views)
+        ]
+        facts = np.array([labels, noise], dtype=np.int64)
+        return Chunk(tuple(tensor for view in made for tensor in view), facts, keys, bad)
 
 
 class Loader:
@@ -90,7 +125,7 @@ class Loader:
         self._device, self._prefetch = world.device, options.prefetch
         self.workers = count_workers(options, world.device, world.ranks_here)
         share = sampler.batch_size // world.size
-        self._ends = chunk_ends(share)
+        self._ends = chunk_ends(share, 1 + len(reading.views))
         self._chunks = _Chunks(source, sampler, reading, world.rank * share, self._ends)
 
     def batches(self, first: int, last: int) -> Batches:
@@ -126,7 +161,7 @@ class _Chunks(Dataset[Chunk | DataError]):
             return error
         return self._reading.chunk(samples, dict(bad))
 
-    def _sample(self, step: int, position: int, bad: Counter[str]) -> tuple[str, Image.Image, str, int]:
+    def _sample(self, step: int, position: int, bad: Counter[str]) -> Sample:
         """The one at this position of the step's batch, or the first good one of those that stand in for it."""
         draw: Draw | None = self._sampler.draw(step).at(position)
         tried: Counter[str] = Counter()
@@ -144,16 +179,17 @@ class _Chunks(Dataset[Chunk | DataError]):
             "lower optimizer.batch_size where a batch takes nearly all of them"
         )
 
-    def _read(self, draw: Draw) -> tuple[str, Image.Image, str, int]:
-        record = self._source.read(draw.image)
-        captions = record.captions if draw.text == draw.image else self._source.read(draw.text).captions
+    def _read(self, draw: Draw) -> Sample:
+        record = self._source.read(draw.record)
         picture = decode(record.image, self._reading.max_pixels)
-        return record.key, picture, captions[int(draw.caption * len(captions))], draw.seed
+        caption = record.captions[int(draw.caption * len(record.captions))]
+        label = -1 if record.label is None else record.label
+        return Sample(record.key, picture, caption, draw.seed, label, record.noise)
 
 
-def chunk_ends(share: int) -> list[int]:
-    """Where the chunks of a share end."""
-    size = max(CHUNK, math.ceil(share / MOST_CHUNKS))
+def chunk_ends(share: int, towers: int = 1) -> list[int]:
+    """Where the chunks of a share end that are made for so many pairs of towers."""
+    size = max(CHUNK, math.ceil(share * towers / MOST_CHUNKS))
     return [*range(size, share, size), share]
 
 
@@ -162,6 +198,7 @@ def joined(items: Items, ends: Sequence[int], device: torch.device) -> Batches:
     try:
         while True:
             keys: list[str] = []
+            facts: list[np.ndarray] = []
             bad: Counter[str] = Counter()
             for start, end in zip([0, *ends[:-1]], ends, strict=True):
                 chunk = next(items, None)
@@ -170,15 +207,16 @@ def joined(items: Items, ends: Sequence[int], device: torch.device) -> Batches:
                 if isinstance(chunk, DataError):
                     raise chunk
                 if start == 0:
-                    images, tokens = (
-                        part.new_empty((ends[-1], *part.shape[1:]), device=device)
-                        for part in (chunk.images, chunk.tokens)
-                    )
-                images[start:end].copy_(chunk.images, non_blocking=True)
-                tokens[start:end].copy_(chunk.tokens, non_blocking=True)
+                    tensors = [part.new_empty((ends[-1], *part.shape[1:]), device=device) for part in chunk.tensors]
+                for tensor, part in zip(tensors, chunk.tensors, strict=True):
+                    tensor[start:end].copy_(part, non_blocking=True)
+                facts.append(chunk.facts)
                 keys += chunk.keys
                 bad.update(chunk.bad)
-            yield Batch(images, tokens, tuple(keys), dict(bad))
+            images, tokens, *others = tensors
+            labels, noise = torch.from_numpy(np.concatenate(facts, axis=1)).to(device)
+            views = tuple(zip(others[::2], others[1::2], strict=True))
+            yield Batch(images, tokens, labels, noise, views, tuple(keys), dict(bad))
     finally:
         items.close()
 

@@ -27,6 +27,7 @@ class Record:
     captions    one or more, cleaned (see captions); the first one is canonical, and the one that it is evaluated by
     label       what it shows, as a number: records of one label are the same thing. None where nobody says
     class_name  a coarser class in words, for zero-shot classification; None where nobody says
+    noise       0 where the captions are its own, else 1 + the index in options.NOISE of how they were made wrong
     """
 
     key: str
@@ -34,6 +35,7 @@ class Record:
     captions: tuple[str, ...]
     label: int | None = None
     class_name: str | None = None
+    noise: int = 0
 
 
 class Source(Protocol):
@@ -55,6 +57,10 @@ class Source(Protocol):
 
     def labels(self) -> np.ndarray | None:
         """(len,) int64, the label of every record without reading its image; None where not every record has one."""
+        ...
+
+    def classes(self) -> np.ndarray | None:
+        """(len,) int64, reading.class_number of every record's class name, likewise."""
         ...
 
 

@@ -23,45 +23,37 @@ KEPT_STEPS = 4  # whose draws are kept: those of the step in work, and of a few 
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample. `image` and `text`: the records of its picture and of its captions, which differ only where captions
-    are corrupted; `caption`: which of the captions, a number in [0, 1); `seed`: of its augmentation."""
+    """One sample: the number of its record; `caption`: which of the captions, a number in [0, 1); `seed`: of its
+    augmentation."""
 
-    image: int
-    text: int
+    record: int
     caption: float
     seed: int
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The samples of a step, over all ranks: `image`, `text` and `seed` are (B,) int64, `caption` is (B,) float64."""
+    """The samples of a step, over all ranks: `record` and `seed` are (B,) int64, `caption` is (B,) float64."""
 
-    image: np.ndarray
-    text: np.ndarray
+    record: np.ndarray
     caption: np.ndarray
     seed: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.image)
+        return len(self.record)
 
     def at(self, position: int) -> Draw:
-        return Draw(
-            int(self.image[position]),
-            int(self.text[position]),
-            float(self.caption[position]),
-            int(self.seed[position]),
-        )
+        return Draw(int(self.record[position]), float(self.caption[position]), int(self.seed[position]))
 
 
 class StepSampler:
     """Draws batches of `batch_size` from sources that lie one after another, n_i records in the i-th of them.
 
-    lengths     n_i
-    weights     w_i of each source, or none for 1: how often an epoch takes its records. Of a source of which an epoch
-                takes less than all, the next epoch takes the records after those, so that all have their turn
-    labels      (n,) int64: an epoch takes each label once, by one of its records drawn at random. None: each record
-                once. Two records of one label in one batch would be each other's negatives
-    corruption  (n,) int64: whose captions each record comes with; None: its own
+    lengths  n_i
+    weights  w_i of each source, or none for 1: how often an epoch takes its records. Of a source of which an epoch
+             takes less than all, the next epoch takes the records after those, so that all have their turn
+    labels   (n,) int64: an epoch takes each label once, by one of its records drawn at random. None: each record
+             once. Two records of one label in one batch would be each other's negatives
 
     No batch takes a record, or a label, twice. Memory is O(1) beyond what is given here, with labels 24 bytes a record.
     Raises ConfigError where a batch needs more than there is.
@@ -75,10 +67,8 @@ class StepSampler:
         *,
         weights: Sequence[float] = (),
         labels: np.ndarray | None = None,
-        corruption: np.ndarray | None = None,
     ) -> None:
         self.batch_size, self.seed = batch_size, seed
-        self._corruption = corruption
         self._kept: OrderedDict[int, tuple[np.ndarray, Draws]] = OrderedDict()
         self._labels = None if labels is None else _Runs(labels)
         if self._labels is not None:
@@ -123,9 +113,8 @@ class StepSampler:
         random = np.random.Generator(_philox(self.seed, step, DRAWS))
         which, captions = random.random((2, self.batch_size))
         seeds = random.integers(2**62, size=self.batch_size)
-        images = things if self._labels is None else self._labels.pick(things, which)
-        texts = images if self._corruption is None else self._corruption[images]
-        return things, Draws(images, texts, captions, seeds)
+        records = things if self._labels is None else self._labels.pick(things, which)
+        return things, Draws(records, captions, seeds)
 
 
 class _Runs:

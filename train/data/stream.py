@@ -21,7 +21,6 @@ from urllib.request import url2pathname
 
 import numpy as np
 from braceexpand import braceexpand
-from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 from webdataset.gopen import gopen_curl
@@ -32,7 +31,7 @@ from ..signals import say
 from ..world import World
 from .captions import captions_of, read_fields
 from .images import decode
-from .loader import Batches, Chunk, Reading, chunk_ends, joined
+from .loader import Batches, Chunk, Reading, Sample, chunk_ends, joined
 from .record import BadRecordError, DataError, describe_bad
 from .sources.reading import split_suffixes
 from .workers import count_workers, produce
@@ -53,7 +52,7 @@ class Stream:
         self.workers = count_workers(options, world.device, world.ranks_here)
         self._options, self._device, self._seed, self._rank = options, world.device, seed, world.rank
         self._urls = shards_of(options)
-        self._ends = chunk_ends(batch_size // world.size)
+        self._ends = chunk_ends(batch_size // world.size, 1 + len(reading.views))
         self._reading = reading
 
     def batches(self, first: int, last: int) -> Batches:
@@ -140,7 +139,7 @@ class _Samples(IterableDataset[Chunk | DataError]):
             yield self._reading.chunk(taken, bad)
             number += workers
 
-    def _samples(self, rng: np.random.Generator) -> Iterator[tuple[str, Image.Image, str, int]]:
+    def _samples(self, rng: np.random.Generator) -> Iterator[Sample]:
         mix = shuffle(BUFFER, initial=FIRST_BUFFER, rng=random.Random(int(rng.integers(2**62))))
         for group in mix(self._groups(rng)):
             try:
@@ -156,7 +155,8 @@ class _Samples(IterableDataset[Chunk | DataError]):
                 self._count(str(error.args[0]))
                 continue
             self._in_a_row.clear()
-            yield group["__key__"], picture, captions[rng.integers(len(captions))], int(rng.integers(2**62))
+            caption = captions[rng.integers(len(captions))]
+            yield Sample(group["__key__"], picture, caption, int(rng.integers(2**62)))
 
     def _groups(self, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
         """The members of each sample, by suffix."""

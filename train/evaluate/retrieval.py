@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..world import World
+from .ranking import expected_hits, hits
+
 DEPTHS = (1, 5, 10)
-BLOCK = 1024  # queries at a time: the matrix of all similarities is never there
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """`recall`: R@k by k, of DEPTHS. `chance`: R@1 of a guess."""
+    """`recall`: R@k by k, of DEPTHS. `chance`: that of a guess. `hits`: (n, len(DEPTHS)) float64, what each query adds
+    to the mean that a recall is."""
 
     recall: dict[int, float]
-    chance: float
+    chance: dict[int, float]
+    hits: Tensor = field(repr=False, compare=False)
 
 
-def retrieve(x: Tensor, y: Tensor, text_of: Tensor) -> tuple[Retrieval, Retrieval]:
-    """Image → text and text → image, between the images x (n, E) and the different texts y (m, E) of a set; text_of
-    (n,) int64.
+def retrieve(x: Tensor, y: Tensor, shows: Tensor, world: World) -> tuple[Retrieval, Retrieval]:
+    """Image → text and text → image, between the images x (n, E) and the different texts y (m, E) of a set.
 
-    Several images may share one text: an image has one right text, a text one or more right images, any of which
-    counts.
+    shows  (p, 2) int64, pairs of an image and a text that is right for it. Every image has one or more, any of which
+           counts; a text has any number, and is asked for where it has one, in the order of texts
     """
-    own = torch.arange(len(y))
-    present = torch.isin(own, text_of)  # a text whose every picture is bad is asked for by nobody
-    return _recalls(x, text_of, y, own), _recalls(y[present], own[present], x, text_of)
+    asked, query = shows[:, 1].unique(return_inverse=True)
+    from_text = torch.stack([query, shows[:, 0]], 1)
+    return _retrieve(x, y, shows, world), _retrieve(y[asked], x, from_text, world)
 
 
-def _recalls(queries: Tensor, wanted: Tensor, items: Tensor, held: Tensor) -> Retrieval:
-    """Query i wants the items that hold wanted[i]; the best of them counts. A tie with another item is a miss."""
-    better, chance = [], 0.0
-    for rows, ids in zip(queries.split(BLOCK), wanted.split(BLOCK), strict=True):
-        similarity, right = rows @ items.T, ids[:, None] == held
-        best = similarity.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        better.append(((similarity >= best) & ~right).sum(1))
-        chance += float(right.double().mean(1).sum())
-    counts = torch.cat(better)
-    return Retrieval({depth: float((counts < depth).double().mean()) for depth in DEPTHS}, chance / len(queries))
+def _retrieve(queries: Tensor, items: Tensor, right: Tensor, world: World) -> Retrieval:
+    right = right.unique(dim=0)  # in the order of queries
+    found = hits(queries, items, right, DEPTHS, world)
+    counts = torch.bincount(right[:, 0], minlength=len(queries))
+    guessed = expected_hits(torch.zeros_like(counts), len(items) - counts, counts, DEPTHS)
+    return Retrieval(_means(found), _means(guessed), found)
+
+
+def _means(hits: Tensor) -> dict[int, float]:
+    return dict(zip(DEPTHS, hits.mean(0).tolist(), strict=True))

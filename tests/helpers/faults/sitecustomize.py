@@ -48,8 +48,8 @@ def _with_each_batch(act: Callable[[int, Any], None]) -> None:
 
     real = TrainingData.batches
 
-    def batches(self: Any, bundle: Any, world: Any, first: int, last: int) -> Any:
-        for step, batch in enumerate(real(self, bundle, world, first, last), first):
+    def batches(self: Any, bundle: Any, world: Any, first: int, *others: Any, **more: Any) -> Any:
+        for step, batch in enumerate(real(self, bundle, world, first, *others, **more), first):
             act(step, batch)
             yield batch
 
@@ -112,8 +112,8 @@ def one_share_for_all() -> None:
 
     real = TrainingData.batches
 
-    def batches(self: Any, bundle: Any, world: Any, *steps: int) -> Any:
-        return real(self, bundle, replace(world, rank=0), *steps)
+    def batches(self: Any, bundle: Any, world: Any, *others: Any, **more: Any) -> Any:
+        return real(self, bundle, replace(world, rank=0), *others, **more)
 
     TrainingData.batches = batches  # type: ignore[method-assign]
 
@@ -155,7 +155,8 @@ def stuck_evaluation() -> None:
     """Rank 0 stands still in the evaluation on the way."""
     from train import evaluate
 
-    evaluate.retrieve = lambda *_: time.sleep(STUCK_SECONDS)  # type: ignore[assignment, misc]
+    if RANK == "0":
+        evaluate.retrieve = lambda *_: time.sleep(STUCK_SECONDS)  # type: ignore[assignment, misc]
 
 
 def stuck_set_up() -> None:
@@ -187,7 +188,7 @@ def slow_evaluation_and_saving() -> None:
         time.sleep(SLOW_SECONDS)
         sync_file(path)
 
-    embed.CHUNK = 8
+    embed.CHUNK = 4
     embed.heartbeat = SimpleNamespace(tick=slow_tick)  # type: ignore[assignment]
     checkpoint.sync_file = slow_sync_file
 

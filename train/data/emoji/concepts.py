@@ -6,13 +6,12 @@ emojibase's "component" group and its ungrouped regional letters, which are part
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ..drawn import read_json
 from .sources import CLDR, EMOJIBASE
 
 LEFT_OUT_GROUP = "component"
@@ -113,13 +112,9 @@ def captions_of(label: str, group: str, keywords: list[str], shortcodes: list[st
     return tuple(dict.fromkeys(kept if VENDOR_WORDS.search(label) else [c for c in kept if not VENDOR_WORDS.search(c)]))
 
 
-def _read(packages: Path, package: str, file: str) -> Any:
-    return json.loads((packages / package / file).read_text(encoding="utf-8"))
-
-
 def _cldr_keywords(packages: Path) -> dict[str, list[str]]:
     """Normal hexcode -> keywords of the CLDR annotations."""
-    table = _read(packages, CLDR.name, "annotations/en/annotations.json")["annotations"]["annotations"]
+    table = read_json(packages, CLDR, "annotations/en/annotations.json")["annotations"]["annotations"]
     return {
         normal_hexcode("-".join(f"{ord(char):x}" for char in text)): list(entry.get("default", []))
         for text, entry in table.items()
@@ -127,17 +122,17 @@ def _cldr_keywords(packages: Path) -> dict[str, list[str]]:
 
 
 def _shortcodes(packages: Path) -> dict[str, list[str]]:
-    table = _read(packages, EMOJIBASE.name, "en/shortcodes/emojibase.json")
+    table = read_json(packages, EMOJIBASE, "en/shortcodes/emojibase.json")
     return {normal_hexcode(code): [names] if isinstance(names, str) else list(names) for code, names in table.items()}
 
 
 def read_concepts(packages: Path, seed: int) -> tuple[list[Concept], tuple[str, ...]]:
     """All concepts in emojibase order, and the names their `group` indexes."""
-    group_of = {int(k): v for k, v in _read(packages, EMOJIBASE.name, "meta/groups.json")["groups"].items()}
+    group_of = {int(k): v for k, v in read_json(packages, EMOJIBASE, "meta/groups.json")["groups"].items()}
     names = tuple(name for _, name in sorted(group_of.items()) if name != LEFT_OUT_GROUP)
     keywords, shortcodes = _cldr_keywords(packages), _shortcodes(packages)
     concepts: list[Concept] = []
-    for entry in _read(packages, EMOJIBASE.name, "en/data.json"):
+    for entry in read_json(packages, EMOJIBASE, "en/data.json"):
         group = group_of.get(entry.get("group", -1))
         if group is None or group == LEFT_OUT_GROUP:
             continue

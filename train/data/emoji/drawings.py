@@ -1,20 +1,16 @@
-"""Who drew it: the vendors' SVG drawings joined to concepts, and their rendering to RGBA PNG."""
+"""Who drew it: the vendors' SVG drawings joined to concepts, and rendered."""
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from ..drawn import Package, Picture, rasterize, read_json, svg_of
 from .concepts import Concept, normal_hexcode
 from .sources import VENDOR_PACKAGES
 
@@ -38,12 +34,10 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """A drawing as PNG bytes; `pixels` is the SHA-256 of its decoded RGBA, equal for identical pictures."""
+class Rendered(Picture):
+    """The picture of a drawing."""
 
     drawing: Drawing
-    png: bytes
-    pixels: str
 
 
 def slug(label: str) -> str:
@@ -70,8 +64,19 @@ def _readings(name: str) -> Iterator[str]:
         yield f"keycap-{_DIGITS.index(name[6:])}"
 
 
-def _by_name(known: dict[str, set[str]], icons: dict[str, Any]) -> dict[str, str]:
-    """Hexcode -> icon name, for a vendor without code points (emojione): joined by name.
+def _free_readings(name: str) -> Iterator[str]:
+    """Those of sets that were not named by Unicode's own words: numbered variants, bare countries, no hyphens."""
+    yield from _readings(name)
+    plain = re.sub(r"-\d$", "", name)
+    yield plain
+    yield f"flag-{plain}"
+    yield name.replace("-", "")
+
+
+def _by_name(
+    known: dict[str, set[str]], icons: dict[str, Any], readings: Callable[[str], Iterable[str]]
+) -> dict[str, str]:
+    """Hexcode -> icon name, for a vendor without code points: joined by name.
 
     An icon's own name is tried before its aliases, because aliases also cover other concepts that share the drawing
     (Bouvet Island shows the flag of Norway). Names that could mean two concepts are left out.
@@ -83,7 +88,7 @@ def _by_name(known: dict[str, set[str]], icons: dict[str, Any]) -> dict[str, str
     def find(names: Iterable[str]) -> set[str]:
         codes: set[str] = set()
         for name in names:
-            codes |= next((known[r] for r in _readings(name) if len(known.get(r, ())) == 1), set())
+            codes |= next((known[r] for r in readings(name) if len(known.get(r, ())) == 1), set())
         return codes
 
     joined: dict[str, str] = {}
@@ -94,63 +99,73 @@ def _by_name(known: dict[str, set[str]], icons: dict[str, Any]) -> dict[str, str
     return joined
 
 
-def _svg(icons: dict[str, Any], name: str, size: int) -> str:
-    icon = icons["icons"][name]
-    width = icon.get("width", icons.get("width", 16))
-    height = icon.get("height", icons.get("height", 16))
-    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{box}" width="{size}" height="{size}">{icon["body"]}</svg>'
-    )
+@dataclass(frozen=True)
+class _Vendors:
+    """The first five, read: icons.json of each, its icon names by hexcode, and every name that is known of a concept,
+    with the hexcodes it may mean."""
+
+    icons: dict[str, dict[str, Any]]
+    joined: dict[str, dict[str, str]]
+    known: dict[str, set[str]]
 
 
-def read_drawings(packages: Path, concepts: list[Concept], size: int) -> list[Drawing]:
-    """Every vendor's drawing of every concept, joined on code points (by name for a vendor without them)."""
-    by_code = {concept.hexcode: concept for concept in concepts}
+def _read_vendors(packages: Path, by_code: dict[str, Concept]) -> _Vendors:
     known: dict[str, set[str]] = defaultdict(set)
-    for concept in concepts:
+    for concept in by_code.values():
         known[slug(concept.label)].add(concept.hexcode)
     icons: dict[str, dict[str, Any]] = {}
     joined: dict[str, dict[str, str]] = {}
     for vendor, package in VENDOR_PACKAGES.items():
-        icons[vendor] = json.loads((packages / package.name / "icons.json").read_text(encoding="utf-8"))
-        chars = json.loads((packages / package.name / "chars.json").read_text(encoding="utf-8"))
-        joined[vendor] = _by_code(by_code, chars)
+        icons[vendor] = read_json(packages, package, "icons.json")
+        joined[vendor] = _by_code(by_code, read_json(packages, package, "chars.json"))
         code_of = {name: code for code, name in joined[vendor].items()}
         for alias, entry in icons[vendor].get("aliases", {}).items():
             if entry["parent"] in code_of and set(entry) == {"parent"}:
                 code_of[alias] = code_of[entry["parent"]]
         for name, code in code_of.items():
             known[name].add(code)
+    return _Vendors(icons, joined, known)
+
+
+def _drawn(
+    vendor: str, icons: dict[str, Any], names: dict[str, str], concepts: list[Concept], size: int
+) -> list[Drawing]:
+    # Aliases that mirror or turn another drawing are not in "icons" and are left out.
+    there = [concept for concept in concepts if names.get(concept.hexcode) in icons["icons"]]
+    return [Drawing(concept, vendor, svg_of(icons, names[concept.hexcode], size)) for concept in there]
+
+
+def read_drawings(packages: Path, concepts: list[Concept], size: int) -> list[Drawing]:
+    """The first five vendors' drawings of every concept, joined on code points (by name where there are none)."""
+    vendors = _read_vendors(packages, {concept.hexcode: concept for concept in concepts})
     drawings: list[Drawing] = []
-    for vendor, codes in joined.items():
-        names = codes or _by_name(known, icons[vendor])
-        for code in by_code:
-            # Aliases that mirror or turn another drawing are not in "icons" and are left out.
-            if code in names and names[code] in icons[vendor]["icons"]:
-                drawings.append(Drawing(by_code[code], vendor, _svg(icons[vendor], names[code], size)))
+    for vendor, icons in vendors.icons.items():
+        names = vendors.joined[vendor] or _by_name(vendors.known, icons, _readings)
+        drawings += _drawn(vendor, icons, names, concepts, size)
     return drawings
 
 
+def read_more_drawings(
+    packages: Path, vendor: str, package: Package, own: Path, concepts: list[Concept], size: int
+) -> list[Drawing]:
+    """Another vendor's drawings, of whose package the files are in `own`. Without code points it is joined by the names
+    that the first five and Unicode have."""
+    by_code = {concept.hexcode: concept for concept in concepts}
+    icons = read_json(own, package, "icons.json")
+    names = _by_code(by_code, read_json(own, package, "chars.json"))
+    if not names:
+        known = _read_vendors(packages, by_code).known
+        for name, codes in [(name, codes) for name, codes in known.items() if "-" in name]:
+            known[name.replace("-", "")] |= codes
+        for code in by_code:
+            if "-" not in code:
+                known[slug(unicodedata.name(chr(int(code, 16)), "")).replace("-", "")].add(code)
+        names = _by_name(known, icons, _free_readings)
+    return _drawn(vendor, icons, names, concepts, size)
+
+
 def render(drawings: list[Drawing], size: int) -> tuple[list[Rendered], int]:
-    """Rasterize to `size` × `size` RGBA PNG; returns the pictures and the count of blank or unreadable drawings.
-
-    One thread: about 0.7 ms a drawing, so that a pool of processes would cost more to start than it saves.
-    """
-    import resvg_py  # whoever reads other data needs none
-
-    rendered: list[Rendered] = []
-    failed = 0
-    for drawing in drawings:
-        try:
-            png = bytes(resvg_py.svg_to_bytes(svg_string=drawing.svg, skip_system_fonts=True))
-        except ValueError:
-            failed += 1
-            continue
-        image = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")
-        if image.size != (size, size) or image.getchannel("A").getextrema()[1] == 0:
-            failed += 1
-            continue
-        rendered.append(Rendered(drawing, png, hashlib.sha256(image.tobytes()).hexdigest()))
-    return rendered, failed
+    """Pictures of `size` × `size` pixels, and the count of blank or unreadable drawings."""
+    pictures = [(drawing, rasterize(drawing.svg, size)) for drawing in drawings]
+    rendered = [Rendered(picture.png, picture.pixels, drawing) for drawing, picture in pictures if picture is not None]
+    return rendered, len(pictures) - len(rendered)

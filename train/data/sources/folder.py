@@ -14,7 +14,16 @@ import numpy as np
 from ...options import DataOptions
 from ..captions import clean_all, read_text
 from ..record import DataError, Record
-from .reading import Progress, check_class, check_left_out, fingerprint_of, is_plain, read_file, split_suffixes
+from .reading import (
+    Progress,
+    check_class,
+    check_left_out,
+    class_numbers,
+    fingerprint_of,
+    is_plain,
+    read_file,
+    split_suffixes,
+)
 
 
 class FolderSource:
@@ -64,13 +73,18 @@ class FolderSource:
         if self._captioned:
             return Record(path, image, clean_all([read_text(self._read(text))]))
         name = path.partition(os.sep)[0]
-        words = name.replace("_", " ")
+        words = _words(name)
         return Record(path, image, clean_all([f"a photo of a {words}"]), self._classes[name], check_class(words))
 
     def labels(self) -> np.ndarray | None:
         if self._captioned:
             return None
         return np.array([self._classes[path.partition(os.sep)[0]] for path in self._paths], np.int64)
+
+    def classes(self) -> np.ndarray | None:
+        labels = self.labels()
+        numbers = class_numbers(map(_words, self._classes))
+        return None if labels is None or numbers is None else numbers[labels]
 
     def _read(self, path: str) -> bytes:
         try:
@@ -136,6 +150,10 @@ def _pictures(
                 yield start + name, None if text is None else start + text
             else:
                 left_out["unsafe_member"] += 1
+
+
+def _words(folder: str) -> str:
+    return folder.replace("_", " ")
 
 
 def _suffix(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -34,10 +34,16 @@ class Concatenated:
         return replace(record, key=f"{number + 1}:{record.key}")
 
     def labels(self) -> np.ndarray | None:
-        every = []
-        for source in self._sources:
-            labels = source.labels()
-            if labels is None:
-                return None
-            every.append(labels)
-        return np.concatenate(every)
+        return _joined(source.labels() for source in self._sources)
+
+    def classes(self) -> np.ndarray | None:
+        return _joined(source.classes() for source in self._sources)
+
+
+def _joined(parts: Iterable[np.ndarray | None]) -> np.ndarray | None:
+    every = []
+    for part in parts:
+        if part is None:
+            return None
+        every.append(part)
+    return np.concatenate(every)

@@ -19,6 +19,7 @@ from .reading import (
     Progress,
     check_class,
     check_left_out,
+    class_numbers,
     fingerprint_of,
     printable,
     read_file,
@@ -87,6 +88,24 @@ class TableSource:
     def labels(self) -> np.ndarray | None:
         labels = self._rows["label"]
         return None if (labels == NO_LABEL).any() else labels.astype(np.int64)
+
+    def classes(self) -> np.ndarray | None:
+        if columns.CLASS not in self._columns:
+            return None
+        progress = Progress(f"classes of {self._path} are read", len(self))
+        at = self._columns.index(columns.CLASS)
+
+        def names() -> Iterator[str]:
+            for number, entry in enumerate(self._rows):
+                start, end, _ = entry.item()
+                try:
+                    yield self._row(self._files.read(0, start, end - start))[at]
+                except BadRecordError:
+                    yield f"row {number}"  # nobody else's; it is left out once it is read
+                if number % 10_000 == 0:
+                    progress.at(number)
+
+        return class_numbers(names())
 
     def _row(self, data: bytes) -> list[str]:
         """Raises BadRecordError: broken_text, or broken_row where it has more or fewer fields than columns."""

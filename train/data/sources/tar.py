@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .reading import (
     check_class,
     check_label,
     check_left_out,
+    class_number,
     fingerprint_of,
     printable,
     read_label,
@@ -73,27 +74,40 @@ class TarSource:
         return Record(key, data[BLOCK:], captions, label, check_class(fields.get("class")))
 
     def labels(self) -> np.ndarray | None:
-        origin = {"entries": self._index.sha256, **self._index.origin}
-        paths = [path.with_suffix(".labels") for path in self._places]
-        kept = index.obtain(paths, np.dtype("<i8"), origin, self._read_labels)
-        return kept.entries if kept.facts["complete"] else None
+        return self._of_all("labels", self._label)
 
-    def _read_labels(self, append: index.Append, stale: index.Index | None) -> dict[str, Any]:
-        labels = np.empty(len(self), np.int64)
-        progress = Progress(f"labels of {self._folder} are read", len(self))
-        for number, entry in enumerate(self._entries):
-            shard, block, _, _, _, table, size, cls = entry.item()
-            try:
-                label = self._label(shard, block, self._fields(shard, block + table, size) if table else {}, cls)
-            except BadRecordError:
-                label = -1 - number  # nobody else's; it is left out once it is read
-            if label is None:
-                return {"complete": False}
-            labels[number] = label
-            if number % 10_000 == 0:
-                progress.at(number)
-        append(labels)
-        return {"complete": True}
+    def classes(self) -> np.ndarray | None:
+        def number(shard: int, block: int, fields: dict[str, Any], cls: int) -> int | None:
+            name = check_class(fields.get("class"))
+            return None if name is None else class_number(name)
+
+        return self._of_all("classes", number)
+
+    def _of_all(self, what: str, fact: Callable[[int, int, dict[str, Any], int], int | None]) -> np.ndarray | None:
+        """(len,) int64, a number of every record, kept beside the index; None where one has none. `fact`: of the shard,
+        the picture's block, the JSON's fields, and where the class member is (see shard_index.ENTRY)."""
+
+        def make(append: index.Append, stale: index.Index | None) -> dict[str, Any]:
+            facts = np.empty(len(self), np.int64)
+            progress = Progress(f"{what} of {self._folder} are read", len(self))
+            for number, entry in enumerate(self._entries):
+                shard, block, _, _, _, table, size, cls = entry.item()
+                try:
+                    found = fact(shard, block, self._fields(shard, block + table, size) if table else {}, cls)
+                except BadRecordError:
+                    found = -1 - number  # nobody else's; it is left out once it is read
+                if found is None:
+                    return {"complete": False}
+                facts[number] = found
+                if number % 10_000 == 0:
+                    progress.at(number)
+            append(facts)
+            return {"complete": True}
+
+        origin = {"entries": self._index.sha256, **self._index.origin}
+        paths = [path.with_suffix(f".{what}") for path in self._places]
+        kept = index.obtain(paths, np.dtype("<i8"), origin, make)
+        return kept.entries if kept.facts["complete"] else None
 
     def _stem(self, shard: int, block: int, header: bytes) -> str:
         """The name of a picture's file as its header has it, without suffixes. One that is long, or not ASCII, may

@@ -9,9 +9,6 @@ from pathlib import Path
 from ...files import write_atomically
 
 MANIFEST = "set-up.json"
-# Raised whenever what a set-up writes changes, captions and splits included. It is in the folder's name, so that a
-# former version finds its own beside it.
-FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,7 @@ class Manifest:
     seed      what fixed splits and captions
     packages  the packages that it was made from: name and version
     files     the SHA-256 of each file's bytes in hex
-    counts    samples by split and vendor
+    counts    samples by split and vendor or set
     dropped   pictures that are in no split, counted by reason
     renderer  what drew them
     """
