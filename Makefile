@@ -1,8 +1,8 @@
 # make train   trains on the emoji data with two processes (ARGS="..." goes to python -m train)
 # make test    lint, types and every test but the long ones
 # make test-long: the tests marked long (soaks, whole training runs compared), which take minutes each
-# make test-optional: the tests of open_clip, transformers, timm and datasets, in an environment of their own; those
-#              marked long, too, with ARGS='-m ""'
+# make test-optional: the tests of open_clip, transformers, timm, datasets and ONNX, in an environment of their own;
+#              those marked long, too, with ARGS='-m ""'
 # make lint    ruff, clang-format and mypy alone
 # make bench   the CPU benchmark; make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # Each sets up .venv by itself and re-uses it while constraints.txt, pyproject.toml and the C++ sources stay the same.
