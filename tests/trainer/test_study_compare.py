@@ -68,10 +68,10 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, 
 
 
 def test_differences_are_taken_at_the_same_seed(study: Path) -> None:
-    runs = read_runs(study, read_lines(study))
+    runs = read_runs(study, read_lines(study), {})
     metrics = choose_metrics(runs, [f"*/{METRIC}"], f"macro/{METRIC}")
     assert metrics == [f"macro/{METRIC}", f"heldout/{METRIC}", f"vendor/{METRIC}"]
-    made = {(one.metric.partition("/")[0], one.method): one for one in compare(runs, "hard", metrics, metrics[0])}
+    made = {(one.metric.partition("/")[0], one.method): one for one in compare(runs, "hard", metrics, metrics[0], {})}
     assert made["heldout", "hard"].differences == {} and made["heldout", "hard"].p is None
     psd, soft = made["heldout", "psd"], made["macro", "soft"]
     assert psd.values == {1: 0.53, 2: 0.54} and psd.differences == pytest.approx({1: 0.03, 2: 0.02})
@@ -82,9 +82,9 @@ def test_differences_are_taken_at_the_same_seed(study: Path) -> None:
 
 
 def test_the_primary_metric_is_a_family_of_its_own(study: Path) -> None:
-    runs = read_runs(study, read_lines(study))
+    runs = read_runs(study, read_lines(study), {})
     metrics = choose_metrics(runs, ["*"], f"macro/{METRIC}")
-    made = compare(runs, "hard", metrics, metrics[0])
+    made = compare(runs, "hard", metrics, metrics[0], {})
     for primary, count in ((True, 2), (False, 4)):
         family = [one for one in made if (one.metric == metrics[0]) == primary and one.differences]
         plain = [intervals.t_interval(list(one.differences.values())) for one in family]
@@ -104,15 +104,15 @@ def test_records_widen_an_interval_that_seeds_alone_make_too_narrow(study: Path)
             folder.mkdir(parents=True, exist_ok=True)
             write_records(folder, {f"heldout/{METRIC}": hits(labels, some)})
     write_study(study, lines)
-    runs = read_runs(study, read_lines(study))
-    (_, soft) = compare(runs, "hard", [f"heldout/{METRIC}"], None)
+    runs = read_runs(study, read_lines(study), {})
+    (_, soft) = compare(runs, "hard", [f"heldout/{METRIC}"], None, {})
     assert soft.difference == pytest.approx(-1 / 8) and soft.interval is not None
     # A draw of four takes the fourth concept k times, for a difference of -k / 8: never with (3/4)^4 = 32 %.
     assert (soft.interval.low, soft.interval.high) == (-3 / 8, 0.0)
     assert soft.interval.method == intervals.OVER_BOTH and soft.interval.holds_zero
     assert soft.p == pytest.approx(2 * 0.75**4, abs=0.03)  # the larger one: Student's is 0, of equal differences
     (folder_in(study, lines[-1]["run"]) / RECORDS).unlink()  # with one run's missing, seeds alone are left
-    (_, alone) = compare(read_runs(study, read_lines(study)), "hard", [f"heldout/{METRIC}"], None)
+    (_, alone) = compare(read_runs(study, read_lines(study), {}), "hard", [f"heldout/{METRIC}"], None, {})
     assert alone.interval is not None and alone.interval.method == intervals.OVER_SEEDS
 
 
@@ -126,7 +126,7 @@ def test_a_mean_over_sets_is_drawn_only_where_every_set_has_records(
                 folder.mkdir(parents=True, exist_ok=True)
                 values = dict(zip(("heldout", "vendor"), FIGURES[method][seed], strict=True))
                 write_records(folder, {f"{name}/{METRIC}": hits([0, 1], [0, 2 * values[name]]) for name in sets})
-        compare(read_runs(study, read_lines(study)), "hard", [f"macro/{METRIC}"], None)
+        compare(read_runs(study, read_lines(study), {}), "hard", [f"macro/{METRIC}"], None, {})
 
     drawn: list[tuple[int, ...]] = []
     draw_means = intervals.draw_means
@@ -140,6 +140,23 @@ def test_a_mean_over_sets_is_drawn_only_where_every_set_has_records(
     assert drawn == []
     compare_with_records_of("heldout", "vendor")
     assert drawn == [(4, 2, 2)]  # two methods' two sets, two seeds, two concepts
+
+
+def test_a_mean_of_the_studys_own_is_a_metric_like_others(study: Path) -> None:
+    means = {"both": [f"heldout/{METRIC}", "vendor/*"]}
+    for method in ("hard", "psd"):
+        for seed in (1, 2):
+            folder = folder_in(study, f"{method}/seed-{seed}")
+            folder.mkdir(parents=True, exist_ok=True)
+            values = dict(zip(("heldout", "vendor"), FIGURES[method][seed], strict=True))
+            write_records(folder, {f"{name}/{METRIC}": hits([0, 1], [0, 2 * value]) for name, value in values.items()})
+    runs = read_runs(study, read_lines(study), means)
+    metrics = choose_metrics(runs, None, "mean/both")
+    assert metrics[0] == "mean/both"
+    own, macro = (compare(runs, "hard", [metric], None, means) for metric in ("mean/both", f"macro/{METRIC}"))
+    for one, same in zip(own, macro, strict=True):
+        assert (one.values, one.differences, one.interval) == (same.values, same.differences, same.interval)
+    assert "mean/none" not in choose_metrics(read_runs(study, read_lines(study), {"none": ["nowhere/*"]}), ["*"], None)
 
 
 def test_the_tables_say_what_is_shown_and_what_they_lack(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +242,7 @@ def test_records_of_another_evaluation_are_refused(study: Path) -> None:
     with pytest.raises(
         DataError, match=r"of hard/seed-1 is 0\.5, but the mean of its records 0\.55.*another evaluation"
     ):
-        read_runs(study, read_lines(study))
+        read_runs(study, read_lines(study), {})
 
 
 def test_records_come_back_as_they_were(tmp_path: Path) -> None:

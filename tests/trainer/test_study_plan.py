@@ -93,6 +93,9 @@ def test_a_study_may_begin_with_a_configuration_beside_it(tmp_path: Path) -> Non
         ({"config": 3}, "config=3; allowed: a text"),
         ({"reference": "soft"}, "reference='soft'; allowed: one of hard, psd"),
         ({"primary": 3}, "primary=3; allowed: a text"),
+        ({"means": ["a/*"]}, r"means=\['a/\*'\]; allowed: names, each with a list of patterns"),
+        ({"means": {"a": []}}, r"means={'a': \[\]}; allowed: names"),
+        ({"means": {"a/b": ["c"]}}, r"means={'a/b': \['c'\]}; allowed: names"),
     ),
 )
 def test_what_a_study_may_not_say_is_named_with_what_is_allowed(

@@ -37,8 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--metric",
         action="append",
         metavar="PATTERN",
-        help="of SET/METRIC or, for the mean over all sets, macro/METRIC, with * for anything; may be given several "
-        f"times (default: {' and '.join(USUAL)}; the study's primary metric is always there)",
+        help="of SET/METRIC, macro/METRIC for the mean over all sets, or mean/NAME for the study's own, with * for "
+        f"anything; may be given several times (default: {' and '.join(USUAL)}; the study's primary metric is always "
+        "there)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the differences; its ending says of which kind")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, too")
@@ -53,9 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
         methods = list(dict.fromkeys(line["method"] for line in lines.values()))
         if lines and reference is not None and reference not in methods:
             raise ConfigError(f"--reference {reference!r}, of which no run is finished; allowed: {', '.join(methods)}")
-        runs = read_runs(options.study, lines)
+        means = given.get("means") or {}
+        runs = read_runs(options.study, lines, means)
         metrics = choose_metrics(runs, options.metric, primary)
-        compared = compare(runs, reference, metrics, primary)
+        compared = compare(runs, reference, metrics, primary, means)
         text = describe(compared, runs, lines, reference, primary)
         print(text, flush=True)
         if options.markdown is not None:

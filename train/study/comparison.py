@@ -3,6 +3,7 @@ seed and under the same condition."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -21,8 +22,10 @@ from .finished import Lines, folder_in
 from .intervals import Interval
 
 MACRO = "macro"  # in a metric's name in place of a set: the mean over all sets that have it
+MEAN = "mean"  # likewise, with a name of the study's file: the mean over all that fit its patterns
 USUAL = ("*recall@1", "*acc1")  # patterns of the metrics that are compared unless others are asked for
 Figures = dict[str, float]
+Means = Mapping[str, Sequence[str]]  # of a study: patterns of SET/METRIC by the mean's name
 CLOSE = 1e-6  # between a metric and the mean of its records, which some wrote in float32
 
 
@@ -30,7 +33,7 @@ CLOSE = 1e-6  # between a metric and the mean of its records, which some wrote i
 class Comparison:
     """One metric of one method under one condition, beside the reference.
 
-    metric       SET/METRIC, or MACRO/METRIC
+    metric       SET/METRIC, MACRO/METRIC, or MEAN/NAME
     values       by seed, of all finished runs
     differences  to the reference, by seed, of those seeds at which both are finished
     interval     of the differences' mean: the wider of those over seeds and, with records, over seeds and concepts,
@@ -60,14 +63,14 @@ class Runs:
     records: dict[str, dict[int, dict[str, Hits]]]
 
 
-def read_runs(folder: Path, lines: Lines) -> dict[str, Runs]:
+def read_runs(folder: Path, lines: Lines, means: Means) -> dict[str, Runs]:
     """By condition. Raises DataError where there are no results to compare."""
     if not lines:
         raise DataError(f"{folder} has no finished run; `{PROGRAM} grid` carries them out")
     runs: dict[str, Runs] = {}
     for name, line in lines.items():
         of = runs.setdefault(line["condition"], Runs({}, {}))
-        figures = _figures(name, line["results"])
+        figures = _figures(name, line["results"], means)
         records = read_records(folder_in(folder, name))
         _check_records(name, figures, records)
         of.figures.setdefault(line["method"], {})[line["seed"]] = figures
@@ -75,8 +78,9 @@ def read_runs(folder: Path, lines: Lines) -> dict[str, Runs]:
     return runs
 
 
-def _figures(name: str, results: Any) -> Figures:
-    """By SET/METRIC, in the order of their coming, then MACRO/METRIC of those that several sets have."""
+def _figures(name: str, results: Any, means: Means) -> Figures:
+    """By SET/METRIC, in the order of their coming, then MACRO/METRIC of those that several sets have, then the study's
+    own means."""
     try:
         found = {
             f"{of}/{metric}": value for of, metrics in results_in(results).items() for metric, value in metrics.items()
@@ -86,10 +90,18 @@ def _figures(name: str, results: Any) -> Figures:
             f"the results of {name} cannot be compared ({error}): the run is evaluated on nothing, or they are of an "
             f"earlier version; `{PROGRAM} grid` with --evaluate-again writes them anew"
         ) from error
-    of_sets: dict[str, list[float]] = {}
-    for key, value in found.items():
-        of_sets.setdefault(key.rpartition("/")[2], []).append(value)
-    return found | {f"{MACRO}/{metric}": float(np.mean(some)) for metric, some in of_sets.items() if len(some) > 1}
+    shared = [metric for metric, count in Counter(key.rpartition("/")[2] for key in found).items() if count > 1]
+    derived = [*(f"{MACRO}/{metric}" for metric in shared), *(f"{MEAN}/{one}" for one in means)]
+    parts = {metric: _parts(found, metric, means) for metric in derived}
+    return found | {metric: float(np.mean([found[key] for key in some])) for metric, some in parts.items() if some}
+
+
+def _parts(keys: Iterable[str], metric: str, means: Means) -> list[str]:
+    """Of `keys`, each SET/METRIC, those that the metric is the mean of: itself where it is one."""
+    place, _, name = metric.partition("/")
+    if place == MEAN:
+        return [key for key in keys if any(fnmatchcase(key, pattern) for pattern in means[name])]
+    return [key for key in keys if key == metric or (place == MACRO and key.rpartition("/")[2] == name)]
 
 
 def _check_records(name: str, figures: Figures, records: Mapping[str, Hits]) -> None:
@@ -117,13 +129,13 @@ def choose_metrics(runs: Mapping[str, Runs], patterns: Sequence[str] | None, pri
 
 
 def compare(
-    runs: Mapping[str, Runs], reference: str | None, metrics: Sequence[str], primary: str | None
+    runs: Mapping[str, Runs], reference: str | None, metrics: Sequence[str], primary: str | None, means: Means
 ) -> list[Comparison]:
     """Condition by condition, metric by metric and method by method. The primary metric's comparisons are one family,
     all others another."""
     made = []
     for condition, of in runs.items():
-        drawn = {method: _draw(of, method, reference, metrics) for method in of.figures if method != reference}
+        drawn = {method: _draw(of, method, reference, metrics, means) for method in of.figures if method != reference}
         for metric in metrics:
             for method in of.figures:
                 values = _values(of, method, metric)
@@ -142,14 +154,17 @@ def _values(of: Runs, method: str, metric: str) -> dict[int, float]:
     return {seed: figures[metric] for seed, figures in sorted(seeds.items()) if metric in figures}
 
 
-def _draw(of: Runs, method: str, reference: str | None, metrics: Sequence[str]) -> dict[str, Interval | None]:
+def _draw(
+    of: Runs, method: str, reference: str | None, metrics: Sequence[str], means: Means
+) -> dict[str, Interval | None]:
     """The bootstrap's interval of the difference in each metric that has records in all runs of the two methods."""
     seeds = sorted(of.figures[method].keys() & of.figures.get(str(reference), {}).keys())
     sides = [[of.records[side][seed] for seed in seeds] for side in (method, str(reference))] if seeds else []
     present = [set(run) for side in sides for run in side]
     keys = [metric for metric in sides[0][0] if all(metric in run for run in present)] if sides else []
-    parts = {metric: [key for key in keys if _is_part(key, metric)] for metric in metrics}
-    parts = {metric: some for metric, some in parts.items() if some and len(some) == _part_count(of, method, metric)}
+    figures = [key for key in next(iter(of.figures[method].values())) if key.partition("/")[0] not in (MACRO, MEAN)]
+    parts = {metric: _parts(figures, metric, means) for metric in metrics}
+    parts = {metric: some for metric, some in parts.items() if some and all(key in keys for key in some)}
     used = _different(key for some in parts.values() for key in some)
     if not used:
         return {}
@@ -167,18 +182,6 @@ def _draw(of: Runs, method: str, reference: str | None, metrics: Sequence[str]) 
         metric: intervals.percentile_interval(np.mean([columns[key] for key in some], axis=0))
         for metric, some in parts.items()
     }
-
-
-def _is_part(key: str, metric: str) -> bool:
-    """Whether SET/METRIC is the metric, or one of those that it is the mean of."""
-    place, _, name = metric.rpartition("/")
-    return key == metric or (place == MACRO and key.rpartition("/")[2] == name)
-
-
-def _part_count(of: Runs, method: str, metric: str) -> int:
-    """How many of a run's figures the metric is the mean of."""
-    figures = next(iter(of.figures[method].values()))
-    return sum(_is_part(key, metric) for key in figures if not key.startswith(f"{MACRO}/"))
 
 
 def _corrected(made: Sequence[Comparison], primary: str | None) -> list[Comparison]:

@@ -12,7 +12,9 @@ runs:                             # the methods
   hard: {loss.target: hard}
   paired: {loss.target: psd}
 reference: hard                   # which `compare` takes the differences to
-primary: vendor/acc1              # the metric that the study was made for
+means:                            # metrics of the study's own, each the mean of all that fit one of its patterns
+  recalls: [heldout/*_recall@*, vendor/*_recall@*]
+primary: mean/recalls             # the metric that the study was made for
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from .. import config
 from ..config import Config, ConfigError
 from ..options import MAX_SEED
 
-KEYS = ("config", "base", "seeds", "seed_options", "conditions", "runs", "reference", "primary")
+KEYS = ("config", "base", "seeds", "seed_options", "conditions", "runs", "reference", "means", "primary")
 SEED_OPTIONS = ("job.seed", "data.seed")
 ONE_CORE = {"processes": 1, "threads": 1}  # of a run's job, unless the study says otherwise: runs stand side by side
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # of a method or a condition, which is a folder
@@ -89,6 +91,7 @@ def read_study(path: Path) -> Study:
                 runs.append(_run(path, base, changes, condition, method, seed))
     for key in ("reference", "primary"):
         _text(path, given, key)
+    _check_means(path, given.get("means", {}))
     if given.get("reference", next(iter(methods))) not in methods:
         raise ConfigError(f"{path}: reference={given['reference']!r}; allowed: one of {', '.join(methods)}")
     return Study(tuple(runs), {"base": base, **{key: given[key] for key in KEYS[2:] if key in given}})
@@ -154,6 +157,13 @@ def _seed_options(path: Path, given: dict[str, Any]) -> list[str]:
     if not isinstance(options, list) or not options or not all(isinstance(option, str) for option in options):
         raise ConfigError(f"{path}: seed_options={options!r}; allowed: a list of options, such as {list(SEED_OPTIONS)}")
     return options
+
+
+def _check_means(path: Path, means: Any) -> None:
+    for name, patterns in means.items() if isinstance(means, dict) else [(means, None)]:
+        texts = isinstance(patterns, list) and all(isinstance(pattern, str) for pattern in patterns)
+        if not isinstance(name, str) or not NAME.fullmatch(name) or not texts or not patterns:
+            raise ConfigError(f"{path}: means={means!r}; allowed: names, each with a list of patterns of SET/METRIC")
 
 
 def _text(path: Path, given: dict[str, Any], key: str) -> str | None:
