@@ -83,10 +83,11 @@ def read_terminal(ours: int) -> str:
     return shown.decode(errors="replace")
 
 
-def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit status and everything said; whatever is left of the job's processes is an error, and ended."""
+def finish(job: subprocess.Popen[str], seconds: float = TIMEOUT) -> tuple[int, str]:
+    """Exit status and everything said by a job that ends within so many seconds; whatever is left of its processes is
+    an error, and ended."""
     try:
-        said = "".join(job.communicate(timeout=TIMEOUT))
+        said = "".join(job.communicate(timeout=seconds))
     finally:
         left = _outlive(job.pid)
     assert not left, "processes outlived the job"

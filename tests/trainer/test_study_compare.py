@@ -175,18 +175,19 @@ def test_the_tables_say_what_is_shown_and_what_they_lack(study: Path, capsys: py
 
 
 def test_conditions_have_a_table_each_in_the_order_of_the_file(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = (("clean", "old", 0.1), ("noisy", "psd", 0.2), ("clean", "psd", 0.6), ("clean", "hard", 0.5))
     lines = [
         line(condition, method, seed, {"heldout": {METRIC: value + seed / 100}}, code=method)
-        for condition, method, value in (("noisy", "psd", 0.2), ("clean", "psd", 0.6), ("clean", "hard", 0.5))
+        for condition, method, value in cases
         for seed in (2, 1)
     ]
     write_study(study, lines, conditions={"clean": {}, "noisy": {}}, runs={"hard": {}, "psd": {}}, reference="hard")
     status, said, _ = run_main(capsys, study)
     titles = [row for row in said.splitlines() if row.startswith(("## ", f"| heldout/{METRIC}"))]
     starts = [title.partition(" | ")[2].partition(" | ")[0] or title for title in titles]
-    assert (status, starts) == (0, ["## clean", "hard", "psd", "## noisy", "psd"])
+    assert (status, starts) == (0, ["## clean", "hard", "psd", "old", "## noisy", "psd"])
     assert "| – | – | – | – |" in titles[-1]  # no reference there
-    assert "2 versions of the code" in said
+    assert "3 versions of the code" in said
     assert "No differences" in run_main(capsys, write_study(study, lines))[1]
 
 

@@ -63,7 +63,7 @@ def test_a_grid_that_is_killed_goes_on_and_prints_its_comparison(
     done = [json.loads(line)["run"] for line in before]
     assert 1 <= len(done) < len(names) and begun
 
-    status, said = finish(start(*arguments))
+    status, said = finish(start(*arguments), 3 * TIMEOUT)  # two or three runs
     assert status == 0, said
     assert lines_of(study)[: len(before)] == before  # no finished run was touched
     assert [name for name in names if f"{name}: begins" in said] == [name for name in names if name not in done]
