@@ -67,7 +67,8 @@ def test_a_vendor_is_joined_by_every_kind_of_name_and_by_no_guess(
 ) -> None:
     hold_out(monkeypatch, set())
     samples = read(prepare_vendor(VENDOR, size=SIZE), VENDOR)
-    known = read(prepare.prepare_emoji(size=SIZE), "train")
+    folder = prepare.prepare_emoji(size=SIZE)
+    known = read(folder, "train") | read(folder, "concepts")
     # "fruit3", "fruit-4-1", and Unicode's name of fruit 5; "fruit-6" equals "fruit3", and the heart noto's.
     assert {table["captions"][0] for table in samples.values()} == {"fruit 3", "fruit 4", "fruit 5"}
     for key, table in samples.items():
@@ -144,6 +145,7 @@ def test_the_command_line_prepares_what_is_named_and_lists_what_there_is(
     rows = {line.split()[0]: line for line in shown.splitlines() if line.startswith(" ")}
     assert rows.keys() == {*sources.VENDOR_PACKAGES, *sources.SHIFT_VENDORS, *ICON_SETS}
     assert rows["noto-v1"].endswith("test, related to noto") and rows["fxemoji"].endswith(" test")
+    assert rows["lucide"].endswith("test, related to hugeicons") and rows["bi"].endswith(" test")
     assert rows["noto"].endswith("train, heldout, concepts") and rows["fluent-emoji-flat"].endswith(" vendor")
     assert main(["icons:nothing"]) == 1
     assert "allowed: train, heldout, tabler, " in capsys.readouterr().err
@@ -164,3 +166,5 @@ def test_notice_names_every_package() -> None:
 def test_what_is_related_is_known_on_both_sides() -> None:
     assert sources.RELATED.keys() <= emoji.SHIFT_VENDORS.keys()
     assert set(sources.RELATED.values()) <= sources.VENDOR_PACKAGES.keys()
+    related = {icons.related for icons in ICON_SETS.values() if not icons.trained} - {None}
+    assert related and all(ICON_SETS[str(name)].trained for name in related)

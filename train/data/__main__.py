@@ -42,7 +42,8 @@ def summary(manifest: Manifest) -> str:
 def listing() -> str:
     """Every vendor and icon set with its licence, author and role."""
     drawn = {name: "vendor" if name == UNSEEN_VENDOR else "train, heldout, concepts" for name in VENDOR_PACKAGES}
-    more = {name: f"test, related to {RELATED[name]}" if name in RELATED else "test" for name in SHIFT_VENDORS}
+    more = {name: _test(RELATED.get(name)) for name in SHIFT_VENDORS}
+    sets = {name: "train, heldout" if one.trained else _test(one.related) for name, one in ICON_SETS.items()}
     return "\n".join(
         [
             "emoji:SPLIT holds the drawings of",
@@ -50,9 +51,13 @@ def listing() -> str:
             "emoji:VENDOR",
             *(_row(name, SHIFT_VENDORS[name], role) for name, role in more.items()),
             "icons:SET; icons:train and icons:heldout are all sets to train on",
-            *(_row(name, one.package, "train, heldout" if one.trained else "test") for name, one in ICON_SETS.items()),
+            *(_row(name, ICON_SETS[name].package, role) for name, role in sets.items()),
         ]
     )
+
+
+def _test(related: str | None) -> str:
+    return "test" if related is None else f"test, related to {related}"
 
 
 def _row(name: str, package: Package, role: str) -> str:
