@@ -13,7 +13,7 @@ To read it, begin with step, the training step on one page, then run (set-up, lo
     engine_state, engine_files
                               what an engine holds, and its part of a checkpoint
     data/                     what it is trained on, from whichever layout; data/emoji/ is the default set
-    evaluate/                 retrieval and zero-shot on held-out data: `python -m train evaluate`
+    evaluate/                 retrieval, zero-shot and a linear probe on held-out data: `python -m train evaluate`
     export/                   the towers in forms that others load: `python -m train export`
     study/                    many runs, and what they differ by: `python -m train grid` and `compare`
     checkpoint, fingerprint   checkpoints, and the data, teachers, code and versions that they were made with

@@ -25,6 +25,7 @@ class Record:
     key         names it in messages: unique in its source, and without control characters
     image       the bytes of its file (JPEG, PNG or WebP), not decoded
     captions    one or more, cleaned (see captions); the first one is canonical, and the one that it is evaluated by
+                where every record has a label
     label       what it shows, as a number: records of one label are the same thing. None where nobody says
     class_name  a coarser class in words, for zero-shot classification; None where nobody says
     noise       0 where the captions are its own, else 1 + the index in options.NOISE of how they were made wrong
