@@ -228,8 +228,9 @@ def test_jobs_that_are_asked_to_stop_do_so_in_their_own_time(
     tmp_path: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stop, "request", 0)
-    politely = f"trap 'sleep 0.3; echo kept; exit {STOPPED}' TERM; echo ready; while true; do sleep 0.05; done"
-    listed = [shell(name, politely, tmp_path) for name in ("first", "second", "third")]
+    politely = "trap 'sleep {}; echo kept; exit 75' TERM; echo ready; while true; do sleep 0.05; done"
+    seconds = {"first": 0.1, "second": 0.6, "third": 0.1}  # the first leaves room for another
+    listed = [shell(name, politely.format(some), tmp_path) for name, some in seconds.items()]
     begun, statuses = [], {}
 
     def began(job: Job) -> None:
