@@ -254,6 +254,6 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     assert read.keys() == written.keys()
     for name, of in written.items():
         assert read[name].labels.tolist() == of.labels.tolist() and read[name].hits.tolist() == of.hits.tolist()
-    (tmp_path / RECORDS).write_bytes(b"PK")
+    (tmp_path / RECORDS).write_bytes(b"PK\3\4")
     with pytest.raises(DataError, match="holds no records"):
         read_records(tmp_path)

@@ -228,8 +228,9 @@ def test_jobs_that_are_asked_to_stop_do_so_in_their_own_time(
     tmp_path: Path, quiet: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stop, "request", 0)
-    politely = f"trap 'sleep 0.3; echo kept; exit {STOPPED}' TERM; echo ready; while true; do sleep 0.05; done"
-    listed = [shell(name, politely, tmp_path) for name in ("first", "second", "third")]
+    politely = "trap 'sleep {}; echo kept; exit 75' TERM; echo ready; while true; do sleep 0.05; done"
+    commands = {"first": politely.format(0.1), "second": politely.format(0.6), "third": "echo ready"}
+    listed = [shell(name, command, tmp_path) for name, command in commands.items()]  # the first leaves room
     begun, statuses = [], {}
 
     def began(job: Job) -> None:
@@ -271,7 +272,7 @@ def test_a_run_whose_grid_is_gone_stops_by_itself(rank: dict[str, str], said: st
     )
     environment = {**os.environ, **rank, LAUNCHER: "1", "PYTHONPATH": PYTHONPATH}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == (said, STOPPED if rank else 0), done.stderr
+    assert (done.stdout, done.returncode, bool(done.stderr)) == (said, STOPPED if rank else 0, bool(rank)), done.stderr
 
 
 def test_runs_take_a_core_each_unless_they_say_otherwise(
