@@ -58,6 +58,7 @@ class Share:
     tokens: Tensor
     bad: dict[str, int]
     labels: Tensor
+    noise: Tensor
     views: tuple[tuple[Tensor, Tensor], ...] = ()
 
 
@@ -137,7 +138,7 @@ def share(step: int, rank: int, ranks: int, teachers: int = 0) -> Share:
     """`teachers`: how many frozen ones there are."""
     whole = (*batch(step), labels(step), *view(step))
     images, tokens, numbers, *seen = (one.tensor_split(ranks)[rank] for one in whole)
-    return Share(images, tokens, {"broken_image": rank + 1}, numbers, ((seen[0], seen[1]),) * teachers)
+    return Share(images, tokens, {"broken_image": rank + 1}, numbers, 0 * numbers, ((seen[0], seen[1]),) * teachers)
 
 
 def start(group: Any, config: Config, bundle: Bundle) -> Any:

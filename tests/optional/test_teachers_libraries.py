@@ -40,7 +40,7 @@ def view() -> tuple[Tensor, Tensor]:
 
 def _taught(group: Any, teachers: list[str]) -> dict[str, Any]:
     """In parts of 3 and 2 pairs."""
-    seen = engines.Share(*view(), {}, torch.zeros(PAIRS), (view(),) * len(teachers))
+    seen = engines.Share(*view(), {}, *2 * [torch.zeros(PAIRS)], (view(),) * len(teachers))
     return engines.teachers_of(group, config(teachers), engines.bundle()).teach(seen, 2)
 
 

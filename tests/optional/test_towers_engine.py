@@ -59,7 +59,9 @@ def _train(group: Any, options: Config) -> tuple[list[float], dict[str, Tensor]]
         images, tokens = (whole.tensor_split(RANKS)[dist.get_rank()] for whole in batch(step))
         engine.train()
         losses.append(
-            train_step(engine, engines.Share(images, tokens, {}, torch.zeros(len(images))), step, options, group).loss
+            train_step(
+                engine, engines.Share(images, tokens, {}, *2 * [torch.zeros(len(images))]), step, options, group
+            ).loss
         )
     found = engines.weights(engine)
     engine.destroy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -116,18 +116,13 @@ def test_fp16_finds_its_loss_scale_and_keeps_its_parameters_in_fp32(pool: Pool, 
     assert here["types"] == {torch.float32}
 
 
-@dataclass(frozen=True)
-class NoisyShare(engines.Share):
-    noise: Tensor
-
-
 def _with_noise(group: Any, noise: list[int]) -> list[Any]:
     from train.step import train_step
 
     plain, rank = config("1"), dist.get_rank()
     noisy = replace(plain, data=DataOptions(noise={"swap": 0.3}))
     engine, share = start(group, plain, engines.bundle()), engines.share(0, rank, RANKS)
-    marked = NoisyShare(share.images, share.tokens, share.bad, torch.tensor(noise).tensor_split(RANKS)[rank])
+    marked = replace(share, noise=torch.tensor(noise).tensor_split(RANKS)[rank])
     results = [train_step(engine, marked, 0, noisy, group), take_step(engine, 1, plain, group)]
     engine.destroy()
     return results

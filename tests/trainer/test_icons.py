@@ -18,6 +18,7 @@ from train.data.icons import ICON_SETS, TRAINING, label_of, prepare, prepare_ico
 from train.data.icons.words import read_icons, without_number, without_style
 from train.data.sources.reading import check_label
 from train.evaluate.sets import read_classes, read_set
+from train.evaluate.shares import ALONE
 from train.options import DataOptions
 
 SIZE = 16
@@ -162,8 +163,8 @@ def test_shared_names_are_classes_and_a_view(fetches: list[str]) -> None:
     labels = view.labels()
     assert labels is not None and labels.tolist() == [record.label for record in by_name]
     assert 0 < len(view) < len(whole) and view.fingerprint != whole.fingerprint
-    known = read_set("icons", view, DataOptions(), list(classes))
-    assert known.class_of is not None and len(known) == len(view)
+    known = read_set("data.evaluate.icons", view, DataOptions(), ALONE)
+    assert len(known) == len(view) and set(known.class_names) <= set(classes)
 
 
 def test_categories_are_classes(fetches: list[str]) -> None:

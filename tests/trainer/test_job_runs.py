@@ -75,7 +75,8 @@ def test_a_run_leaves_all_it_promises(whole_run: Path, data: Path) -> None:
     at_the_end = json.loads(figures)["results"][0]["metrics"]
     assert on_the_way[-1]["heldout_r1_image_to_text"] == at_the_end["text_retrieval_recall@1"]
     assert on_the_way[-1]["heldout_r1_text_to_image"] == at_the_end["image_retrieval_recall@1"]
-    assert len({row["heldout_r1_image_to_text"] for row in on_the_way}) > 1, "of the weights of each step"
+    ways = ("heldout_r1_image_to_text", "heldout_r1_text_to_image")
+    assert len({tuple(row[way] for way in ways) for row in on_the_way}) > 1, "of the weights of each step"
     assert (whole_run / plot.PLOT).read_bytes().startswith(b"\x89PNG")
     assert list((whole_run / metrics.EVENTS).iterdir())
     assert {place.phase for place in heartbeat.read(whole_run)} == {"done"}
