@@ -105,6 +105,8 @@ TOWERS, NARROW_TOWERS, RANDOM_TOWERS = (f"python:helpers.engines:{name}" for nam
 
 
 def config(kind: str, precision: str = "fp32", deepspeed: dict[str, Any] | None = None, **optimizer: Any) -> Config:
+    """Under ZeRO-3 no parameter is so small that every rank keeps it whole, as DeepSpeed else has it."""
+    zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if kind.startswith("3") else {}
     options = {"batch_size": PAIRS, "steps": 20, "warmup_steps": 2, "lr": 1e-2, "eps": 1e-4, "max_grad_norm": 2.0}
     return Config.from_dict(
         {
@@ -112,7 +114,7 @@ def config(kind: str, precision: str = "fp32", deepspeed: dict[str, Any] | None 
             "model": {"towers": TOWERS},
             "loss": {"hard_steps": 1, "rise_steps": 3, "alpha_end": 0.5},
             "job": {"device": "cpu", "precision": precision, **KINDS[kind]},
-            "deepspeed": deepspeed or {},
+            "deepspeed": deepspeed or zero,
         }
     )
 

@@ -22,10 +22,8 @@ DECAY = 0.7
 
 
 def config(kind: str, micro_batches: int = 1, **loss: Any) -> Config:
-    """Under ZeRO-3 no parameter is so small that every rank keeps it whole, as DeepSpeed else has it."""
-    zero = {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if kind.startswith("3") else {}
     options = {"hard_steps": HARD, "rise_steps": RISE, "alpha_end": END, "ema_decay": DECAY, **loss}
-    sections = engines.config(kind, deepspeed=zero, micro_batches=micro_batches).to_dict()
+    sections = engines.config(kind, micro_batches=micro_batches).to_dict()
     return Config.from_dict({**sections, "loss": options})
 
 
