@@ -373,6 +373,9 @@ def test_held_out_data_are_checked_before_training(data: Path, tmp_path: Path) -
         read_evaluation(replace(bad, max_bad_fraction=0.09))
     with pytest.raises(DataError, match=r"none\.tar"):
         read_evaluation(replace(bad, evaluate={"mine": str(tmp_path / "none.tar")}))
+    write_shard(tmp_path / "few.tar", samples[:1])
+    with pytest.raises(DataError, match=r"data\.probe holds 1 records of 1 classes, too few"):
+        read_evaluation(replace(options, probe=str(tmp_path / "few.tar")))
 
 
 # --- The command

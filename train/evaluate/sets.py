@@ -92,8 +92,19 @@ def read_evaluation(options: DataOptions, world: World = ALONE) -> Evaluation:
     sources = on_each(world, lambda: {option: open_source(spec, options) for option, spec in specs.items()})
     found = {option: read_set(option, source, options, world) for option, source in sources.items()}
     probe = found.pop(PROBE, None)
+    if probe is not None:
+        on_each(world, lambda: _check_probe(probe, options.seed))
     sets = {option.removeprefix("data.evaluate."): pairs for option, pairs in found.items()}
     return Evaluation(sets, classes or _classes_named(sets.values()), probe)
+
+
+def _check_probe(pairs: EvaluationSet, seed: int) -> None:
+    """Raises DataError where a probe cannot be fitted to them."""
+    from .probe import split
+
+    named = np.array([name is not None for name in pairs.class_names])
+    classes = np.array([name for name in pairs.class_names if name is not None])
+    split(classes, None if pairs.labels is None else pairs.labels[named], seed)
 
 
 def _classes_named(sets: Iterable[EvaluationSet]) -> dict[str, list[str]]:
