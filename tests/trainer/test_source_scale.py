@@ -33,7 +33,7 @@ source = open_source(sys.argv[1], DataOptions(image_key="jpg", text_key="txt"))
 sampler = StepSampler([len(source)], 4096, 0)
 opened = time.monotonic()
 for step in (0, 1, 10_000_000 // 4096, 123_456):
-    for record in sampler.draw(step).image[:1000].tolist():
+    for record in sampler.draw(step).record[:1000].tolist():
         found = source.read(record)
         shard, number = divmod(record, 10_000)
         assert found.key == f"{shard:05d}/{number % 2:09d}", (record, found.key)
