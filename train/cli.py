@@ -15,7 +15,7 @@ from .config import Config, ConfigError
 from .data.emoji import SetupError
 from .data.record import DataError
 from .data.workers import WorkerError
-from .files import explain, write_atomically
+from .files import words, write_atomically
 from .signals import STOPPED, StoppedError, end, name_of, say, stop
 from .world import ElsewhereError, is_lost_contact, join_world
 
@@ -220,8 +220,3 @@ def _failed(error: Exception, run: Path, watch: heartbeat.Heartbeat) -> int:
 def _print_error(error: Exception) -> None:
     rank, said = os.environ.get("RANK", "0"), words(error)
     print(f"error: {said}" if rank == "0" else f"error: rank {rank}: {said}", file=sys.stderr, flush=True)
-
-
-def words(error: Exception) -> str:
-    """What a user is told of it."""
-    return explain(error) if isinstance(error, OSError) else str(error)

@@ -106,10 +106,7 @@ def file_of(file: Path | None, overrides: Sequence[str]) -> Path:
 def load(file: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file (see file_of) with `section.name=value` overrides on top."""
     path = file_of(file, overrides)
-    mapping = read(path)
-    for override in overrides:
-        _override(mapping, override, path)
-    return Config.from_dict(mapping)
+    return _made(read(path), overrides, path)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -127,7 +124,10 @@ def read(path: Path) -> dict[str, Any]:
 
 def changed(settings: Config, overrides: Sequence[str], path: Path) -> Config:
     """`settings`, which are of file `path`, with `section.name=value` overrides on top."""
-    mapping = settings.to_dict()
+    return _made(settings.to_dict(), overrides, path)
+
+
+def _made(mapping: dict[str, Any], overrides: Sequence[str], path: Path) -> Config:
     for override in overrides:
         _override(mapping, override, path)
     return Config.from_dict(mapping)

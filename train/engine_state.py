@@ -12,6 +12,7 @@ whatever a file holds.)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -184,32 +185,31 @@ def _placed(key: str, value: Any, device: torch.device) -> Any:
 def gather_weights(engine: Any) -> dict[str, Tensor]:
     """On rank 0 the whole model's parameters and buffers, on the CPU; nothing on the others. Every rank must call it:
     under ZeRO-3 each parameter is gathered, one at a time."""
-    partitioned, first = engine.zero_optimization_partition_weights(), dist.get_rank() == 0
-    parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
-    weights = {}
-    for name, tensor in engine.module.state_dict(keep_vars=True).items():
-        gathered = partitioned and name in parameters
-        with deepspeed.zero.GatheredParameters([tensor] if gathered else [], enabled=gathered):
-            if first:
-                weights[name] = tensor.detach().to("cpu", copy=True)
-    return weights
+    first = dist.get_rank() == 0
+    return {name: tensor.to("cpu", copy=True) for name, tensor, _ in _whole(engine) if first}
 
 
 @torch.no_grad()
 def copy_weights(engine: Any, module: torch.nn.Module) -> None:
     """The whole model into `module`, towers like the engine's, on every rank. Buffers become those of rank 0, as a
     checkpoint has them: batch norm's differ. Every rank must call it, as gather_weights."""
+    into = module.state_dict(keep_vars=True)
+    for name, tensor, is_parameter in _whole(engine):
+        if not is_parameter:
+            tensor = tensor.clone()
+            dist.broadcast(tensor, src=0, group=engine.data_parallel_group)
+        into[name].copy_(tensor)
+
+
+def _whole(engine: Any) -> Iterator[tuple[str, Tensor, bool]]:
+    """The model's parameters and buffers by name, each whole until the next one is asked for; the last: whether it is a
+    parameter. Every rank must go through all of them."""
     partitioned = engine.zero_optimization_partition_weights()
     parameters = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
-    into = module.state_dict(keep_vars=True)
     for name, tensor in engine.module.state_dict(keep_vars=True).items():
         gathered = partitioned and name in parameters
         with deepspeed.zero.GatheredParameters([tensor] if gathered else [], enabled=gathered):
-            whole = tensor.detach()
-            if name not in parameters:
-                whole = whole.clone()
-                dist.broadcast(whole, src=0, group=engine.data_parallel_group)
-            into[name].copy_(whole)
+            yield name, tensor.detach(), name in parameters
 
 
 @torch.no_grad()

@@ -44,19 +44,24 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def words(error: Exception) -> str:
+    """What a user is told of an error."""
+    return explain(error) if isinstance(error, OSError) else str(error)
+
+
 def explain(error: OSError) -> str:
     """An error of the system in words: what, where, and, where the disk is full, how much room is left."""
     if error.filename is None:
         return error.strerror or str(error)
     place = Path(os.fsdecode(error.filename)).absolute()
-    words = f"{error.strerror}: {place}"
+    text = f"{error.strerror}: {place}"
     folder = next((path for path in (place, *place.parents) if os.path.isdir(path)), None)  # Path.is_dir may raise
     if folder is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return words
+        return text
     try:
-        return f"{words} ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
+        return f"{text} ({shutil.disk_usage(folder).free / 1e6:.1f} MB free)"
     except OSError:
-        return words
+        return text
 
 
 def sync_file(path: Path) -> None:

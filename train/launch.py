@@ -50,20 +50,12 @@ def launch(count: int, run: Path, arguments: Sequence[str], held: TextIO) -> int
     stop.act_at_once(None)
     heartbeat.clear(run)
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)  # the ranks meet there
-    shared = {
-        threads.VARIABLE: str(max(threads.cpu_count() // count, 1)),
-        **os.environ,
-        LAUNCHER: str(os.getpid()),
-        "WORLD_SIZE": str(count),
-        "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(store.port),
-    }
+    shared = {threads.VARIABLE: str(max(threads.cpu_count() // count, 1)), **os.environ}
     command = [sys.executable, "-m", str(__package__), *arguments]  # by the name that it goes by here
     ranks: list[subprocess.Popen[bytes]] = []
     stop.hurry = lambda: _kill(ranks)
-    for rank in map(str, range(count)):
-        environment = {**shared, "RANK": rank, "LOCAL_RANK": rank}
+    for rank in range(count):
+        environment = shared | environment_of(rank, count, store.port, os.getpid())
         ranks.append(subprocess.Popen(command, env=environment, pass_fds=[held.fileno()]))
     statuses = _follow(ranks)
     failed = {rank: status for rank, status in statuses.items() if status not in (0, STOPPED)}
@@ -76,6 +68,13 @@ def launch(count: int, run: Path, arguments: Sequence[str], held: TextIO) -> int
     if ranks[0].returncode != STOPPED:  # a rank 0 that says so itself has that status
         say(stopped_early(run, name_of(stop.request or signal.SIGTERM)))
     return STOPPED
+
+
+def environment_of(rank: int, count: int, port: int, launcher: int) -> dict[str, str]:
+    """What tells one of `count` ranks on this machine who it is, and where they meet. `launcher`: the process id of
+    what starts them."""
+    numbers = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    return {LAUNCHER: str(launcher), "MASTER_ADDR": LOOPBACK, **{name: str(value) for name, value in numbers.items()}}
 
 
 def stopped_early(run: Path, request: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import PROGRAM
-from .files import explain
+from .files import words
 from .metrics import METRICS, read_rows
 
 PLOT = "curves.png"
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         print(plot(options.runs, options.out))
     except (OSError, ValueError) as error:  # ValueError: matplotlib knows no such ending
-        print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        print(f"error: {words(error)}", file=sys.stderr)
         return 2
     return 0
 
@@ -74,8 +74,8 @@ def _draw_one(figure: Any, rows: Rows) -> None:
     share.plot(*_curve(rows, "alpha"), color="tab:orange", label="α (soft share)")
     share.set(ylabel="α", ylim=(0, 1))
     upper.legend(handles=[*upper.lines, *share.lines], loc="upper right")
-    for way, words in WAYS.items():
-        lower.plot(*_curve(rows, f"r1_{way}"), label=f"in batch, {words}", alpha=0.7)
+    for way, arrow in WAYS.items():
+        lower.plot(*_curve(rows, f"r1_{way}"), label=f"in batch, {arrow}", alpha=0.7)
     for column, name, way in _held_out(rows):
         lower.plot(*_points(rows, column), marker="o", label=f"{name}, {WAYS[way]}")
     lower.set(xlabel="step", ylabel="R@1", ylim=(0, 1))

@@ -17,7 +17,7 @@ from .base import Target, check_target
 from .combine import Average, Blocks, ForBatch, Mix
 from .hard import Hard
 from .schedules import Schedule
-from .soft import Normalise, Ratio, Scale, SelfTeacher, Teacher
+from .soft import Normalise, Scale, SelfTeacher, Teacher, check_scale
 
 
 def partition(n: int, soft: int, seed: int, step: int) -> Tensor:
@@ -63,8 +63,7 @@ class ProgressiveSelfDistillation:
     def __post_init__(self) -> None:
         checks.one_of("swap", self.swap, ("none", "paired"))
         checks.one_of("scope", self.scope, ("full", "block"))
-        if not isinstance(self.teacher_scale, Ratio):
-            checks.teacher_scale("teacher_scale", self.teacher_scale, ("tied",))
+        check_scale("teacher_scale", self.teacher_scale, ("tied",))
         check_target("hard", self.hard)
 
     def at(self, step: int, n: int, teacher: Target | Sequence[Teacher] | None = None) -> Target:

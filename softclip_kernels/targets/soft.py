@@ -56,6 +56,12 @@ class Ratio:
 Scale = Tensor | float | str | Ratio
 
 
+def check_scale(name: str, scale: Scale, allowed: tuple[str, ...] = ()) -> None:
+    """A Ratio, or what checks.teacher_scale allows."""
+    if not isinstance(scale, Ratio):
+        checks.teacher_scale(name, scale, allowed)
+
+
 @dataclass(frozen=True)
 class SoftTarget(Target):
     """What teachers share: logits t, which `normalise` turns into a target for each direction. Never differentiated.
@@ -107,8 +113,7 @@ class Teacher(SoftTarget):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.scale, Ratio):
-            checks.teacher_scale("teacher scale", self.scale)
+        check_scale("teacher scale", self.scale)
 
     def transposed(self) -> Teacher:
         """Row i is taught by the teacher's text→image distribution of pair i, and the other way round."""
@@ -144,8 +149,7 @@ class SelfTeacher(SoftTarget):
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.one_of("swap", self.swap, ("none", "paired"))
-        if not isinstance(self.scale, Ratio):
-            checks.teacher_scale("scale", self.scale, ("tied",))
+        check_scale("scale", self.scale, ("tied",))
 
     def operand(self, context: Context) -> TeacherOperand:
         ratio = None

@@ -72,6 +72,7 @@ def test_a_style_is_taken_off_only_where_there_is_another() -> None:
         ("dice-2", "dice-2"),  # there is a dice-1
         ("rewind-5", "rewind-5"),  # no rewind-2
         ("battery-20", "battery-20"),
+        ("cup-20", "cup-20"),  # a measure, beside a row of variants
         ("123", "123"),
     ),
 )

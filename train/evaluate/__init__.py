@@ -110,8 +110,8 @@ def evaluate_set(
     zero_shot = probed = None
     if classifier is not None:
         zero_shot = classify(x, [pairs.class_names[record] for record in kept], classifier, world)
-    known, classes = _with_class(pairs, kept)
-    if probe is not None and known:
+    known, classes, _ = pairs.with_class(kept)
+    if probe is not None and len(known):
         probed = on_first(world, lambda: probe.score(x[known], classes))
     return SetResult(len(x), len(y), image_to_text, text_to_image, zero_shot, probed, labels, labels[shows[first, 0]])
 
@@ -124,17 +124,10 @@ def _of_kept(shows: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return renumbered[renumbered[:, 0] >= 0]
 
 
-def _with_class(pairs: EvaluationSet, kept: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """Which of the kept records name a class, 0 to len(kept) - 1, and these names."""
-    known = [index for index, record in enumerate(kept) if pairs.class_names[record] is not None]
-    return known, np.array([pairs.class_names[record] for record in kept[known]])
-
-
 def _fit_probe(bundle: Bundle, pairs: EvaluationSet, options: DataOptions, world: World) -> Any:
     """By rank 0, which gives it to all."""
     from . import probe
 
     rows, kept = embed_images(bundle, pairs, options, world)
-    known, classes = _with_class(pairs, kept)
-    groups = None if pairs.labels is None else pairs.labels[kept[known]]
+    known, classes, groups = pairs.with_class(kept)
     return on_first(world, lambda: probe.fit(rows[known], classes, options.seed, groups))

@@ -17,9 +17,8 @@ import torch.multiprocessing as processes
 from .. import PROGRAM, checkpoint, config, launch, towers
 from ..config import Config, ConfigError, JobOptions
 from ..data import DataError, SetupError
-from ..files import explain
+from ..files import words
 from ..fingerprint import SHORT
-from ..signals import LAUNCHER
 from ..world import ElsewhereError, World, join_world, on_each, on_first
 from . import evaluate_checkpoint, evaluate_towers, report
 from .sets import Evaluation, read_evaluation
@@ -46,11 +45,8 @@ def _run(options: argparse.Namespace) -> int:
             _evaluate(options, world)
     except ElsewhereError:
         return 1  # that rank says it
-    except (checkpoint.CheckpointError, ConfigError, DataError, SetupError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+    except (checkpoint.CheckpointError, ConfigError, DataError, SetupError, OSError) as error:
+        print(f"error: {words(error)}", file=sys.stderr)
         return 1
     return 0
 
@@ -106,9 +102,7 @@ def _launch(options: argparse.Namespace) -> int:
 
 
 def _rank(rank: int, options: argparse.Namespace, port: int) -> None:
-    count = options.processes
-    shared = {LAUNCHER: os.getppid(), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()})
+    os.environ.update(launch.environment_of(rank, options.processes, port, os.getppid()))
     launch.leave(_run(options))
 
 
@@ -184,8 +178,8 @@ def _warn_of_other_data(folder: Path, evaluation: Evaluation) -> None:
     for name, now in evaluation.fingerprints().items():
         before = "" if then is None else then.evaluation.get(name, "")
         if before and before != now:
-            words = f"{name} holds other data than when {folder.name} was written"
-            print(f"warning: {words} (fingerprint {before[:SHORT]} then, {now[:SHORT]} now)", file=sys.stderr)
+            said = f"{name} holds other data than when {folder.name} was written"
+            print(f"warning: {said} (fingerprint {before[:SHORT]} then, {now[:SHORT]} now)", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import PROGRAM
 from ..data import DataError
-from ..files import explain
+from ..files import words
 from .results import read_results
 
 FEWEST = 3  # reference models: a line passes through any two
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
             plot(options.plot, shift, line, references, models)
             print(options.plot)
     except (DataError, OSError, ValueError) as error:  # ValueError: matplotlib knows no such ending
-        print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        print(f"error: {words(error)}", file=sys.stderr)
         return 2
     return 0
 

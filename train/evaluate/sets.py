@@ -50,6 +50,13 @@ class EvaluationSet:
     def __len__(self) -> int:
         return len(self.records)
 
+    def with_class(self, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Of the records `kept`, (k,) int64, those that name a class: where they stand among these, the names, and
+        their labels."""
+        known = np.array([at for at, record in enumerate(kept) if self.class_names[record] is not None], dtype=np.int64)
+        names = np.array([self.class_names[record] for record in kept[known]])
+        return known, names, None if self.labels is None else self.labels[kept[known]]
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -102,9 +109,8 @@ def _check_probe(pairs: EvaluationSet, seed: int) -> None:
     """Raises DataError where a probe cannot be fitted to them."""
     from .probe import split
 
-    named = np.array([name is not None for name in pairs.class_names])
-    classes = np.array([name for name in pairs.class_names if name is not None])
-    split(classes, None if pairs.labels is None else pairs.labels[named], seed)
+    _, classes, groups = pairs.with_class(np.arange(len(pairs)))
+    split(classes, groups, seed)
 
 
 def _classes_named(sets: Iterable[EvaluationSet]) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from .. import PROGRAM, checkpoint
-from ..files import explain
+from ..files import words
 from ..options import ConfigError
 from . import FORMS, ExportError, export
 
@@ -30,11 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             folder = checkpoint.of_step(options.run, options.checkpoint)
         export(folder, options.to, options.out)
-    except (checkpoint.CheckpointError, ConfigError, ExportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {explain(error)}", file=sys.stderr)
+    except (checkpoint.CheckpointError, ConfigError, ExportError, OSError) as error:
+        print(f"error: {words(error)}", file=sys.stderr)
         return 1
     print(f"{options.out}, from {folder}; load it by\n  {FORMS[options.to].loading.format(options.out)}", flush=True)
     return 0

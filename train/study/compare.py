@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from .. import PROGRAM, config
-from ..cli import USER_ERRORS, words
+from ..cli import USER_ERRORS
 from ..config import ConfigError
-from ..files import write_atomically
+from ..files import words, write_atomically
 from .comparison import USUAL, Comparison, Runs, choose_metrics, compare, read_runs
 from .finished import STUDY_FILE, Lines, read_lines
 from .intervals import DRAWS

@@ -9,15 +9,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .. import PROGRAM, checkpoint, config, launch, lock, threads
-from ..cli import CONFIG_FILE, USER_ERRORS, words
+from ..cli import CONFIG_FILE, USER_ERRORS
 from ..config import Config, ConfigError
 from ..data import open_source
 from ..data.stream import SCHEME
-from ..files import write_atomically
+from ..files import words, write_atomically
 from ..signals import LAUNCHER, STOPPED, name_of, stop
 from .finished import (
     STUDY_FILE,
@@ -156,7 +156,7 @@ def _fitting(runs: Sequence[Run]) -> int:
 
 def _train(folder: Path, runs: Sequence[Run], parallel: int) -> list[str]:
     """Carry out the runs that are not finished; returns the names of those that failed."""
-    lines, failed, commit = read_lines(folder), list[str](), commit_of(Path(__file__))
+    lines, commit = read_lines(folder), commit_of(Path(__file__))
     left = {run.name: run for run in runs if run.name not in lines}
     first_steps = {name: steps_done(folder_in(folder, run.name)) for name, run in left.items()}
     jobs = []
@@ -166,51 +166,61 @@ def _train(folder: Path, runs: Sequence[Run], parallel: int) -> list[str]:
         file = place.with_name(f"{place.name}.yaml")
         write_atomically(file, run.config.to_yaml().encode())
         asked = ["--config", str(file), "--folder", str(place), "--resume", "auto"]
-        jobs.append(Job(name, _command(*asked), place.with_name(f"{place.name}.log")))
+        jobs.append(_job(name, place, *asked))
 
     def began(job: Job) -> None:
         since = f" from step {first_steps[job.name]}" if first_steps[job.name] else ""
         print(f"{job.name}: begins{since}", flush=True)
 
-    def ended(job: Job, how: Ended) -> None:
-        if how.status == 0:
-            lines[job.name] = describe(folder, left[job.name], commit, first_steps[job.name], how)
-            write_lines(folder, lines)
-            done = sum(run.name in lines for run in runs)
-            print(f"{job.name}: finished in {how.wall_seconds:.0f} s; {done} of {len(runs)}", flush=True)
-        elif not stop.request:
-            failed.append(job.name)
-            print(f"{job.name}: failed (exit status {how.status}); see {job.log}", flush=True)
+    def keep(job: Job, how: Ended) -> str:
+        lines[job.name] = describe(folder, left[job.name], commit, first_steps[job.name], how)
+        write_lines(folder, lines)
+        done = sum(run.name in lines for run in runs)
+        return f"finished in {how.wall_seconds:.0f} s; {done} of {len(runs)}"
 
-    carry_out(jobs, parallel, _environment(), began, ended)
-    return failed
+    return _carry_out(jobs, parallel, began, keep, "failed")
 
 
 def _evaluate_again(folder: Path, runs: Sequence[Run], parallel: int) -> list[str]:
     """Evaluate the finished runs anew and put what that finds into their lines; returns the names of those that
     failed."""
-    lines, failed, commit = read_lines(folder), list[str](), commit_of(Path(__file__))
+    lines, commit = read_lines(folder), commit_of(Path(__file__))
     places = {run.name: folder_in(folder, run.name) for run in runs if run.name in lines}
-    jobs = [
-        Job(name, _command("evaluate", str(place)), place.with_name(f"{place.name}.log"))
-        for name, place in places.items()
-    ]
+    jobs = [_job(name, place, "evaluate", str(place)) for name, place in places.items()]
 
-    def ended(job: Job, how: Ended) -> None:
-        if how.status == 0:
-            lines[job.name] |= {"results": results_of(places[job.name]), "evaluation_commit": commit}
-            write_lines(folder, lines)
-            print(f"{job.name}: evaluated", flush=True)
-        elif not stop.request:
-            failed.append(job.name)
-            print(f"{job.name}: could not be evaluated (exit status {how.status}); see {job.log}", flush=True)
+    def keep(job: Job, how: Ended) -> str:
+        lines[job.name] |= {"results": results_of(places[job.name]), "evaluation_commit": commit}
+        write_lines(folder, lines)
+        return "evaluated"
 
-    carry_out(jobs, parallel, _environment(), lambda job: None, ended)
-    return failed
+    return _carry_out(jobs, parallel, lambda job: None, keep, "could not be evaluated")
+
+
+def _job(name: str, place: Path, *arguments: str) -> Job:
+    """The trainer with these arguments, for the run in folder `place`."""
+    return Job(name, _command(*arguments), place.with_name(f"{place.name}.log"))
 
 
 def _command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", str(__package__).partition(".")[0], *arguments]
+
+
+def _carry_out(
+    jobs: Sequence[Job], parallel: int, began: Callable[[Job], None], keep: Callable[[Job, Ended], str], failed: str
+) -> list[str]:
+    """Carry out the jobs; returns the names of those that failed, of which `failed` is said. `keep` keeps what one that
+    ended well has left, and returns what is said of it."""
+    names = []
+
+    def ended(job: Job, how: Ended) -> None:
+        if how.status == 0:
+            print(f"{job.name}: {keep(job, how)}", flush=True)
+        elif not stop.request:
+            names.append(job.name)
+            print(f"{job.name}: {failed} (exit status {how.status}); see {job.log}", flush=True)
+
+    carry_out(jobs, parallel, _environment(), began, ended)
+    return names
 
 
 def _environment() -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 packages  fetched with npm, checked, kept
 svg       iconify's SVG drawings, and their rendering
+keywords  captions of what several things share
 near      pictures that are nearly equal
 folder    shards and a manifest, written once, under a lock
 manifest  what a finished set-up says about itself
 """
 
 from .folder import Contents, Sample, check_request, prepare
+from .keywords import keyword_captions
 from .packages import Package, SetupError, cache_root, fetch, pins, read_json
 from .svg import Picture, rasterize, svg_of
 
@@ -20,6 +22,7 @@ __all__ = [
     "cache_root",
     "check_request",
     "fetch",
+    "keyword_captions",
     "pins",
     "prepare",
     "rasterize",

@@ -6,16 +6,14 @@ emojibase's "component" group and its ungrouped regional letters, which are part
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..drawn import read_json
+from ..drawn import keyword_captions, read_json
 from .sources import CLDR, EMOJIBASE
 
 LEFT_OUT_GROUP = "component"
-KEYWORD_PAIRS = 4
 VENDOR_WORDS = re.compile(r"noto|twemoji|twitter|openmoji|emoji ?one|fluent|google|microsoft", re.IGNORECASE)
 
 JOINER, EMOJI_STYLE = "200d", "fe0f"
@@ -98,16 +96,11 @@ def captions_of(label: str, group: str, keywords: list[str], shortcodes: list[st
         if word.lower() not in known and re.search("[A-Za-z0-9]", word) and not VENDOR_WORDS.search(word):
             known.add(word.lower())
             words.append(word)
-    # A str seed is hashed by random with SHA-512: the order is the same on every machine and Python.
-    random.Random(f"{seed}:{label}").shuffle(words)
     phrase = _phrase(label, group)
     subject = f"{group.replace('-', ' and ')}: {label.removeprefix('flag: ')}"
     captions = [label, f"a drawing of {phrase}", f"a small picture of {phrase}", subject]
     captions += [code.replace("_", " ").replace("-", " ") for code in shortcodes]
-    if words:
-        captions.append(f"{label}, {words[0]}")
-    pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
-    captions += [", ".join(pair) for pair in pairs[:KEYWORD_PAIRS]]
+    captions += keyword_captions(label, words, seed)
     kept = [caption for caption in captions if re.search("[A-Za-z0-9]", caption)]
     return tuple(dict.fromkeys(kept if VENDOR_WORDS.search(label) else [c for c in kept if not VENDOR_WORDS.search(c)]))
 

@@ -65,12 +65,11 @@ def _readings(name: str) -> Iterator[str]:
 
 
 def _free_readings(name: str) -> Iterator[str]:
-    """Those of sets that were not named by Unicode's own words: numbered variants, bare countries, no hyphens."""
+    """Those of sets that were not named by Unicode's own words: numbered variants, bare countries."""
     yield from _readings(name)
     plain = re.sub(r"-\d$", "", name)
     yield plain
     yield f"flag-{plain}"
-    yield name.replace("-", "")
 
 
 def _by_name(

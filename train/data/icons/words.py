@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -11,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..drawn import read_json
+from ..drawn import keyword_captions, read_json
 from .sources import IconSet
 
-TAG_PAIRS = 4
 LABEL_BITS = 62  # sources.reading.MAX_LABEL
 
 
@@ -105,15 +103,10 @@ def _captions(
 ) -> tuple[str, ...]:
     known = {name, *others}
     words = [word for word in dict.fromkeys(str(tag).lower().replace("-", " ") for tag in tags) if word not in known]
-    random.Random(f"{seed}:{name}").shuffle(words)
     captions = [name, f"an icon of {name}", f"{name} icon", *others]
     if category is not None:
         captions.append(f"{category_words(category)}: {name}")
-    if words:
-        captions.append(f"{name}, {words[0]}")
-    pairs = [words[i : i + 2] for i in range(0, len(words), 2)]
-    captions += [", ".join(pair) for pair in pairs[:TAG_PAIRS]]
-    return tuple(dict.fromkeys(captions))
+    return tuple(dict.fromkeys([*captions, *keyword_captions(name, words, seed)]))
 
 
 def category_words(category: str) -> str:
