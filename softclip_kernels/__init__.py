@@ -3,13 +3,17 @@
 from .backends import SlowerBackendWarning
 from .distributed.exchange import Exchange
 from .distributed.two_pass import TwoPass
-from .losses.softmax import Losses, RetrievalRanks, SoftClipLoss, softclip_loss, softclip_loss_with_ranks
+from .guard_rails import WiringWarning
+from .losses.module import SoftClipLoss
+from .losses.softmax import Losses, RetrievalRanks, softclip_loss, softclip_loss_with_ranks
 from .targets import (
     Average,
     Blocks,
     Dense,
+    EachStep,
     Hard,
     Mix,
+    OptimizerSteps,
     Potentials,
     ProgressiveSelfDistillation,
     Ratio,
@@ -27,10 +31,12 @@ __all__ = [
     "Average",
     "Blocks",
     "Dense",
+    "EachStep",
     "Exchange",
     "Hard",
     "Losses",
     "Mix",
+    "OptimizerSteps",
     "Potentials",
     "ProgressiveSelfDistillation",
     "Ratio",
@@ -43,6 +49,7 @@ __all__ = [
     "Teacher",
     "TwoPass",
     "Weighted",
+    "WiringWarning",
     "__version__",
     "partition",
     "schedules",

@@ -6,8 +6,9 @@ Checks of tensor values read the tensor; they run for CPU tensors outside torch.
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Real
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -49,13 +50,16 @@ def tensor(name: str, value: Any, what: str = "") -> None:
 
 
 def logit_scale(value: Any, device: torch.device, name: str = "logit_scale") -> None:
-    """A floating tensor of one element, already exponentiated, hence positive. NaN and infinity pass, as in embeddings:
-    a training run meets them, and skips the step that they make non-finite; 0 or less is a logarithm given as is."""
+    """A number, or a floating tensor of one element; already exponentiated, hence positive. In a tensor NaN and
+    infinity pass, as in embeddings: a training run meets them, and skips the step that they make non-finite. 0 or less
+    is a logarithm given as is."""
     if not isinstance(value, Tensor):
-        raise TypeError(
-            f"{name} must be a tensor of one element, already exponentiated, not {type(value).__name__}; "
-            f"wrap a constant as torch.tensor({value!r})"
-        )
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise TypeError(
+                f"{name} must be a number or a tensor of one element, already exponentiated, not {type(value).__name__}"
+            )
+        positive_number(name, float(value))
+        return
     if value.numel() != 1 or not value.dtype.is_floating_point:
         raise ValueError(
             f"{name} must be one floating number, already exponentiated, not shape {tuple(value.shape)} "
@@ -67,13 +71,17 @@ def logit_scale(value: Any, device: torch.device, name: str = "logit_scale") -> 
         raise ValueError(f"{name} is {value.item()}; it must be positive: pass the exponential of its logarithm")
 
 
+def positive_number(name: str, value: float) -> None:
+    number_in(name, value, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+
+
 def teacher_scale(name: str, value: Any, allowed: tuple[str, ...] = ()) -> None:
     """A positive number, a tensor (see logit_scale, which the embeddings' device is needed for), or one of the words
     allowed."""
     if isinstance(value, str) and allowed:
         one_of(name, value, allowed)
     elif not isinstance(value, Tensor):
-        number_in(name, value, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+        positive_number(name, value)
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
@@ -86,6 +94,13 @@ def number_in(name: str, value: float, low: float, high: float) -> None:
         raise TypeError(f"{name} must be a number in [{low:g}, {high:g}] or a tensor, not {type(value).__name__}")
     if not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"{name}={value} must lie in [{low:g}, {high:g}]")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """Of Python's or numpy's kind; a tensor is refused, as reading it may make a GPU wait."""
+    if isinstance(value, Tensor) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} must be an integer, not {type(value).__name__}; pass int({name})")
+    return operator.index(value)
 
 
 def vector(name: str, value: Any, lengths: tuple[int, ...]) -> None:

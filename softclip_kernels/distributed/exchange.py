@@ -12,13 +12,15 @@ import torch.distributed as dist
 from .. import checks
 
 PLANS = ("auto", "gather", "ring")
+WORLD = "world"
 
 
 @dataclass(frozen=True)
 class Exchange:
     """What `group=` of the loss takes when a bare process group does not say enough. See docs/distributed.md.
 
-    group    a torch.distributed process group; None: the default one
+    group    a torch.distributed process group; None: the default one; "world": the default one, and in a job of one
+             process, which has none, no exchange
     plan     "gather": every rank holds all columns at once; "ring": two visiting blocks of columns at a time;
              "auto": gather while its buffers are small, otherwise ring; the choice is logged with its reason
     dtype    the dtype in which embeddings travel (torch.bfloat16, torch.float16), None: their own. The result is then
@@ -41,6 +43,25 @@ class Exchange:
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout} seconds must be above 0; None takes the process group's own")
 
+    def __copy__(self) -> Exchange:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Exchange:
+        """Itself: a group is a thing of the process, and whoever copies a model goes on with the same ranks."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle knows the default group by its name; another one means nothing to the process that loads it."""
+        group = self.group
+        if isinstance(group, dist.ProcessGroup):
+            if group is not dist.group.WORLD:
+                raise TypeError(
+                    "a loss with a group of some of the ranks cannot be pickled: no other process knows this group; "
+                    "pickle it with group=None, or keep the group outside and set it after loading"
+                )
+            group = WORLD
+        return Exchange, (group, self.plan, self.dtype, self.timeout, self.step)
+
     @property
     def wait_limit(self) -> timedelta | None:
         return None if self.timeout is None else timedelta(seconds=self.timeout)
@@ -51,13 +72,20 @@ def as_exchange(group: Any) -> Exchange | None:
     if group is None:
         return None
     exchange = group if isinstance(group, Exchange) else Exchange(group)
+    if isinstance(exchange.group, str):
+        checks.one_of("group", exchange.group, (WORLD,))
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        exchange = replace(exchange, group=None)
     if exchange.group is None:
         exchange = replace(exchange, group=dist.group.WORLD)
     members = exchange.group
     if isinstance(members, int) and members == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("this rank is not a member of group=; call the loss on the group's ranks only")
     if not isinstance(members, dist.ProcessGroup):
-        raise TypeError(f"group is a {type(members).__name__}; allowed: None, a torch.distributed group, an Exchange")
+        raise TypeError(
+            f"group is a {type(members).__name__}; allowed: None, a torch.distributed group, {WORLD!r}, an Exchange"
+        )
     return exchange if dist.get_world_size(exchange.group) > 1 else None
 
 

@@ -1,4 +1,4 @@
-"""The softmax contrastive loss, as functions and as a module.
+"""The softmax contrastive loss, as functions; `module` has it as a module.
 
 One call runs, in order: checks and the agreement between ranks (`agreement.make_layout`), the target's `lower` and
 `complete`, `autograd.loss_parts` (the custom operator, `backends.select`, a kernel; over ranks, block by block),
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import autograd, backends, checks, positives
+from .. import autograd, backends, checks, guard_rails, positives
 from ..distributed import agreement
 from ..distributed.exchange import Layout, as_exchange
 from ..problem import Problem
@@ -69,7 +69,7 @@ class Options(_Where, total=False):
 def softclip_loss(
     x: Tensor,
     y: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     target: Target | None = None,
     *,
     reduction: Literal["mean", "sum"] = "mean",
@@ -79,7 +79,7 @@ def softclip_loss(
 def softclip_loss(
     x: Tensor,
     y: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     target: Target | None = None,
     *,
     reduction: Literal["none"],
@@ -87,12 +87,12 @@ def softclip_loss(
 ) -> Losses: ...
 @overload
 def softclip_loss(
-    x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None = None, **options: Unpack[Options]
+    x: Tensor, y: Tensor, logit_scale: Tensor | float, target: Target | None = None, **options: Unpack[Options]
 ) -> Tensor | Losses: ...
 def softclip_loss(
     x: Tensor,
     y: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     target: Target | None = None,
     *,
     reduction: str = "mean",
@@ -106,20 +106,23 @@ def softclip_loss(
 
     x            (N, D) image embeddings, float32, bfloat16, float16 or float64, normally of unit norm
     y            (M, D) text embeddings, same dtype and device
-    logit_scale  one element, already exponentiated, any floating dtype
+    logit_scale  already exponentiated: one element of any floating dtype, or a number
     target       Hard() (CLIP) by default; see softclip_kernels.targets
     reduction    "mean": half the mean over rows plus half the mean over columns; "sum": the same with sums;
                  "none": Losses(rows, columns)
-    group        a torch.distributed process group, or an Exchange around one: x and y are this rank's shares, every
-                 rank's pairs are contrasted, and the mean over ranks of the returned losses is the loss of the whole
-                 batch. Every rank calls the loss, with targets of one kind; an error on one is an error on all
+    group        a torch.distributed process group, "world" (the default one, looked up at each call; none in a job of
+                 one process), or an Exchange around either: x and y are this rank's shares, every rank's pairs are
+                 contrasted, and the mean over ranks of the returned losses is the loss of the whole batch. Every rank
+                 calls the loss, with targets of one kind; an error on one is an error on all
     backend      "auto", or one of softclip_kernels.backends.registered(); one asked for that cannot run raises
 
     Returns a 0-d tensor of the accumulation dtype (float64 for float64, else float32), or Losses of that dtype.
-    Gradients reach x, y and logit_scale; one that does not require a gradient costs no matrix product. A zero embedding
-    is legal (its logits are 0); NaN and infinity in an operand, the scale included, come back as a non-finite loss; a
-    scale of 0 or less is refused on the CPU. Raises TypeError or ValueError on operands that do not fit, RuntimeError
-    for a backend.
+    Gradients reach x, y and logit_scale; one that does not require a gradient costs no matrix product. The operands'
+    dtype says how to compute, also under autocast; only where it is on and x and y have two, both take autocast's. A
+    zero embedding is legal (its logits are 0); NaN and infinity in a tensor, the scale included, come back as a
+    non-finite loss; a scale of 0 or less is refused on the CPU and as a number. Raises TypeError or ValueError on
+    operands that do not fit, RuntimeError for a backend. A WiringWarning, once a process, names what is legal and yet
+    most likely not meant.
     """
     request = Request(x, y, logit_scale, target, reduction, group, backends.current_name(backend))
     return _outside_graphs(_run, group)(request)[0]
@@ -129,7 +132,7 @@ def softclip_loss(
 def softclip_loss_with_ranks(
     x: Tensor,
     y: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     target: Target | None = None,
     *,
     reduction: Literal["mean", "sum"] = "mean",
@@ -137,10 +140,10 @@ def softclip_loss_with_ranks(
 ) -> tuple[Tensor, RetrievalRanks]: ...
 @overload
 def softclip_loss_with_ranks(
-    x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None = None, **options: Unpack[Options]
+    x: Tensor, y: Tensor, logit_scale: Tensor | float, target: Target | None = None, **options: Unpack[Options]
 ) -> tuple[Tensor | Losses, RetrievalRanks]: ...
 def softclip_loss_with_ranks(
-    x: Tensor, y: Tensor, logit_scale: Tensor, target: Target | None = None, **options: Any
+    x: Tensor, y: Tensor, logit_scale: Tensor | float, target: Target | None = None, **options: Any
 ) -> tuple[Any, RetrievalRanks]:
     """softclip_loss, with its options, and from the same pass over the similarities the ranks of the positives. The
     target's hard part must be Hard() or Hard(labels): something with one positive a row."""
@@ -150,68 +153,13 @@ def softclip_loss_with_ranks(
     return loss, ranks
 
 
-class SoftClipLoss(nn.Module):
-    """softclip_loss with its options set once; a drop-in for open_clip's ClipLoss (without its rank and world size:
-    give `group`). Holds no parameters and no state.
-
-        SoftClipLoss()(image_features, text_features, logit_scale)
-    """
-
-    def __init__(
-        self,
-        target: Target | None = None,
-        *,
-        reduction: str = "mean",
-        group: Any = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__()
-        checks.one_of("reduction", reduction, REDUCTIONS)
-        if target is not None:
-            check_target("target", target)
-        self.target = target
-        self.reduction = reduction
-        self.group = group
-        self.backend = backends.current_name(backend)
-        backends.check_name(self.backend)
-
-    def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-        target: Target | None = None,
-    ) -> Tensor | Losses | dict[str, Tensor | Losses]:
-        """image_features (N, D), text_features (M, D), logit_scale one element, already exponentiated. `target` takes
-        the place of the module's for this call. Returns the loss, or {"contrastive_loss": loss} with output_dict."""
-        if logit_bias is not None:
-            raise ValueError(
-                "logit_bias has no effect on a softmax over logits; it belongs to a sigmoid loss: pass None"
-            )
-        loss = softclip_loss(
-            image_features,
-            text_features,
-            logit_scale,
-            self.target if target is None else target,
-            reduction=self.reduction,
-            group=self.group,
-            backend=self.backend,
-        )
-        return {"contrastive_loss": loss} if output_dict else loss
-
-    def extra_repr(self) -> str:
-        return f"target={self.target}, reduction={self.reduction!r}, backend={self.backend!r}"
-
-
 @dataclass(frozen=True)
 class Request:
     """One call of the loss: the arguments of softclip_loss, and whether retrieval ranks are asked for."""
 
     x: Tensor
     y: Tensor
-    logit_scale: Tensor
+    logit_scale: Tensor | float
     target: Target | None = None
     reduction: str = "mean"
     group: Any = None
@@ -225,18 +173,27 @@ class Request:
         if self.target is not None:
             check_target("target", self.target)
         checks.logit_scale(self.logit_scale, self.x.device)
+        if self.learns:
+            guard_rails.alone(self.group)
+            guard_rails.operands(self.x, self.y, self.logit_scale)
+
+    @property
+    def learns(self) -> bool:
+        operands = (self.x, self.y, self.logit_scale)
+        wants = (isinstance(operand, Tensor) and operand.requires_grad for operand in operands)
+        return torch.is_grad_enabled() and any(wants)
 
     def lower(self, context: Context) -> LoweredTarget:
         lowered = (Hard() if self.target is None else self.target).lower(context)
+        if self.learns and self.reduction == "mean" and lowered.row_weight is None and not lowered.teachers:
+            guard_rails.rectangle(context.layout.n, context.layout.m)
         if self.ranked and (lowered.positive is None or any(isinstance(term, IndexTerm) for term in lowered.linear)):
             raise ValueError(f"retrieval ranks need one positive a row: one Hard() or Hard(labels), not {self.target}")
         return lowered
 
     def describe(self, lowered: LoweredTarget) -> str:
         """What every rank's request must have in common, beyond its operands' shapes."""
-        operands = (self.x, self.y, self.logit_scale)
-        learning = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
-        wanted = ["ranks"] * self.ranked + ["gradients"] * learning
+        wanted = ["ranks"] * self.ranked + ["gradients"] * self.learns
         return f"{lowered.structure()}, {' and '.join(wanted) or 'nothing'} wanted, reduction={self.reduction!r}"
 
 
@@ -247,6 +204,19 @@ def _outside_graphs(function: Callable[..., Any], group: Any) -> Callable[..., A
     return function
 
 
+def _of_one_dtype(request: Request) -> Request:
+    """Where autocast is on, x and y of two dtypes take autocast's, as the operands of a matrix product would."""
+    x, y = request.x, request.y
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or x.dtype == y.dtype or x.device != y.device:
+        return request
+    kind = x.device.type
+    castable = {x.dtype, y.dtype} <= {torch.float32, torch.float16, torch.bfloat16}
+    if not (castable and torch.is_autocast_enabled(kind)):
+        return request
+    dtype = torch.get_autocast_dtype(kind)
+    return replace(request, x=x.to(dtype), y=y.to(dtype))
+
+
 def _full_precision(x: Any) -> AbstractContextManager[Any]:
     """No autocast in here: the operands' own dtypes say how to compute."""
     return torch.autocast(x.device.type, enabled=False) if isinstance(x, Tensor) else nullcontext()
@@ -254,6 +224,7 @@ def _full_precision(x: Any) -> AbstractContextManager[Any]:
 
 def _run(request: Request) -> tuple[Any, Any]:
     """The loss, and RetrievalRanks where they are asked for."""
+    request = _of_one_dtype(request)
     with _full_precision(request.x):
         problem, target, layout = _prepare(request)
         if request.ranked:
@@ -270,7 +241,7 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
     x, y, exchange = request.x, request.y, as_exchange(request.group)
     layout = agreement.make_layout(x, y, exchange, request.check)
     checks.not_empty(layout.n, layout.m)
-    scale = request.logit_scale.to(device=x.device, dtype=layout.dtype).reshape(())
+    scale = _as_scale(request.logit_scale, layout)
     context = Context(x.detach(), y.detach(), scale.detach(), layout, request.backend)
 
     def lower() -> LoweredTarget:
@@ -285,6 +256,12 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
         context = replace(context, layout=layout)
     target = lowered.complete(context)
     return target.lowered.problem(x, y, scale), target, layout
+
+
+def _as_scale(value: Tensor | float, layout: Layout) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=layout.dtype, device=layout.device)
+    return value.to(device=layout.device, dtype=layout.dtype).reshape(())
 
 
 def _reduce(losses: tuple[Tensor, Tensor], reduction: str, layout: Layout) -> Tensor | Losses:

@@ -8,6 +8,7 @@ soft       Teacher, SelfTeacher, their scale (Ratio), and how they are normalize
 combine    Mix, Average, Weighted, Blocks
 psd        ProgressiveSelfDistillation, partition
 schedules  the soft share alpha as a function of the step
+steps      EachStep, OptimizerSteps: where the loop tells the loss of no step
 """
 
 from . import schedules
@@ -17,15 +18,18 @@ from .context import Context
 from .hard import Dense, Hard
 from .psd import ProgressiveSelfDistillation, partition
 from .soft import Potentials, Ratio, SelfTeacher, Sinkhorn, SoftTarget, Teacher
+from .steps import EachStep, OptimizerSteps
 
 __all__ = [
     "Average",
     "Blocks",
     "Context",
     "Dense",
+    "EachStep",
     "ForBatch",
     "Hard",
     "Mix",
+    "OptimizerSteps",
     "Potentials",
     "ProgressiveSelfDistillation",
     "Ratio",

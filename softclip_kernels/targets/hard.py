@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, guard_rails
 from .base import Target
 from .context import Context
 from .terms import DenseTerm, GroupTerm, IndexTerm, LoweredTarget
@@ -19,20 +19,25 @@ class Hard(Target):
 
         F.cross_entropy(z, labels, label_smoothing=smoothing)      # and the same matrix, transposed, for columns
 
-    labels     None: row i matches column i (N == M). (N,) integers: row i matches column labels[i]; rows may share one
+    labels     None: row i matches column i (N == M). (N,) integers: row i matches column labels[i]; rows may share one.
+               Over ranks a label is the number of a column of the global batch, unless `local`
     smoothing  share of every row's mass spread evenly over the columns (over rows for the columns), in [0, 1]
     groups     ids (row (N,), column (M,)) instead of labels: row i matches every column of equal id, equally.
                A row or column that matches nothing contributes no hard loss
+    local      over ranks, labels count this rank's own columns from 0
     """
 
     labels: Tensor | None = None
     smoothing: float = 0.0
     groups: tuple[Tensor, Tensor] | None = None
+    local: bool = False
 
     def __post_init__(self) -> None:
         checks.number_in("smoothing", self.smoothing, 0.0, 1.0)
         if self.labels is not None and self.groups is not None:
             raise ValueError("give labels or groups, not both: labels name columns, groups name classes")
+        if self.local and self.labels is None:
+            raise ValueError("local=True says how labels count columns; give labels, or leave it out")
 
     def lower(self, context: Context) -> LoweredTarget:
         hard = self._grouped(context) if self.groups is not None else self._indexed(context)
@@ -50,8 +55,12 @@ class Hard(Target):
             inverse = index if layout.exchange is None else None  # else it would have to travel with the columns
             return LoweredTarget(positive=IndexTerm(*context.ones(), index, layout.aligned, inverse))
         checks.same_device("labels", self.labels, layout.device)
-        checks.indices("labels", self.labels, layout.n_local, layout.m)
-        return LoweredTarget(positive=IndexTerm(*context.ones(), self.labels.to(torch.int64)))
+        checks.indices("labels", self.labels, layout.n_local, layout.m_local if self.local else layout.m)
+        index = self.labels.to(torch.int64)
+        if self.local:
+            return LoweredTarget(positive=IndexTerm(*context.ones(), index + layout.column_start, own=True))
+        guard_rails.labels(self.labels, layout)
+        return LoweredTarget(positive=IndexTerm(*context.ones(), index))
 
     def _grouped(self, context: Context) -> LoweredTarget:
         assert self.groups is not None

@@ -68,7 +68,9 @@ class ProgressiveSelfDistillation:
 
     def at(self, step: int, n: int, teacher: Target | Sequence[Teacher] | None = None) -> Target:
         """The target of optimizer step `step` for a global batch of n pairs. `teacher` (external embeddings of this
-        batch) takes the place of the constructor's."""
+        batch) takes the place of the constructor's. Both numbers are integers; with gradient accumulation, `step` must
+        stay the same until the optimizer's."""
+        step, n = checks.whole_number("step", step), checks.whole_number("n", n)
         alpha = self.schedule(step)
         checks.number_in("the schedule's alpha", alpha, 0.0, 1.0)
         count = round(alpha * n)

@@ -259,6 +259,7 @@ class LoweredTarget:
     row_weight     (N,) of each row's loss, or None: 1
     column_weight  (M,) of each column's loss
     segments       (row (N,), column (M,)) int64: a row sees the columns of its segment; None: all
+    step           the optimizer's step that it was made for, where it changes with them
     """
 
     positive: IndexTerm | None = None
@@ -267,6 +268,7 @@ class LoweredTarget:
     row_weight: Tensor | None = None
     column_weight: Tensor | None = None
     segments: tuple[Tensor, Tensor] | None = None
+    step: int | None = None
 
     def scaled(self, rows: Tensor | float, columns: Tensor | float) -> LoweredTarget:
         """Every entry of row i times rows[i], of column j times columns[j]: the entries, not the losses' weights."""
@@ -284,7 +286,13 @@ class LoweredTarget:
         positive, linear = self.positive or other.positive, self.linear
         if self.positive is not None and other.positive is not None:  # a kernel computes one positive a row
             linear = (*linear, other.positive)
-        return replace(self, positive=positive, linear=linear + other.linear, teachers=self.teachers + other.teachers)
+        return replace(
+            self,
+            positive=positive,
+            linear=linear + other.linear,
+            teachers=self.teachers + other.teachers,
+            step=other.step if self.step is None else self.step,
+        )
 
     def weighted(self, rows: Tensor, columns: Tensor) -> LoweredTarget:
         """The losses, not the entries, times these."""
@@ -297,6 +305,7 @@ class LoweredTarget:
         hard = self.linear if self.positive is None else (self.positive, *self.linear)
         terms = [term.structure() for term in (*hard, *self.teachers)]
         given = [name for name in ("row_weight", "segments") if getattr(self, name) is not None]
+        given += [] if self.step is None else [f"step {self.step}"]
         return " + ".join(terms) + "".join(f", {name}" for name in given)
 
     def problem(self, x: Tensor, y: Tensor, scale: Tensor) -> Problem:

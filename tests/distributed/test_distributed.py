@@ -188,6 +188,30 @@ def test_retrieval_ranks(pool, plan):
     pool.run(retrieval, plan, ((20, 0, 30, 15), (5, 20, 0, 15)), labels)
 
 
+def local_labels(group, plan):
+    """Labels that count a rank's own columns, and the same ones as numbers of global columns: losses and gradients."""
+    rank = dist.get_rank(group)
+    x, y, scale = operands(65, 48, WIDTH, dtype=torch.float64)
+    own_rows, own_columns = shares((20, 1, 30, 14))[rank], shares((15, 20, 6, 7))[rank]
+    labels = torch.randint(own_columns.stop - own_columns.start, (own_rows.stop - own_rows.start,))
+    for smoothing in (0.0, 0.1):
+        local, known = (
+            Result.of(
+                lambda *leaves, target=target: softclip_loss(*leaves, target, group=Exchange(group, plan)),
+                x[own_rows],
+                y[own_columns],
+                scale,
+            )
+            for target in (Hard(labels, smoothing, local=True), Hard(labels + own_columns.start, smoothing))
+        )
+        assert not local.differing(known), (local, known)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_labels_may_count_a_ranks_own_columns(pool, plan):
+    pool.run(local_labels, plan)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_any_members_of_the_world(pool, plan):
     """Ranks of a group are not ranks of the world."""

@@ -293,8 +293,9 @@ THREE = (unit_rows(2, 2), unit_rows(2, 2), torch.ones(()))
         (lambda: Exchange(dtype=torch.int8), "dtype=torch.int8; allowed: None, torch.float64"),
         (lambda: Exchange(timeout=0), "timeout=0 seconds must be above 0"),
         (lambda: SoftClipLoss(group=dist.GroupMember.NON_GROUP_MEMBER)(*THREE), "this rank is not a member of group="),
-        (lambda: SoftClipLoss(group=Exchange("world"))(*THREE), "group is a str"),
-        (lambda: SoftClipLoss(group="world")(*THREE), "group is a str"),
+        (lambda: SoftClipLoss(group=Exchange("all"))(*THREE), "group='all' is not known; allowed: 'world'"),
+        (lambda: SoftClipLoss(group="all")(*THREE), "group='all' is not known; allowed: 'world'"),
+        (lambda: SoftClipLoss(group=3)(*THREE), "group is a int; allowed: None, a torch.distributed group, 'world'"),
     ),
 )
 def test_bad_values(make, message):
@@ -304,12 +305,13 @@ def test_bad_values(make, message):
 
 def default_group(group):
     x, scale = unit_rows(6, 8, seed=dist.get_rank()), torch.tensor(10.0)
-    return [softclip_loss(x, x, scale, group=each).item() for each in (group, dist.group.WORLD, Exchange())]
+    default = (dist.group.WORLD, Exchange(), "world", Exchange("world"))
+    return [softclip_loss(x, x, scale, group=each).item() for each in (group, *default)]
 
 
-def test_an_exchange_without_a_group_takes_the_default_one(pool):
-    for own, world, default in pool.run(default_group):
-        assert own == world == default
+def test_the_default_group_and_its_names(pool):
+    for own, *default in pool.run(default_group):
+        assert default == [own] * 4
 
 
 # --- soak ------------------------------------------------------------------------------------------------------------

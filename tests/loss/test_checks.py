@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -37,6 +38,10 @@ def psd(**options):
     return ProgressiveSelfDistillation(schedules.Constant(0.5), **options).at(0, 6)
 
 
+def psd_of(step, n):
+    return ProgressiveSelfDistillation(schedules.Constant(0.5)).at(step, n)
+
+
 BAD_CALLS = {
     "not a tensor": (lambda: softclip_loss([[1.0]], Y, SCALE), TypeError, "x must be a torch.Tensor"),
     "one dimension": (lambda: softclip_loss(X[0], Y, SCALE), ValueError, "not shape (4,)"),
@@ -46,7 +51,9 @@ BAD_CALLS = {
     "dtypes": (lambda: softclip_loss(X, Y.bfloat16(), SCALE), TypeError, "y.to(x.dtype)"),
     "devices": (lambda: softclip_loss(X, Y.to("meta"), SCALE), ValueError, "y on meta"),
     "no rows": (lambda: softclip_loss(X[:0], Y, SCALE, Hard(torch.zeros(0, dtype=torch.long))), ValueError, "0 rows"),
-    "float scale": (lambda: softclip_loss(X, Y, 10.0), TypeError, "torch.tensor(10.0)"),
+    "scale of words": (lambda: softclip_loss(X, Y, "10"), TypeError, "a number or a tensor of one element"),
+    "scale of a truth": (lambda: softclip_loss(X, Y, True), TypeError, "not bool"),
+    "number as a scale": (lambda: softclip_loss(X, Y, -10), ValueError, "logit_scale=-10.0 must lie in"),
     "vector scale": (lambda: softclip_loss(X, Y, torch.ones(2)), ValueError, "shape (2,)"),
     "negative scale": (lambda: softclip_loss(X, Y, -SCALE), ValueError, "logit_scale is -10.0"),
     "zero scale": (lambda: softclip_loss(X, Y, 0 * SCALE), ValueError, "logit_scale is 0.0"),
@@ -62,9 +69,9 @@ BAD_CALLS = {
     "reduction": (lambda: softclip_loss(X, Y, SCALE, reduction="avg"), ValueError, "reduction='avg'"),
     "module reduction": (lambda: SoftClipLoss(reduction="avg"), ValueError, "reduction='avg'"),
     "backend": (lambda: softclip_loss(X, Y, SCALE, backend="cuda"), ValueError, "backend='cuda' is not known"),
-    "logit bias": (lambda: SoftClipLoss()(X, Y, SCALE, torch.zeros(1)), ValueError, "logit_bias"),
     "diagonal": (lambda: softclip_loss(X, Y[:4], SCALE), ValueError, "not 6 and 4"),
     "smoothing": (lambda: Hard(smoothing=1.5), ValueError, "smoothing=1.5 must lie in [0, 1]"),
+    "local without labels": (lambda: Hard(local=True), ValueError, "local=True says how labels count columns"),
     "labels and groups": (lambda: Hard(torch.arange(6), groups=(Y, Y)), ValueError, "not both"),
     "label list": (lambda: softclip_loss(X, Y, SCALE, Hard([0, 1])), TypeError, "labels must be a torch.Tensor"),
     "label dtype": (lambda: softclip_loss(X, Y, SCALE, Hard(torch.ones(6))), TypeError, "labels has dtype"),
@@ -160,6 +167,9 @@ BAD_CALLS = {
     "psd hard": (lambda: psd(hard="diagonal"), TypeError, "hard"),
     "psd scale": (lambda: psd(teacher_scale="free"), ValueError, "teacher_scale='free'"),
     "psd negative scale": (lambda: psd(teacher_scale=-1.0), ValueError, "teacher_scale=-1.0"),
+    "psd step": (lambda: psd_of(torch.tensor(3), 6), TypeError, "step must be an integer, not Tensor; pass int(step)"),
+    "psd fraction": (lambda: psd_of(0.5, 6), TypeError, "step must be an integer, not float"),
+    "psd pairs": (lambda: psd_of(3, torch.tensor(6)), TypeError, "n must be an integer, not Tensor; pass int(n)"),
     "psd size": (
         lambda: softclip_loss(X, Y, SCALE, ProgressiveSelfDistillation(schedules.Constant(0.5)).at(0, 7)),
         ValueError,
@@ -188,6 +198,7 @@ def test_bad_input(case, monkeypatch):
 
 
 def test_what_must_not_be_refused():
-    """Rectangles with labels, a scale of shape (1,), a CPU float64 scale, int32 labels."""
-    for scale in (SCALE, SCALE.reshape(1), SCALE.double()):
+    """Rectangles with labels, a scale of shape (1,), a CPU float64 scale, numbers, int32 labels; numpy's integers."""
+    for scale in (SCALE, SCALE.reshape(1), SCALE.double(), 10, 10.0, np.float32(10)):
         assert softclip_loss(X, Y[:4], scale, Hard(torch.zeros(6, dtype=torch.int32))).isfinite()
+    assert psd_of(np.int64(3), np.int32(6)) is not None

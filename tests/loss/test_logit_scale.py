@@ -70,11 +70,24 @@ def test_a_tensor_that_is_not_positive_is_refused(entry, value):
         ENTRIES[entry](torch.tensor(value))
 
 
+NUMBERS = ("softclip_loss", "softclip_loss_with_ranks", "module")  # entries that take a number
+
+
 @pytest.mark.parametrize("value", (*NOT_FINITE, *NOT_POSITIVE))
-@pytest.mark.parametrize("entry", ("softclip_loss", "softclip_loss_with_ranks", "module"))
-def test_a_number_is_no_logit_scale(entry, value):
-    with pytest.raises(TypeError, match=r"logit_scale must be a tensor of one element, .* not float"):
+@pytest.mark.parametrize("entry", NUMBERS)
+def test_a_number_that_is_not_finite_or_not_positive_is_refused(entry, value):
+    with pytest.raises(ValueError, match=f"logit_scale={value} must lie in"):
         ENTRIES[entry](value)
+
+
+@pytest.mark.parametrize("entry", NUMBERS)
+def test_a_number_is_a_scale_that_does_not_learn(entry):
+    assert torch.equal(ENTRIES[entry](10.0), ENTRIES[entry](SCALE))
+
+
+def test_a_number_is_as_exact_as_the_loss():
+    x, y = X.double(), Y.double()
+    assert torch.equal(softclip_loss(x, y, 10 / 3), softclip_loss(x, y, torch.tensor(10 / 3, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("value", (*NOT_FINITE, *NOT_POSITIVE))

@@ -122,6 +122,23 @@ def test_autocast_leaves_the_loss_in_full_precision(name, backend):
     assert not inner.differing(outer)
 
 
+@pytest.mark.parametrize("wide", ("x", "y"))
+def test_two_dtypes_under_autocast_become_its_own(wide):
+    """A tower that ends with a linear layer and one that ends with a normalization: bfloat16 and float32."""
+    x, y, scale = (unit_rows(9, 4, dtype=torch.float32), unit_rows(9, 4, seed=1, dtype=torch.float32), 50.0)
+    expected = softclip_loss(x.bfloat16(), y.bfloat16(), scale)
+    x, y = (x, y.bfloat16()) if wide == "x" else (x.bfloat16(), y)
+    x.requires_grad_(), y.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = softclip_loss(x, y, scale)
+    loss.backward()
+    assert torch.equal(loss, expected) and (x.grad.dtype, y.grad.dtype) == (x.dtype, y.dtype)
+    with pytest.raises(TypeError, match=r"y.to\(x.dtype\)"):
+        softclip_loss(x, y, scale)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="float64"):
+        softclip_loss(x, y.double(), scale)
+
+
 def test_no_grad_and_inference():
     x, y, scale = unit_rows(9, 4), unit_rows(9, 4, seed=1), torch.tensor(5.0, dtype=torch.float64)
     expected = softclip_loss(x.requires_grad_(), y, scale)
