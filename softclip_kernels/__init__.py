@@ -2,6 +2,7 @@
 
 from .backends import SlowerBackendWarning
 from .distributed.exchange import Exchange
+from .distributed.micro_batches import split_batch
 from .distributed.two_pass import TwoPass
 from .guard_rails import WiringWarning
 from .losses.module import SoftClipLoss
@@ -55,4 +56,5 @@ __all__ = [
     "schedules",
     "softclip_loss",
     "softclip_loss_with_ranks",
+    "split_batch",
 ]

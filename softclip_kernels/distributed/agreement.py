@@ -51,7 +51,7 @@ def agree(
         error = caught
     local = torch.zeros(NUMBERS, dtype=torch.int64)
     local[: 1 + len(numbers)] = torch.tensor([error is not None, *numbers])
-    table = _all_gather(local, phase, exchange).tolist()
+    table = all_gather(local, phase, exchange).tolist()
     failed = [rank for rank, row in enumerate(table) if row[0]]
     if failed:
         texts = _exchange_texts("" if error is None else f"{type(error).__name__}: {error}", phase, exchange)
@@ -186,11 +186,11 @@ def _by_rank(text: str, phase: str, exchange: Exchange) -> str:
 def _exchange_texts(text: str, phase: str, exchange: Exchange) -> list[str]:
     """Every rank's text."""
     local = torch.frombuffer(bytearray(text.encode()[:TEXT].ljust(TEXT, b"\0")), dtype=torch.uint8)
-    gathered = _all_gather(local, phase, exchange).tolist()
+    gathered = all_gather(local, phase, exchange).tolist()
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in gathered]
 
 
-def _all_gather(local: Tensor, phase: str, exchange: Exchange) -> Tensor:
+def all_gather(local: Tensor, phase: str, exchange: Exchange) -> Tensor:
     """From a vector (length,) on every rank to all of them, (ranks, length)."""
     local = local.to(_control_device(exchange))
     gathered = local.new_empty(dist.get_world_size(exchange.group), len(local))

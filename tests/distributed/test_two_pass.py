@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ import torch.distributed as dist
 from helpers.ranks import Pool, run_interpreters
 from helpers.towers import COUNTS, data, import_deepspeed, make, split
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from softclip_kernels import Exchange, TwoPass, softclip_loss
-from softclip_kernels.distributed import two_pass
 from softclip_kernels.testing import SQUARE_TARGETS
 
 STEPS, RATE, CLIP = 2, 0.5, 0.05
@@ -209,20 +206,6 @@ def different_numbers(group):
 def test_deepspeed_refuses_different_numbers_of_micro_batches(pool):
     for message in pool.run(different_numbers):
         assert "as many micro-batches, but there are [2, 3]" in message
-
-
-def test_random_numbers_are_those_of_every_device_that_the_model_computes_on():
-    """Not only of those that hold its arguments. A fake mode stands for a machine with GPUs."""
-    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    cpu = torch.ones(2)
-    module = nn.Linear(2, 2)
-    assert two_pass._devices(module, (cpu,)) == set()
-    with FakeTensorMode():
-        module.register_buffer("mean", torch.empty(2, device=first))
-        assert two_pass._devices(module, (cpu,)) == {first}
-        assert two_pass._devices(module, ({"images": torch.empty(2, device=second)},)) == {first, second}
-    engine = SimpleNamespace(device=second)  # parameters may wait on the CPU, and be computed with elsewhere
-    assert two_pass._devices(engine, (cpu,)) == {second}
 
 
 @pytest.mark.gpu
