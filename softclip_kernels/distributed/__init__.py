@@ -13,4 +13,5 @@ replay         random numbers and autocast of the first pass, for the second
 outputs        what a model returns for every micro-batch, checked and joined
 nested         tensors in nested containers, by path
 torch_private  what is used of PyTorch beyond its public interface
+whole          for checks: what is spread over ranks or held by a wrapper, whole on every rank
 """

@@ -6,10 +6,13 @@ them.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 # The newer names of two collectives, where this PyTorch has them (2.13 does; 2.8 to 2.12 have the others only).
 all_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,3 +33,45 @@ def is_gloo(group: Any, device: torch.device) -> bool:
 def store() -> dist.Store:
     """The store that the default group was made with. distributed_c10d._get_default_store, torch 2.8 to 2.13."""
     return dist.distributed_c10d._get_default_store()
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """What torch.compile made this module of, None of any other. OptimizedModule._orig_mod, torch 2.8 to 2.13."""
+    return module.__dict__.get("_modules", {}).get("_orig_mod")
+
+
+def copy_bare(
+    module: nn.Module, core: Callable[[nn.Module], nn.Module], parameters: dict[int, nn.Parameter]
+) -> nn.Module:
+    """A copy that runs the forward pass alone: without the hooks of torch.distributed and DeepSpeed, and with
+    `core(part)` in the place of every part, itself included. `parameters`: what stands in the place of each, by its
+    id. copy.deepcopy would copy a wrapper's shares of parameters, and fully_shard forbids it.
+
+    nn.Module's `_parameters`, its dicts of hooks and what torch.compile, fully_shard and DeepSpeed put beside them;
+    torch 2.8 to 2.13, DeepSpeed 0.19."""
+    from torch.distributed.fsdp import FSDPModule  # takes a while, and a loss needs none
+
+    memo: dict[int, Any] = dict(parameters)
+    shells: dict[int, tuple[nn.Module, Any]] = {}
+    for part in module.modules():
+        own = core(part)
+        # fully_shard puts a class of its own before a module's
+        plain = next(kind for kind in type(own).__mro__ if not issubclass(kind, FSDPModule))
+        memo[id(part)] = shells.setdefault(id(own), (own, plain.__new__(plain)))[1]
+    for own, shell in shells.values():
+        for name, value in own.__dict__.items():
+            if name.startswith(("ds_", "_original_parameters", "_compiled_call_impl", "__composable_api")):
+                continue
+            if name == "_parameters":  # DeepSpeed's is of a class that fetches what it is asked for
+                value = dict(value)
+            elif name.endswith("_hooks"):
+                value = type(value)((key, hook) for key, hook in value.items() if not _is_a_wrappers(hook))
+            try:
+                shell.__dict__[name] = copy.deepcopy(value, memo)
+            except (RuntimeError, TypeError):  # a process group, a stream, a tensor with a graph: shared
+                shell.__dict__[name] = value
+    return shells[id(core(module))][1]
+
+
+def _is_a_wrappers(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(("torch.distributed.", "deepspeed."))

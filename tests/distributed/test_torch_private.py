@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import ROOT
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from softclip_kernels.distributed import torch_private
 
@@ -37,6 +40,56 @@ def test_the_collectives_take_what_the_library_gives_them(group):
     reduced = torch.empty(3)
     torch_private.reduce_scatter_into(reduced, ours, group=group, async_op=True).wait()
     assert torch.equal(reduced, ours)
+
+
+class Layer(nn.Linear):
+    """With a hook of its own that is a method, and a group, which cannot be copied."""
+
+    def __init__(self, group):
+        super().__init__(3, 3)
+        self.group, self.calls = group, 0
+        self.register_forward_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+
+def with_wrappers(kind, group):
+    """Two layers of one weight, by themselves and as a wrapper leaves them."""
+    model = nn.Sequential(Layer(group), nn.Tanh(), Layer(group))
+    model[2].weight = model[0].weight
+    plain = copy_of(model)
+    if kind == "fully_shard":
+        model[2].weight = nn.Parameter(model[0].weight.detach().clone())  # shared ones would need one group
+        fully_shard(model[0], mesh=DeviceMesh.from_group(group, "cpu"))
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    return model, plain
+
+
+def copy_of(model):
+    parameters = {}
+    for each in model.parameters():
+        full = each.full_tensor() if hasattr(each, "full_tensor") else each
+        parameters[id(each)] = nn.Parameter(full.detach().double())
+    return torch_private.copy_bare(model, lambda module: module, parameters)
+
+
+@pytest.mark.parametrize("kind", ("plain", "fully_shard"))
+def test_a_bare_copy_computes_the_same_without_the_wrapper(group, kind):
+    model, plain = with_wrappers(kind, group)
+    bare, x = copy_of(model), torch.randn(2, 3)
+    assert type(bare) is nn.Sequential and type(bare[0]) is Layer and bare[0].group is group
+    torch.testing.assert_close(bare(x.double()), model(x).double(), rtol=1e-5, atol=1e-6)
+    assert (bare[0].calls, model[0].calls) == (1, 1)  # its own hook, bound to the copy
+    assert len(bare[0]._forward_hooks) == 1 and not bare._forward_hooks and not bare._forward_pre_hooks
+    assert (bare[0].weight is bare[2].weight) == (kind == "plain") and bare[0].weight.dtype == torch.float64
+    assert plain[0].weight is plain[2].weight
+
+
+def test_a_compiled_module_tells_what_it_was_made_of():
+    model = nn.Linear(2, 2)
+    assert torch_private.compiled_from(torch.compile(model, backend="eager")) is model
+    assert torch_private.compiled_from(model) is None
 
 
 def private_names(path):

@@ -12,6 +12,7 @@ libraries    tiny towers of other libraries
 memory       a loss's peak of resident memory
 mutants      results that are wrong on purpose
 parity       training one model with different ways of computing one loss
+planted      steps of distributed training, right ones and ones with a defect each
 products     what PyTorch is asked for: matrix products, shapes, bytes between ranks
 ranks        processes that are the ranks of a group
 saved_runs   checkpoints without a job
