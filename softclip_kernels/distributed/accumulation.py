@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import agreement
 from .averaging import Averaging
-from .exchange import Exchange, as_exchange
+from .exchange import WORLD, Exchange, as_exchange
 
 UNREDUCED = "unreduced"
 
@@ -35,8 +35,8 @@ class Accumulation(Protocol):
 
 def accumulation(model: Any, micro_batches: int, group: Any, check: Callable[[], None]) -> Accumulation:
     """`check` raises where this rank's arguments are wrong: on every rank alike, if ranks have anything to agree on."""
-    if isinstance(group, str) and group != UNREDUCED:
-        raise ValueError(f"group={group!r}; allowed: a process group, an Exchange, None, {UNREDUCED!r}")
+    if isinstance(group, str) and group not in (WORLD, UNREDUCED):
+        raise ValueError(f"group={group!r}; allowed: a process group, {WORLD!r}, an Exchange, None, {UNREDUCED!r}")
     if hasattr(model, "set_gradient_accumulation_boundary"):
         return _Engine(model, micro_batches, check)
     return _Module(model, micro_batches, group, check)
@@ -59,7 +59,7 @@ class _Module:
             if others != {} and group is None and dist.is_initialized() and dist.get_world_size() > 1:
                 raise ValueError(
                     f"nobody reduces the model's gradients over the {dist.get_world_size()} ranks of this job; pass "
-                    f"group= (a process group or an Exchange) and TwoPass averages them, or wrap the model in "
+                    f"group= ({WORLD!r}, a process group, an Exchange) and TwoPass averages them, or wrap the model in "
                     f"DistributedDataParallel; group={UNREDUCED!r} says that they are reduced elsewhere, or not at all"
                 )
             return

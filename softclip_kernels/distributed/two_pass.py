@@ -41,7 +41,7 @@ class TwoPass:
     locked         arguments of which an output is made by nothing that is trained (a locked tower): k for argument k
                    and output k, a name for both of that name, or a mapping from argument to output. The output needs no
                    gradient, and the second pass gets None for the argument
-    group          where nobody else reduces the gradients: the process group, or the Exchange, over whose ranks
+    group          where nobody else reduces the gradients: the process group, "world", or the Exchange over whose ranks
                    `backward` averages what it adds to them. "unreduced": nobody shall. In a job of several ranks, a
                    model that does not reduce its own gradients needs one or the other; other models ignore it
 

@@ -83,6 +83,7 @@ def averaged(group, bytes_of_a_bucket):
         (3, group, lambda model: model),
         (2 + dist.get_rank(group), Exchange(group, timeout=20.0), lambda model: Wrapper(model)),
         (1, Exchange(), lambda model: model.forward),
+        (2, "world", lambda model: model),
     ):
         model = make(0.0, torch.float64)
         with mock.patch.object(averaging, "BUCKET", bytes_of_a_bucket):
@@ -224,7 +225,7 @@ def test_what_cannot_be_averaged_is_refused(pool):
         assert "text makes sparse gradients" in sparse
         assert "image.0.weight is a DTensor" in sharded
         assert "the model is a function; pass a module" in function
-        assert "group='mean'; allowed: a process group, an Exchange, None, 'unreduced'" in spelling
+        assert "group='mean'; allowed: a process group, 'world', an Exchange, None, 'unreduced'" in spelling
 
 
 class Whole(nn.Module):
