@@ -71,7 +71,8 @@ def operands(x: Tensor, y: Tensor, logit_scale: Tensor | float) -> None:
 
 def labels(given: Tensor, layout: Layout) -> None:
     """Labels that count a rank's own columns, taken as those of the global batch."""
-    if layout.exchange is None or given.device.type != "cpu" or not given.numel() or layout.column_start == 0:
+    after_others = layout.exchange is not None and layout.column_start > 0
+    if not (after_others and torch.is_grad_enabled() and given.device.type == "cpu" and given.numel()):
         return
     if int(given.max()) < min(layout.m_local, layout.column_start):
         _warn(

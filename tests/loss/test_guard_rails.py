@@ -133,6 +133,10 @@ def over_ranks(group):
         name: warnings_of(lambda target=target: softclip_loss(rows(), rows(), SCALE, target, group=group))
         for name, target in labels.items()
     }
+    with torch.no_grad():
+        found["local, an evaluation"] = warnings_of(
+            lambda: softclip_loss(rows(), rows(), SCALE, labels["local"], group=group)
+        )
     found["alone"] = warnings_of(lambda: softclip_loss(rows(), rows(), SCALE))
     found["alone, an evaluation"] = warnings_of(lambda: softclip_loss(rows().detach(), rows().detach(), SCALE))
     found["world"] = warnings_of(lambda: softclip_loss(rows(), rows(), SCALE, group="world"))
