@@ -105,7 +105,8 @@ def whole_number(name: str, value: Any) -> int:
 
 def vector(name: str, value: Any, lengths: tuple[int, ...]) -> None:
     tensor(name, value)
-    if value.dim() != 1 or len(value) not in lengths:
+    # Not `not in`: where a compiler traces, a number may be a symbol, which no tuple is found to hold.
+    if value.dim() != 1 or all(len(value) != length for length in lengths):
         allowed = " or ".join(f"({length},)" for length in dict.fromkeys(lengths))
         raise ValueError(f"{name} has shape {tuple(value.shape)}; allowed: {allowed}")
 

@@ -101,7 +101,9 @@ class Dense(Target):
     @staticmethod
     def _term(context: Context, name: str, matrix: Tensor, rows: Tensor, columns: Tensor) -> DenseTerm:
         layout = context.layout
-        if matrix.shape not in ((layout.n_local, layout.m), (layout.n, layout.m)):
+        # Number by number: where a compiler traces, one of them may be a symbol, which no tuple is found to hold.
+        rows_fit = matrix.dim() == 2 and (len(matrix) == layout.n_local or len(matrix) == layout.n)
+        if not rows_fit or matrix.shape[1] != layout.m:
             raise ValueError(f"Dense {name} has shape {tuple(matrix.shape)}; allowed: {(layout.n_local, layout.m)}")
         checks.same_device(f"Dense {name}", matrix, layout.device)
         checks.non_negative(f"Dense {name}", matrix)

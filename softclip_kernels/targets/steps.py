@@ -40,8 +40,12 @@ class EachStep(Target):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be callable, such as psd.at and OptimizerSteps(optimizer)")
 
-    @torch.compiler.disable
     def lower(self, context: Context) -> LoweredTarget:
+        # Not as a decorator, which would import the compiler, and Triton with it, with this module.
+        lower = torch.compiler.disable(self._lower) if torch.compiler.is_compiling() else self._lower
+        return lower(context)
+
+    def _lower(self, context: Context) -> LoweredTarget:
         step = checks.whole_number("the step", self.steps())
         target = self.make(step, context.layout.n)
         check_target("what make(step, n) returns", target)

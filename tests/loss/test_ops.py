@@ -104,6 +104,18 @@ def test_ranks_compile_to_one_graph():
     assert torch.equal(ranks.rows, same.rows) and torch.equal(ranks.columns, same.columns)
 
 
+@pytest.mark.parametrize("name", ("labels", "groups", "dense"))
+def test_a_target_of_given_size_in_a_graph_of_any_batch_size(name):
+    """Once a second size was seen, sizes are symbols, and the target's own are numbers."""
+    torch.compiler.reset()
+    scale = torch.tensor(10.0)
+    for n in (5, 7):
+        torch.compile(SoftClipLoss(), backend="eager", fullgraph=True)(unit_rows(n, 4), unit_rows(n, 4, seed=1), scale)
+    x, y, target = unit_rows(6, 4), unit_rows(6, 4, seed=1), ALL_TARGETS[name](6, 6)
+    compiled = torch.compile(SoftClipLoss(target), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, y, scale), softclip_loss(x, y, scale, target))
+
+
 # Kernels, and the terms outside them that multiply matrices: a dense target, tables of groups.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ("psd_external", "teacher_sinkhorn", "dense", "groups"))

@@ -109,8 +109,8 @@ def test_what_a_study_may_not_say_is_named_with_what_is_allowed(
 def test_the_study_that_comes_with_the_trainer_differs_from_the_default_run_as_it_says() -> None:
     runs = read_study(ROOT / "train" / "configs" / "study.yaml").runs
     by_name = {run.name: run.config for run in runs}
-    assert len(runs) == 18 and {run.seed for run in runs} == {1, 2, 3}
-    assert {run.method for run in runs if run.condition == "swap40"} == {"hard", "paired"}
+    assert len(runs) == 24 and {run.seed for run in runs} == {1, 2, 3}
+    assert {run.method for run in runs if run.condition == "swap40"} == {"hard", "smoothing", "paired", "sharp"}
     paired = by_name["clean/paired/seed-1"]
     default = load()
     assert (default.loss.target, paired.loss.target, paired.loss.alpha_end) == ("psd", "psd", default.loss.alpha_end)
