@@ -37,9 +37,14 @@ def accumulation(model: Any, micro_batches: int, group: Any, check: Callable[[],
     """`check` raises where this rank's arguments are wrong: on every rank alike, if ranks have anything to agree on."""
     if isinstance(group, str) and group not in (WORLD, UNREDUCED):
         raise ValueError(f"group={group!r}; allowed: a process group, {WORLD!r}, an Exchange, None, {UNREDUCED!r}")
-    if hasattr(model, "set_gradient_accumulation_boundary"):
+    if is_engine(model):
         return _Engine(model, micro_batches, check)
     return _Module(model, micro_batches, group, check)
+
+
+def is_engine(model: Any) -> bool:
+    """Whether the model is a DeepSpeed engine."""
+    return hasattr(model, "set_gradient_accumulation_boundary")
 
 
 class _Module:

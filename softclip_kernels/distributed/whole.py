@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from . import torch_private
+from .accumulation import is_engine
 from .agreement import agree
 from .exchange import Exchange
 
@@ -49,11 +50,6 @@ def gather_batch(batch: Any, exchange: Exchange | None) -> tuple[Any, list[int]]
     for position, k in enumerate(samples):
         leaves[k] = torch.cat([part[position] for part in parts]).to(leaves[k].device)
     return tree_unflatten(leaves, structure), [len(part[0]) for part in parts]
-
-
-def is_engine(model: Any) -> bool:
-    """Whether the model is a DeepSpeed engine, by what it can do."""
-    return hasattr(model, "set_gradient_accumulation_boundary")
 
 
 def unwrapped(module: Any) -> nn.Module:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..distributed import whole
-from ..distributed.exchange import Exchange, as_exchange
+from ..distributed.accumulation import is_engine
+from ..distributed.exchange import WORLD, Exchange, as_exchange
 from ..targets.base import Target, check_target
 from .defects import DenseReference, Features, OwnReference, Part, Reference, called, defects, norm, total
 from .exact_report import Explanation, Found, Report, Truth, differences, judge, sizes
@@ -99,8 +99,7 @@ class _Check:
     tolerance: float | None = None
 
     def run(self) -> Report:
-        default = Exchange() if self.group is None and dist.is_initialized() else None
-        exchange = as_exchange(self.group if default is None else default)
+        exchange = as_exchange(WORLD if self.group is None else self.group)
         whole.together(exchange, "checks of arguments", self._check)
         module = whole.unwrapped(self.model)
         everybodys, samples = whole.gather_batch(self.batch, exchange)
@@ -143,7 +142,7 @@ class _Check:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("no parameter of the model requires a gradient; there is nothing to compare")
         _refuse_modules(self.model)
-        engine: Any = self.model if whole.is_engine(self.model) else None
+        engine: Any = self.model if is_engine(self.model) else None
         steps = 1 if engine is None else engine.gradient_accumulation_steps()
         if self.loss is not None and steps != 1:
             raise ValueError(
@@ -165,7 +164,7 @@ class _Check:
         value = called(self.loss, called(self.model, self.batch))
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(f"the loss must return a tensor of one element, not {type(value).__name__}; give step=")
-        engine: Any = self.model if whole.is_engine(self.model) else None
+        engine: Any = self.model if is_engine(self.model) else None
         (torch.Tensor.backward if engine is None else engine.backward)(value)
         return float(value.detach())
 
