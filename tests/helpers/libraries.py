@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from helpers.hosts import on_cpu
 from train.options import ModelOptions
 
-if find_spec("torchvision") is not None:
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        # A wheel for CUDA beside a torch for CPUs: it describes operators at its import that it then does not bring.
-        _OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
-        for _name in ("nms", "qnms"):
-            _OPERATORS.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+on_cpu.describe_torchvision()
 
 SIZE, LENGTH, WIDTH = 32, 8, 24
 WORDS = ("[PAD]", "[START]", "[UNK]", "[END]", "a", "cat", "dog", "red", "blue", "of", "photo")

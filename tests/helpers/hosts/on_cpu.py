@@ -1,0 +1,62 @@
+"""Runs a script or a module of a host where no GPU is: `python -m helpers.hosts.on_cpu [-m] SCRIPT [ARGUMENTS]`.
+
+Two faults of hosts that have nothing to do with a loss: torchvision's wheel does not import beside a torch for CPUs,
+and open_clip tells DistributedDataParallel the number of a CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import sys
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+_operators: list[torch.library.Library] = []  # alive as long as the process
+
+
+def describe_torchvision() -> None:
+    """Before any host is imported."""
+    if importlib.util.find_spec("torchvision") is None or _operators:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        # A wheel for CUDA describes operators at its import that it then does not bring.
+        _operators.append(torch.library.Library("torchvision", "FRAGMENT"))
+        for name in ("nms", "qnms"):
+            _operators[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def accept_cpus() -> None:
+    """Let DistributedDataParallel take `device_ids=[torch.device("cpu")]` for none."""
+    original = DistributedDataParallel.__init__
+
+    def __init__(self: Any, module: Any, device_ids: Any = None, **options: Any) -> None:
+        if device_ids and all(torch.device(one).type == "cpu" for one in device_ids):
+            device_ids = None
+        original(self, module, device_ids, **options)
+
+    DistributedDataParallel.__init__ = __init__  # type: ignore[method-assign]
+
+
+def prepare() -> None:
+    torch.set_num_threads(1)
+    describe_torchvision()
+    accept_cpus()
+
+
+def main(arguments: list[str]) -> None:
+    prepare()
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
