@@ -7,7 +7,6 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-
 _MARKS: dict[Any, str] = {
     inspect.Parameter.KEYWORD_ONLY: "*",
     inspect.Parameter.VAR_POSITIONAL: "*",
