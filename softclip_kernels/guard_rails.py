@@ -89,8 +89,8 @@ def rectangle(n: int, m: int) -> None:
         _warn(
             "rectangle",
             f"the batch has {n} rows and {m} columns: the loss is half the mean over rows plus half the mean over "
-            f"columns, to which a column that no row matches adds nothing. Losses of one direction, as in retrieval "
-            f"with hard negatives, are Weighted(target, (2.0, 0.0))",
+            f"columns, to which a column that no row matches adds nothing. The mean over rows alone, as in retrieval "
+            f"with hard negatives, is direction='rows'",
         )
 
 

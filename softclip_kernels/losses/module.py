@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import backends, checks, guard_rails
 from ..distributed.exchange import WORLD, Exchange
 from ..targets.base import Target, check_target
-from .softmax import REDUCTIONS, Losses, softclip_loss
+from .softmax import DIRECTIONS, REDUCTIONS, Losses, softclip_loss
 
 CLIP_LOSS = ("local_loss", "gather_with_grad", "cache_labels", "rank", "world_size", "use_horovod")
 
@@ -21,11 +21,13 @@ class SoftClipLoss(nn.Module):
 
         SoftClipLoss()(image_features, text_features, logit_scale)
 
-    target, reduction, group, backend   as softclip_loss takes them
-    clip_loss                           what ClipLoss takes, for code that makes its loss with these names: local_loss,
-                                        gather_with_grad, cache_labels, rank, world_size, use_horovod. A world_size
-                                        above 1 stands for group="world" and must be the job's; the first three change
-                                        nothing, since the gradients are exact whatever they say; use_horovod is refused
+    target, reduction,   as softclip_loss takes them
+    direction, group,
+    backend
+    clip_loss            what ClipLoss takes, for code that makes its loss with these names: local_loss,
+                         gather_with_grad, cache_labels, rank, world_size, use_horovod. A world_size above 1 stands for
+                         group="world" and must be the job's; the first three change nothing, since the gradients are
+                         exact whatever they say; use_horovod is refused
     """
 
     def __init__(
@@ -33,16 +35,18 @@ class SoftClipLoss(nn.Module):
         target: Target | None = None,
         *,
         reduction: str = "mean",
+        direction: str = "both",
         group: Any = None,
         backend: str = "auto",
         **clip_loss: Any,
     ) -> None:
         super().__init__()
         checks.one_of("reduction", reduction, REDUCTIONS)
+        checks.one_of("direction", direction, DIRECTIONS)
         if target is not None:
             check_target("target", target)
         self.target = target
-        self.reduction = reduction
+        self.reduction, self.direction = reduction, direction
         self.group = _group_of(group, clip_loss) if clip_loss else group
         self.backend = backends.current_name(backend)
         backends.check_name(self.backend)
@@ -67,6 +71,7 @@ class SoftClipLoss(nn.Module):
             logit_scale,
             self.target if target is None else target,
             reduction=self.reduction,
+            direction=self.direction,
             group=self.group,
             backend=self.backend,
         )
@@ -81,15 +86,16 @@ class SoftClipLoss(nn.Module):
         return {**self.__dict__, "group": Exchange(group) if isinstance(group, dist.ProcessGroup) else group}
 
     def extra_repr(self) -> str:
-        return f"target={self.target}, reduction={self.reduction!r}, backend={self.backend!r}"
+        options = f"reduction={self.reduction!r}, direction={self.direction!r}, backend={self.backend!r}"
+        return f"target={self.target}, {options}"
 
 
 def _group_of(group: Any, given: dict[str, Any]) -> Any:
     """The group that ClipLoss's keywords mean."""
     if unknown := sorted(set(given) - set(CLIP_LOSS)):
         raise TypeError(
-            f"SoftClipLoss got {', '.join(unknown)}; allowed: target, reduction, group, backend and, as in ClipLoss, "
-            f"{', '.join(CLIP_LOSS)}"
+            f"SoftClipLoss got {', '.join(unknown)}; allowed: target, reduction, direction, group, backend and, as in "
+            f"ClipLoss, {', '.join(CLIP_LOSS)}"
         )
     if given.get("use_horovod"):
         raise ValueError("use_horovod=True is not supported; allowed: torch.distributed, with group= or world_size=")

@@ -29,10 +29,12 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 REDUCTIONS = ("mean", "sum", "none")
+DIRECTIONS = ("both", "rows", "columns")
 
 
 class Losses(NamedTuple):
-    """reduction="none": rows (N,) image→text and columns (M,) text→image, this rank's own."""
+    """reduction="none": rows (N,) image→text and columns (M,) text→image, this rank's own; (0,) of a direction that is
+    not in the loss."""
 
     rows: Tensor
     columns: Tensor
@@ -55,6 +57,7 @@ class RetrievalRanks(NamedTuple):
 class _Where(TypedDict, total=False):
     """Options of the loss that its result's type does not depend on."""
 
+    direction: str
     group: Any
     backend: str
 
@@ -96,6 +99,7 @@ def softclip_loss(
     target: Target | None = None,
     *,
     reduction: str = "mean",
+    direction: str = "both",
     group: Any = None,
     backend: str = "auto",
 ) -> Tensor | Losses:
@@ -110,6 +114,8 @@ def softclip_loss(
     target       Hard() (CLIP) by default; see softclip_kernels.targets
     reduction    "mean": half the mean over rows plus half the mean over columns; "sum": the same with sums;
                  "none": Losses(rows, columns)
+    direction    "both"; "rows": the rows' losses alone, F.cross_entropy(z, Y), neither halved nor joined by the
+                 columns' (a query's loss over documents, InfoNCE in one direction); "columns": the columns' alone
     group        a torch.distributed process group, "world" (the default one, looked up at each call; none in a job of
                  one process), or an Exchange around either: x and y are this rank's shares, every rank's pairs are
                  contrasted, and the mean over ranks of the returned losses is the loss of the whole batch. Every rank
@@ -124,7 +130,7 @@ def softclip_loss(
     operands that do not fit, RuntimeError for a backend. A WiringWarning, once a process, names what is legal and yet
     most likely not meant.
     """
-    request = Request(x, y, logit_scale, target, reduction, group, backends.current_name(backend))
+    request = Request(x, y, logit_scale, target, reduction, group, backends.current_name(backend), direction)
     return _outside_graphs(_run, group)(request)[0]
 
 
@@ -146,7 +152,8 @@ def softclip_loss_with_ranks(
     x: Tensor, y: Tensor, logit_scale: Tensor | float, target: Target | None = None, **options: Any
 ) -> tuple[Any, RetrievalRanks]:
     """softclip_loss, with its options, and from the same pass over the similarities the ranks of the positives. The
-    target's hard part must be Hard() or Hard(labels): something with one positive a row."""
+    target's hard part must be Hard() or Hard(labels): something with one positive a row. Ranks are of rows and columns,
+    whatever the loss's direction."""
     options["backend"] = backends.current_name(options.get("backend", "auto"))
     request = Request(x, y, logit_scale, target, **options, ranked=True)
     loss, ranks = _outside_graphs(_run, request.group)(request)
@@ -164,10 +171,12 @@ class Request:
     reduction: str = "mean"
     group: Any = None
     backend: str = "auto"
+    direction: str = "both"
     ranked: bool = False
 
     def check(self) -> None:
         checks.one_of("reduction", self.reduction, REDUCTIONS)
+        checks.one_of("direction", self.direction, DIRECTIONS)
         backends.check_name(self.backend)
         checks.embeddings(self.x, self.y)
         if self.target is not None:
@@ -185,7 +194,8 @@ class Request:
 
     def lower(self, context: Context) -> LoweredTarget:
         lowered = (Hard() if self.target is None else self.target).lower(context)
-        if self.learns and self.reduction == "mean" and lowered.row_weight is None and not lowered.teachers:
+        of_two_means = self.direction == "both" and self.reduction == "mean" and lowered.row_weight is None
+        if self.learns and of_two_means and not lowered.teachers:
             guard_rails.rectangle(context.layout.n, context.layout.m)
         if self.ranked and (lowered.positive is None or any(isinstance(term, IndexTerm) for term in lowered.linear)):
             raise ValueError(f"retrieval ranks need one positive a row: one Hard() or Hard(labels), not {self.target}")
@@ -194,7 +204,8 @@ class Request:
     def describe(self, lowered: LoweredTarget) -> str:
         """What every rank's request must have in common, beyond its operands' shapes."""
         wanted = ["ranks"] * self.ranked + ["gradients"] * self.learns
-        return f"{lowered.structure()}, {' and '.join(wanted) or 'nothing'} wanted, reduction={self.reduction!r}"
+        options = f"reduction={self.reduction!r}, direction={self.direction!r}"
+        return f"{lowered.structure()}, {' and '.join(wanted) or 'nothing'} wanted, {options}"
 
 
 def _outside_graphs(function: Callable[..., Any], group: Any) -> Callable[..., Any]:
@@ -231,7 +242,7 @@ def _run(request: Request) -> tuple[Any, Any]:
             assert target.lowered.positive is not None
             problem = positives.with_thresholds(problem, target.lowered.positive.own, layout)
         parts = autograd.loss_parts(problem, target.linear_terms(), layout, request.backend)
-        loss = _reduce(target.losses(parts, layout), request.reduction, layout)
+        loss = _reduce(target.losses(parts, layout, request.direction), request, layout)
         return loss, _retrieval_ranks(problem, parts.statistics, layout) if request.ranked else None
 
 
@@ -242,7 +253,7 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
     layout = agreement.make_layout(x, y, exchange, request.check)
     checks.not_empty(layout.n, layout.m)
     scale = _as_scale(request.logit_scale, layout)
-    context = Context(x.detach(), y.detach(), scale.detach(), layout, request.backend)
+    context = Context(x.detach(), y.detach(), scale.detach(), layout, request.backend, request.direction)
 
     def lower() -> LoweredTarget:
         lowered = request.lower(context)
@@ -264,13 +275,14 @@ def _as_scale(value: Tensor | float, layout: Layout) -> Tensor:
     return value.to(device=layout.device, dtype=layout.dtype).reshape(())
 
 
-def _reduce(losses: tuple[Tensor, Tensor], reduction: str, layout: Layout) -> Tensor | Losses:
+def _reduce(losses: tuple[Tensor, Tensor], request: Request, layout: Layout) -> Tensor | Losses:
     rows, columns = losses
-    if reduction == "none":
+    if request.reduction == "none":
         return Losses(rows, columns)
-    if reduction == "sum":
-        return 0.5 * layout.world_size * (rows.sum() + columns.sum())
-    return 0.5 * layout.world_size * (rows.sum() / layout.n + columns.sum() / layout.m)
+    n, m = (1, 1) if request.reduction == "sum" else (layout.n, layout.m)
+    if request.direction == "both":
+        return 0.5 * layout.world_size * (rows.sum() / n + columns.sum() / m)
+    return layout.world_size * (rows.sum() / n if request.direction == "rows" else columns.sum() / m)
 
 
 def _retrieval_ranks(problem: Problem, statistics: Statistics, layout: Layout) -> RetrievalRanks:

@@ -15,13 +15,15 @@ Coefficients = float | Tensor | tuple[Tensor | float, Tensor | float]
 
 @dataclass(frozen=True)
 class Context:
-    """What lowering may look at, detached: x (N, D) and y (M, D), this rank's rows and columns, scale 0-d."""
+    """What lowering may look at, detached: x (N, D) and y (M, D), this rank's rows and columns, scale 0-d. `direction`:
+    whose losses are asked for, as softclip_loss takes it."""
 
     x: Tensor
     y: Tensor
     scale: Tensor
     layout: Layout
     backend: str = "auto"
+    direction: str = "both"
     segments: tuple[Tensor, Tensor] | None = None
 
     def ones(self) -> tuple[Tensor, Tensor]:

@@ -70,7 +70,8 @@ class HardTerm(Term, ABC):
 
 @dataclass(frozen=True)
 class CompletedTerm:
-    """A hard term with the sums of its E over all ranks: of each row (N,) and of each column (M,)."""
+    """A hard term with the sums of its E over all ranks: of each row (N,) and of each column (M,), where these have a
+    loss."""
 
     term: HardTerm
     row_sum: Tensor
@@ -92,7 +93,9 @@ class IndexTerm(HardTerm):
             row_segment, column_segment = context.segments
             checks.own_segments(row_segment, column_segment[self.index])
         ones = torch.ones_like(self.row_coefficient)
-        return CompletedTerm(self, ones, self.sum_to_columns(ones, context.layout))
+        nothing_asked = context.direction == "rows"
+        column_sum = ones.new_empty(0) if nothing_asked else self.sum_to_columns(ones, context.layout)
+        return CompletedTerm(self, ones, column_sum)
 
     def sum_to_columns(self, values: Tensor, layout: Layout) -> Tensor:
         """The sum of the values (N,) of all ranks' rows at the column that each row's index names: (M,)."""
@@ -346,35 +349,39 @@ class CompletedTarget:
         """The terms whose dots are PyTorch's work."""
         return tuple(completed.term for completed in self.linear)
 
-    def losses(self, parts: LossParts, layout: Layout) -> tuple[Tensor, Tensor]:
-        """Row losses (N,) and column losses (M,)."""
-        rows, columns = parts.statistics.rows, parts.statistics.columns
-        hard = list(zip(self.linear, parts.row_dots, parts.column_dots, strict=True))
-        if self.positive is not None:
-            positive, term = parts.statistics.positive_logit, self.lowered.positive
-            assert term is not None
-            hard.insert(0, (self.positive, positive, term.sum_to_columns(positive, layout)))
-        row_mass, row_dot = _zeros(rows.lse, 2)
-        column_mass, column_dot = _zeros(columns.lse, 2)
-        for completed, of_rows, of_columns in hard:
-            term_rows, term_columns = completed.term.row_coefficient, completed.term.column_coefficient
-            row_mass = row_mass + term_rows * completed.row_sum
-            row_dot = row_dot + term_rows * of_rows
-            column_mass = column_mass + term_columns * completed.column_sum
-            column_dot = column_dot + term_columns * of_columns
-        for k, teacher in enumerate(self.lowered.teachers):
-            mass, dot = _teacher_sums(teacher.row_coefficient, teacher.row_potential, rows, k)
-            row_mass, row_dot = row_mass + mass, row_dot + dot
-            mass, dot = _teacher_sums(teacher.column_coefficient, teacher.column_potential, columns, k)
-            column_mass, column_dot = column_mass + mass, column_dot + dot
-        return (
-            _weighted_loss(self.lowered.row_weight, row_mass, rows.lse, row_dot),
-            _weighted_loss(self.lowered.column_weight, column_mass, columns.lse, column_dot),
-        )
+    def losses(self, parts: LossParts, layout: Layout, direction: str = "both") -> tuple[Tensor, Tensor]:
+        """Row losses (N,) and column losses (M,); (0,) of a direction that is not asked for."""
+        statistics, lowered = parts.statistics, self.lowered
+        rows = columns = statistics.rows.lse.new_empty(0)
+        terms = self.linear if self.positive is None else (self.positive, *self.linear)
+        if direction != "columns":
+            dots = ([] if lowered.positive is None else [statistics.positive_logit]) + list(parts.row_dots)
+            hard = [(each.term.row_coefficient, each.row_sum, dot) for each, dot in zip(terms, dots, strict=True)]
+            soft = [(each.row_coefficient, each.row_potential) for each in lowered.teachers]
+            rows = _weighted_loss(lowered.row_weight, *_sums(statistics.rows, hard, soft))
+        if direction != "rows":
+            dots = list(parts.column_dots)
+            if lowered.positive is not None:
+                dots.insert(0, lowered.positive.sum_to_columns(statistics.positive_logit, layout))
+            hard = [(each.term.column_coefficient, each.column_sum, dot) for each, dot in zip(terms, dots, strict=True)]
+            soft = [(each.column_coefficient, each.column_potential) for each in lowered.teachers]
+            columns = _weighted_loss(lowered.column_weight, *_sums(statistics.columns, hard, soft))
+        return rows, columns
 
 
-def _zeros(like: Tensor, count: int) -> Tensor:
-    return torch.zeros(count, *like.shape, dtype=like.dtype, device=like.device)
+def _sums(
+    statistics: SoftmaxStatistics,
+    hard: list[tuple[Tensor, Tensor, Tensor]],
+    soft: list[tuple[Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One direction's mass, log-sum-exp and dot, (L,) each, from hard terms' coefficients, sums and dots and teachers'
+    coefficients and potentials."""
+    mass = dot = torch.zeros_like(statistics.lse)
+    parts = [(coefficient * total, coefficient * of_term) for coefficient, total, of_term in hard]
+    parts += [_teacher_sums(*of_teacher, statistics, k) for k, of_teacher in enumerate(soft)]
+    for own_mass, own_dot in parts:
+        mass, dot = mass + own_mass, dot + own_dot
+    return mass, statistics.lse, dot
 
 
 def _teacher_sums(

@@ -139,7 +139,8 @@ def _log_sum_exp(z: Tensor, allowed: Tensor, dim: int) -> Tensor:
     return torch.where(some, z.masked_fill(~allowed & some, -torch.inf).logsumexp(dim, keepdim=True), 0.0).squeeze(dim)
 
 
-def dense_loss(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None) -> Tensor:
-    """What softclip_loss(x, y, scale, target) must equal, computed densely in x's dtype."""
+def dense_loss(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None, direction: str = "both") -> Tensor:
+    """What softclip_loss(x, y, scale, target, direction=direction) must equal, computed densely in x's dtype."""
     rows, columns = dense_row_losses(x, y, scale, dense_target(target or Hard(), x, y, scale))
-    return 0.5 * (rows.mean() + columns.mean())
+    means = {"rows": rows.mean(), "columns": columns.mean(), "both": 0.5 * (rows.mean() + columns.mean())}
+    return means[direction]

@@ -43,15 +43,13 @@ class Result:
         return [name for name in FIELDS if not torch.equal(getattr(self, name), getattr(other, name))]
 
 
-def _dense(target: Target | None) -> Callable[..., Tensor]:
-    return lambda x, y, scale: dense_loss(x, y, scale, target)
+def _dense(target: Target | None, direction: str) -> Callable[..., Tensor]:
+    return lambda x, y, scale: dense_loss(x, y, scale, target, direction)
 
 
-def truth(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None) -> Result:
+def truth(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None, direction: str = "both") -> Result:
     """The dense loss in float64 of the operands as rounded."""
-    return Result.of(
-        lambda *leaves: dense_loss(leaves[0], leaves[1], leaves[2], target), x.double(), y.double(), scale.double()
-    )
+    return Result.of(_dense(target, direction), x.double(), y.double(), scale.double())
 
 
 # How far a result may be from the exact one, relative to its largest entry: about twice to ten times what was measured
@@ -75,7 +73,15 @@ class Standard:
     allowed: dict[str, float]
 
     @staticmethod
-    def of(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None, *, signal: bool = True) -> Standard:
+    def of(
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor,
+        target: Target | None = None,
+        *,
+        signal: bool = True,
+        direction: str = "both",
+    ) -> Standard:
         """Twice the error that dense PyTorch makes in the same dtype plus what rounding a logit may cost
         (`tolerances`), and no more than `bounds`.
 
@@ -85,7 +91,8 @@ class Standard:
         Raises:
             InsensitiveError: what would be allowed exceeds LARGEST_TOLERANCE, or without a signal is not finite.
         """
-        dense, exact = Result.of(_dense(target), x, y, scale.to(x.dtype)), truth(x, y, scale, target)
+        dense = Result.of(_dense(target, direction), x, y, scale.to(x.dtype))
+        exact = truth(x, y, scale, target, direction)
         matrices = dense_target(target or Hard(), x.double(), y.double(), scale.double())
         mass = max(1.0, matrices.rows.sum(1).max().item(), matrices.columns.sum(0).max().item())
         errors, roundings = _errors(dense, exact), tolerances(exact, x, y, scale, mass)
@@ -108,10 +115,10 @@ class Standard:
 
 
 def assert_as_accurate_as_dense(
-    fused: Result, x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None, *, signal: bool = True
+    fused: Result, x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None, **options: Any
 ) -> None:
-    """`Standard.of(...).check(fused)`."""
-    Standard.of(x, y, scale, target, signal=signal).check(fused)
+    """`Standard.of(...).check(fused)`, with its options."""
+    Standard.of(x, y, scale, target, **options).check(fused)
 
 
 def _errors(result: Result, exact: Result) -> dict[str, float]:

@@ -44,11 +44,11 @@ def local_target(target, rows, columns):
     return target
 
 
-def over_ranks(x, y, scale, target, group, plan, exchange_dtype=None, backend="auto"):
-    return Result.of_loss(x, y, scale, target, group=Exchange(group, plan, exchange_dtype), backend=backend)
+def over_ranks(x, y, scale, target, group, plan, exchange_dtype=None, **options):
+    return Result.of_loss(x, y, scale, target, group=Exchange(group, plan, exchange_dtype), **options)
 
 
-def compute(group, names, counts, plan, dtype, backend="auto"):
+def compute(group, names, counts, plan, dtype, backend="auto", direction="both"):
     """On a rank: each named target's loss and gradients of this rank's share, in float64 for the way home."""
     chunked.BLOCK["cpu"] = 48  # small blocks, as in conftest
     rank = dist.get_rank(group)
@@ -57,7 +57,7 @@ def compute(group, names, counts, plan, dtype, backend="auto"):
     for name in names:
         x, y, scale = operands(*map(sum, counts), WIDTH, dtype=dtype)
         own = local_target(ALL_TARGETS[name](len(x), len(y)), rows, columns)
-        result = over_ranks(x[rows], y[columns], scale, own, group, plan, backend=backend)
+        result = over_ranks(x[rows], y[columns], scale, own, group, plan, backend=backend, direction=direction)
         found[name] = {field: getattr(result, field).double().numpy() for field in FIELDS}
     return found
 
@@ -75,16 +75,17 @@ def assembled(found, name, dtype):
     )
 
 
-def check(pool, names, row_counts, column_counts, plan, dtype, backend="auto"):
-    found = pool.run(compute, names, (row_counts, column_counts), plan, dtype, backend, ranks=len(row_counts))
+def check(pool, names, row_counts, column_counts, plan, dtype, backend="auto", direction="both"):
+    counts = (row_counts, column_counts)
+    found = pool.run(compute, names, counts, plan, dtype, backend, direction, ranks=len(row_counts))
     n, m = sum(row_counts), sum(column_counts)
     for name in names:
         x, y, scale = operands(n, m, WIDTH, dtype=dtype)
         target, result = ALL_TARGETS[name](n, m), assembled(found, name, dtype)
         if dtype != torch.float64:
-            assert_as_accurate_as_dense(result, x, y, scale, target)
+            assert_as_accurate_as_dense(result, x, y, scale, target, direction=direction)
             continue
-        exact = truth(x, y, scale, target)
+        exact = truth(x, y, scale, target, direction)
         for field in FIELDS:
             error = (getattr(result, field) - getattr(exact, field)).abs().max().item()
             assert error <= 1e-10, f"{name}, {field}: {error:.3e}"

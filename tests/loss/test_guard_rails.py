@@ -40,7 +40,10 @@ MISTAKES = {
         lambda: softclip_loss(rows(), rows(), nn.Parameter(torch.tensor(2.6593))),
         r"trainable parameter of value 2.659, .*pass its exponential",
     ),
-    "a rectangle": (lambda: softclip_loss(rows(), rows(4), SCALE, Hard(LABELS)), r"6 rows and 4 columns.*Weighted"),
+    "a rectangle": (
+        lambda: softclip_loss(rows(), rows(4), SCALE, Hard(LABELS)),
+        "6 rows and 4 columns.*is direction='rows'",
+    ),
     "a bias": (lambda: SoftClipLoss()(rows(), rows(), SCALE, torch.zeros(1)), "does not feel logit_bias"),
 }
 MEANT = {
@@ -52,6 +55,7 @@ MEANT = {
     "a small scale that is fixed": lambda: softclip_loss(rows(), rows(), torch.tensor(1.0)),
     "a number": lambda: softclip_loss(rows(), rows(), 1.0),
     "a rectangle in one direction": lambda: softclip_loss(rows(), rows(4), SCALE, Weighted(Hard(LABELS), (2.0, 0.0))),
+    "a rectangle's rows": lambda: softclip_loss(rows(), rows(4), SCALE, Hard(LABELS), direction="rows"),
     "a rectangle, summed": lambda: softclip_loss(rows(), rows(4), SCALE, Hard(LABELS), reduction="sum"),
     "an evaluation": lambda: softclip_loss(3 * rows().detach(), rows(4).detach(), SCALE, Hard(LABELS)),
 }

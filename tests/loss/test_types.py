@@ -15,9 +15,13 @@ def test_the_result_of_a_reduction_known_by_name_needs_no_assertion() -> None:
     assert isinstance(assert_type(loss, Tensor), Tensor)
     summed = softclip_loss(x, x, scale, reduction="sum", group=None)
     assert isinstance(assert_type(summed, Tensor), Tensor)
+    one_way = softclip_loss(x, x, scale, direction="rows")
+    assert isinstance(assert_type(one_way, Tensor), Tensor)
     losses = softclip_loss(x, x, scale, reduction="none", backend="reference")
     assert isinstance(assert_type(losses, Losses), Losses)
-    loss, ranks = softclip_loss_with_ranks(x, x, scale, backend="reference")
+    losses = softclip_loss(x, x, scale, reduction="none", direction="columns")
+    assert isinstance(assert_type(losses, Losses), Losses)
+    loss, ranks = softclip_loss_with_ranks(x, x, scale, backend="reference", direction="rows")
     assert isinstance(assert_type(loss, Tensor), Tensor) and isinstance(ranks, RetrievalRanks)
 
 
