@@ -271,7 +271,7 @@ def _follow(steps: OptimizerSteps, optimizer: Optimizer, made: int) -> None:
     steps.follow(optimizer)
 
 
-def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def split_flags(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The launcher's own flags, and the host's. torchrun drops a `--` that comes first, so none is asked for."""
     parser = argparse.ArgumentParser(
         prog="python -m softclip_kernels.integrations.open_clip",
@@ -295,7 +295,7 @@ def _split(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return own, flags
 
 
-def _target(own: argparse.Namespace) -> Target | MakeTarget | None:
+def target_of(own: argparse.Namespace) -> Target | MakeTarget | None:
     if own.psd is not None:
         return ProgressiveSelfDistillation(schedules.Linear(0.0, own.psd, own.psd_steps)).at
     if own.target is None:
@@ -306,8 +306,8 @@ def _target(own: argparse.Namespace) -> Target | MakeTarget | None:
 
 def main(arguments: list[str]) -> Any:
     """The launcher: what open_clip_train.main.main returns, None where it trained to the end."""
-    own, flags = _split(arguments)
-    install(_target(own))
+    own, flags = split_flags(arguments)
+    install(target_of(own))
     result = trainer.main(flags)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()  # the host leaves it, and a process that ends with it may abort

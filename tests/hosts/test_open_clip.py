@@ -217,7 +217,7 @@ ARGS = Namespace(distill=False, accum_freq=1, local_loss=True, gather_with_grad=
 def test_the_ranks_that_the_host_counts_must_be_the_jobs(hooked):
     adapter.install()
     assert trainer.create_loss(ARGS).group is None
-    with pytest.raises(ValueError, match="world_size=2, but torch.distributed is not initialized"):
+    with pytest.raises(ValueError, match=r"world_size=2, but torch\.distributed is not initialized"):
         trainer.create_loss(Namespace(**{**vars(ARGS), "world_size": 2}))
 
 
@@ -262,7 +262,7 @@ def test_wrong_flags_of_the_launcher_are_refused(own, told, capsys):
 
 
 def test_a_share_above_1_is_refused(hooked):
-    with pytest.raises(ValueError, match="end=1.5 must lie in"):
+    with pytest.raises(ValueError, match=r"end=1\.5 must lie in"):
         adapter.main(["--psd", "1.5", "--psd-steps", "9", "--", *hooked])
 
 
@@ -301,8 +301,10 @@ def test_the_command_line_trains(tmp_path, launcher):
     flags = [*flags[flags.index("--logs") :], *flags[: flags.index("--logs")], "--name", "run"]
     tests = Path(__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "helpers.hosts.on_cpu", "-m", adapter.__name__]
-        + [*("--psd", "0.5", "--psd-steps", "2"), "--", *flags],
+        [
+            *(sys.executable, *launcher, "-m", "helpers.hosts.on_cpu", "-m", adapter.__name__),
+            *("--psd", "0.5", "--psd-steps", "2", "--", *flags),
+        ],
         env={**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         capture_output=True,
@@ -319,5 +321,5 @@ def test_the_command_line_trains(tmp_path, launcher):
 
 def test_flags_without_a_separator_are_the_hosts():
     """torchrun drops a -- that comes first."""
-    own, flags = adapter._split(["--logs", "x", "--psd", "0.4", "--psd-steps", "9", "--lr", "1"])
+    own, flags = adapter.split_flags(["--logs", "x", "--psd", "0.4", "--psd-steps", "9", "--lr", "1"])
     assert (own.psd, flags) == (0.4, ["--logs", "x", "--lr", "1"])

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from helpers.hosts import on_cpu
 from helpers.hosts.digits import write_csv
 from helpers.hosts.recording import Recorder, against, whole
-from torch import Tensor
-
 from softclip_kernels import ProgressiveSelfDistillation, schedules
 from softclip_kernels.testing import dense_loss
 
@@ -200,17 +200,19 @@ class Run:
         self.args = self.trainer.parse_args(given)
         with warnings.catch_warnings(record=True) as told, self.watching(), Recorder(self.named) as recording:
             warnings.simplefilter("always")
-            if own is None:
-                result = self.trainer.main(given)
-            else:
+            if own is not None:
                 from softclip_kernels.integrations import open_clip as adapter
 
-                result = adapter.main([*own, "--", *given])
-                adapter.uninstall()
+                adapter.install(adapter.target_of(adapter.split_flags([*own, "--"])[0]))
+            try:
+                result = self.trainer.main(given)
+            finally:
+                if own is not None:
+                    adapter.uninstall()
         assert result is None, result
         if dist.is_initialized():
             dist.destroy_process_group()
-        assert len(self.calls) == accumulated * recording.steps or not self.observed, (len(self.calls), recording.steps)
+        assert len(self.calls) % accumulated == 0, (len(self.calls), accumulated)
         recording.losses = [
             sum(self.calls[k : k + accumulated]) / accumulated for k in range(0, len(self.calls), accumulated)
         ]
