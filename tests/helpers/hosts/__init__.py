@@ -1,7 +1,9 @@
 """What tests of other people's trainers share, imported as `from helpers.hosts.recording import Recording`.
 
-digits     small real data: handwritten digits with captions, and sentences in pairs
-on_cpu     hosts on a machine without a GPU, where some of them do not start
-recording  what a host's own loop did: losses, the first step's gradients, the last parameters
-saved      bytes that a forward pass keeps for its backward pass
+digits            small real data: handwritten digits with captions, and sentences in pairs
+lightning_towers  towers in Lightning's trainer, with its dense loss and with ours
+on_cpu            hosts on a machine without a GPU, where some of them do not start
+recording         what a host's own loop did: losses, the first step's gradients, the last parameters
+saved             bytes that a forward pass keeps for its backward pass
+sentences         a tiny BERT in sentence-transformers' trainer, with the host's losses and with ours
 """
