@@ -121,7 +121,7 @@ def _redirected(function: Callable[..., Any], rank: int, size: int, folder: Path
         function(rank, size, folder, *arguments)
 
 
-def run_interpreters(code: str, size: int, **environment: str) -> list[str]:
+def run_interpreters(code: str, size: int, patience: float = 2 * PATIENCE, **environment: str) -> list[str]:
     """What each of `size` Python interpreters printed that ran `code` as the ranks of a process group, from beginning
     to end: not forks, and with the exit status of the interpreter itself, which must be 0."""
     rendezvous = f"file://{tempfile.mkdtemp()}/rendezvous"
@@ -136,12 +136,13 @@ def run_interpreters(code: str, size: int, **environment: str) -> list[str]:
             )
         )
     outputs = []
-    for rank, process in enumerate(processes):
-        try:
-            outputs.append(process.communicate(timeout=2 * PATIENCE)[0].decode())
-        finally:
+    try:
+        for rank, process in enumerate(processes):
+            outputs.append(process.communicate(timeout=patience)[0].decode())
+            assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{outputs[-1]}"
+    finally:
+        for process in processes:
             process.kill()
-        assert process.returncode == 0, f"rank {rank} ended with {process.returncode}:\n{outputs[-1]}"
     return outputs
 
 
