@@ -3,6 +3,7 @@ processes it would contrast each one's pairs alone."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -114,7 +115,7 @@ def test_eval_loss_is_the_hosts_and_never_missing(tmp_path):
     psd = ProgressiveSelfDistillation(schedules.Linear(0.5, 0.5, 1))
     for return_loss in (True, False):
         ours = evaluate(
-            Ours, model_of(CLIP), tmp_path, target=psd.at, data_collator=lambda items: collate(items, return_loss)
+            Ours, model_of(CLIP), tmp_path, target=psd.at, data_collator=partial(collate, return_loss=return_loss)
         )
         assert ours.evaluate()["eval_loss"] == pytest.approx(host, abs=1e-6)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-for host in ("transformers", "accelerate", "deepspeed"):
-    pytest.importorskip(host)
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("deepspeed")
 
 import torch
 from helpers.hosts.recording import Recording, furthest

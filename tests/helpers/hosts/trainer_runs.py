@@ -19,14 +19,13 @@ from torch import Tensor  # noqa: E402
 from torch.utils.data import DataLoader, SequentialSampler  # noqa: E402
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments  # noqa: E402
 
-from softclip_kernels import ProgressiveSelfDistillation, SoftClipLoss, schedules  # noqa: E402
+from softclip_kernels import ProgressiveSelfDistillation, schedules, softclip_loss  # noqa: E402
 from softclip_kernels.integrations.transformers import (  # noqa: E402
     SoftClipModelMixin,
     SoftClipTrainerMixin,
-    give_scale_a_dimension,
 )
 
-from .recording import Recorder, Recording  # noqa: E402
+from .recording import Recorder  # noqa: E402
 
 STEPS = 20
 BATCH = 32  # pairs of all ranks between two steps of the optimizer
@@ -171,13 +170,13 @@ def run_accelerate(accumulation: int) -> dict[str, Any]:
     model = model_of(CLIP)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     inner = model
-    model, optimizer, loader, loss_of = accelerator.prepare(model, optimizer, loader, SoftClipLoss(group="world"))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses = []
     with Recorder(inner.named_parameters) as recording:
         for batch in loader:
             with accelerator.accumulate(model):
                 outputs = model(**batch)
-                loss = loss_of(outputs.image_embeds, outputs.text_embeds, outputs.logit_scale)
+                loss = softclip_loss(*outputs.values(), group="world")
                 accelerator.backward(loss)
                 losses.append(loss.item())
                 optimizer.step()
@@ -198,9 +197,10 @@ def exact_gradients(accumulation: int = 1) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def evaluate(kind: Any, model: Any, folder: Any, rows: int = 40, **options: Any) -> Any:
-    chosen = settings(folder, 8, per_device_eval_batch_size=16, **options.pop("arguments", {}))
-    return kind(model=model, args=chosen, eval_dataset=pairs(rows), **({"data_collator": collate} | options))
+def evaluate(kind: Any, model: Any, folder: Any, arguments: dict[str, Any] | None = None, **options: Any) -> Any:
+    """A trainer of either kind that has something to evaluate."""
+    chosen = settings(folder, 8, per_device_eval_batch_size=16, **(arguments or {}))
+    return kind(model=model, args=chosen, **({"eval_dataset": pairs(40), "data_collator": collate} | options))
 
 
 def over_ranks(folder: Path) -> dict[str, Any]:
