@@ -24,7 +24,6 @@ except ImportError as error:
 from .. import backends
 from ..losses.softmax import softclip_loss
 from ..targets.base import Target
-from ..targets.combine import Weighted
 from ..targets.hard import Hard
 from .hooks import Hook
 
@@ -83,8 +82,8 @@ class _TwoTensors:
     def _rows(self, embeddings: Tensor, ref_emb: Tensor, target: Target) -> Tensor:
         """(N,) every row's loss."""
         x, y = F.normalize(embeddings, dim=1), F.normalize(ref_emb, dim=1)
-        target = _one_way(target)
-        return softclip_loss(x, y, 1.0 / self.temperature, target, reduction="none", backend=self.backend).rows
+        options = {"reduction": "none", "direction": "rows", "backend": self.backend}
+        return softclip_loss(x, y, 1.0 / self.temperature, target, **options).rows
 
 
 class SoftClipNTXentLoss(_TwoTensors, NTXentLoss):
@@ -128,8 +127,3 @@ class SoftClipSupConLoss(_TwoTensors, SupConLoss):
         losses = self._rows(embeddings, ref_emb, Hard(groups=(labels, ref_labels)))
         indices = torch.arange(len(losses), device=losses.device)
         return {"loss": {"losses": losses, "indices": indices, "reduction_type": "element"}}
-
-
-def _one_way(target: Target) -> Target:
-    """Rows alone."""
-    return Weighted(target, (1.0, 0.0))

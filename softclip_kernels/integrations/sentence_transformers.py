@@ -125,9 +125,16 @@ class _Fused(nn.Module):
         # included, stand together.
         own = torch.arange(len(queries), device=queries.device)
         target = self.target if self.target is not None and torch.is_grad_enabled() else Hard(own, local=True)
-        target = PerQuery(target) if set(self.directions) == BOTH_WAYS else _one_way(target)
-        group = WORLD if self.gather_across_devices else None
-        return softclip_loss(queries, documents, float(self.scale), target, group=group, backend=self.backend)
+        both = set(self.directions) == BOTH_WAYS
+        return softclip_loss(
+            queries,
+            documents,
+            float(self.scale),
+            PerQuery(target) if both else target,
+            direction="both" if both else "rows",
+            group=WORLD if self.gather_across_devices else None,
+            backend=self.backend,
+        )
 
     def get_config_dict(self) -> dict[str, Any]:
         """The host's, for its model cards."""
@@ -174,8 +181,3 @@ class PerQuery(Target):
 
     def lower(self, context: Context) -> LoweredTarget:
         return Weighted(self.target, (1.0, context.layout.m / context.layout.n)).lower(context)
-
-
-def _one_way(target: Target) -> Target:
-    """The mean over rows alone."""
-    return Weighted(target, (2.0, 0.0))
