@@ -43,13 +43,13 @@ class Result:
         return [name for name in FIELDS if not torch.equal(getattr(self, name), getattr(other, name))]
 
 
-def _dense(target: Target | None, direction: str) -> Callable[..., Tensor]:
+def _dense(target: Target | None, direction: str = "both") -> Callable[..., Tensor]:
     return lambda x, y, scale: dense_loss(x, y, scale, target, direction)
 
 
-def truth(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None, direction: str = "both") -> Result:
-    """The dense loss in float64 of the operands as rounded."""
-    return Result.of(_dense(target, direction), x.double(), y.double(), scale.double())
+def truth(x: Tensor, y: Tensor, scale: Tensor, target: Target | None = None, **dense_options: str) -> Result:
+    """The dense loss, with its options, in float64 of the operands as rounded."""
+    return Result.of(_dense(target, **dense_options), x.double(), y.double(), scale.double())
 
 
 # How far a result may be from the exact one, relative to its largest entry: about twice to ten times what was measured
@@ -92,7 +92,7 @@ class Standard:
             InsensitiveError: what would be allowed exceeds LARGEST_TOLERANCE, or without a signal is not finite.
         """
         dense = Result.of(_dense(target, direction), x, y, scale.to(x.dtype))
-        exact = truth(x, y, scale, target, direction)
+        exact = truth(x, y, scale, target, direction=direction)
         matrices = dense_target(target or Hard(), x.double(), y.double(), scale.double())
         mass = max(1.0, matrices.rows.sum(1).max().item(), matrices.columns.sum(0).max().item())
         errors, roundings = _errors(dense, exact), tolerances(exact, x, y, scale, mass)

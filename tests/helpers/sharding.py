@@ -85,7 +85,7 @@ def check(pool, names, row_counts, column_counts, plan, dtype, backend="auto", d
         if dtype != torch.float64:
             assert_as_accurate_as_dense(result, x, y, scale, target, direction=direction)
             continue
-        exact = truth(x, y, scale, target, direction)
+        exact = truth(x, y, scale, target, direction=direction)
         for field in FIELDS:
             error = (getattr(result, field) - getattr(exact, field)).abs().max().item()
             assert error <= 1e-10, f"{name}, {field}: {error:.3e}"

@@ -67,7 +67,7 @@ def test_float64_is_exact(name, backend):
     x, y, scale = unit_rows(65, 24), unit_rows(65, 24, seed=1), torch.tensor(14.3, dtype=torch.float64)
     for direction in ONE_WAY:
         result = Result.of_loss(x, y, scale, target, backend=backend, direction=direction)
-        exact = truth(x, y, scale, target, direction)
+        exact = truth(x, y, scale, target, direction=direction)
         for field in FIELDS:
             torch.testing.assert_close(getattr(result, field), getattr(exact, field), rtol=1e-11, atol=1e-12)
 
