@@ -84,9 +84,6 @@ def pair(tmp_path_factory):
             run("host-distill", None, *BOTH, *distilled(folder), dense="distill"),
             run("ours-distill", [], *distilled(folder), dense="distill"),
             run("psd", MAKE, dense="psd"),
-            run("psd-4", MAKE, *FOUR, **accumulated, epochs=1, dense="psd"),
-            run("psd-4-resumed", MAKE, *FOUR, "--resume", str(checkpoints / "psd-4/checkpoints/epoch_1.pt"),
-                **accumulated, dense=None),
             run("sharded", MAKE, *SHARDED, epochs=1, dense="psd"),
             run("sharded-resumed", MAKE, *SHARDED, "--resume", str(checkpoints / "sharded/checkpoints/epoch_1"),
                 dense=None),
@@ -151,7 +148,7 @@ def test_the_first_gradients_are_those_of_float64(alone, name):
     assert_exact(runs.load(alone, name))
 
 
-@pytest.mark.parametrize("name", ("ours", "ours-4", "fsdp", "fsdp-4", "ours-distill", "psd", "psd-4", "sharded"))
+@pytest.mark.parametrize("name", ("ours", "ours-4", "fsdp", "fsdp-4", "ours-distill", "psd", "sharded"))
 @pytest.mark.parametrize("rank", (0, 1))
 def test_the_first_gradients_over_ranks_are_those_of_float64(pair, name, rank):
     assert_exact(runs.load(pair, name, rank))
@@ -190,10 +187,10 @@ def test_every_step_draws_once_whatever_is_accumulated_for_it(alone):
     assert furthest(runs.load(alone, "psd-4"), runs.load(alone, "psd")) < SAME
 
 
-@pytest.mark.parametrize(("resumed", "calls"), (("psd-4-resumed", 4), ("sharded-resumed", 1)))
-def test_a_resumed_run_goes_on_with_the_steps(pair, resumed, calls):
-    assert runs.load(pair, resumed).seen == [(step, 32) for step in range(10, 20) for _ in range(calls)]
-    psd, resumed = runs.load(pair, "psd"), runs.load(pair, resumed)
+def test_a_run_resumed_from_a_sharded_checkpoint_goes_on_with_the_steps(pair):
+    """Sharded checkpoints hold nothing that a new optimizer's state lacks: the host's own count is taken."""
+    resumed, psd = runs.load(pair, "sharded-resumed"), runs.load(pair, "psd")
+    assert resumed.seen == [(step, 32) for step in range(10, 20)]
     psd.parameters = {name: value.reshape(resumed.parameters[name].shape) for name, value in psd.parameters.items()}
     assert furthest(resumed, psd) < SAME
 
