@@ -155,7 +155,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     # A request that does not fit has a result as well, so that every rank hears of it when the operator runs.
     request: Request = _put_together(_forms[form], tensors, floats, integers)
-    n, m = (len(each) if isinstance(each, Tensor) and each.dim() else 0 for each in (request.x, request.y))
+    n, m = (each.shape[0] if isinstance(each, Tensor) and each.dim() else 0 for each in (request.x, request.y))
     like = tensors[0].new_empty(0, dtype=accumulation_dtype(tensors[0].dtype))
     losses = (n, m) if request.reduction == "none" else ((), 0)
     counted = (n, m) if request.ranked else (0, 0)
