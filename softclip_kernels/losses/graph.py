@@ -198,9 +198,7 @@ def _(
     tensors: Sequence[Tensor], ticket: Tensor, gradients: Sequence[Tensor], learning: Sequence[bool]
 ) -> tuple[Tensor, ...]:
     wanted = [k < len(learning) and learning[k] for k in range(3)]
-    return tuple(
-        tensors[k].new_empty(tensors[k].shape) if wanted[k] else tensors[0].new_empty(0) for k in range(3)
-    )
+    return tuple(tensors[k].new_empty(tensors[k].shape) if wanted[k] else tensors[0].new_empty(0) for k in range(3))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
