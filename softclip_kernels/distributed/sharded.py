@@ -9,8 +9,8 @@ Shapes: n_local rows and m_local columns of this rank, M columns of a block, K t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +59,34 @@ class ColumnOperands:
         ]
         return replace(problem, teachers=teachers), columns
 
+    def kept(self) -> tuple[list[Tensor | None], Callable[[Sequence[Tensor | None]], ColumnOperands]]:
+        """Every tensor but x, y and scale, for save_for_backward, and what makes the operands again of all of them, x,
+        y and scale first."""
+        tensors, sources, layout = self.problem.tensors()[3:], self.problem.sources(), self.layout
+        given = [_tensor_fields(term) for term in self.terms]
+        hollow = [replace(term, **dict.fromkeys(values)) for term, values in zip(self.terms, given, strict=True)]
+        names, width = [list(values) for values in given], 3 + len(tensors)
+
+        def restored(tensors: Sequence[Tensor | None]) -> ColumnOperands:
+            remaining = iter(tensors[width:])
+            terms = [
+                replace(term, **{name: next(remaining) for name in fields})
+                for term, fields in zip(hollow, names, strict=True)
+            ]
+            return ColumnOperands(Problem.of(tensors[:width], sources), tuple(terms), layout)
+
+        return [*tensors, *(value for values in given for value in values.values())], restored
+
 
 def _column_fields(operand: Problem | TeacherOperand) -> dict[str, Tensor]:
     """What runs along the columns and is given, by name."""
     values = {name: getattr(operand, name) for name in fields_along(type(operand), COLUMNS)}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _tensor_fields(term: Any) -> dict[str, Tensor]:
+    values = {each.name: getattr(term, each.name) for each in fields(term)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def _taken(operand: Problem | TeacherOperand, remaining: Iterator[Tensor]) -> dict[str, Any]:
@@ -123,45 +146,50 @@ class _ShardedStatistics(torch.autograd.Function):
 
         results = laps.lap(columns.own(), visit, columns.layout, merge)
         column_statistics, column_ranks, column_dots = results[0].T.contiguous(), results[1].flatten(), results[2]
-        ctx.backend, ctx.layout, ctx.terms = backend, columns.layout, columns.terms
-        ctx.problem = replace(problem, x=x.detach(), y=y.detach(), scale=scale.detach())
-        ctx.save_for_backward(x, y, scale, rows.packed, column_statistics, positive)
+        # Every tensor by save_for_backward, where hooks of saved tensors see it; `graph` depends on that.
+        tensors, ctx.restored = columns.kept()
+        ctx.backend, ctx.problem_tensors = backend, len(tensors)
+        ctx.save_for_backward(x, y, scale, *tensors, rows.packed, column_statistics, positive)
         ctx.mark_non_differentiable(row_ranks, column_ranks)
         statistics = (rows.packed, column_statistics, positive, row_ranks, column_ranks)
         return *statistics, *row_dots, *column_dots.unbind(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, scale, *statistics = ctx.saved_tensors
+        x, y, scale, *saved = ctx.saved_tensors
+        tensors, statistics = saved[: ctx.problem_tensors], saved[ctx.problem_tensors :]
+        columns: ColumnOperands = ctx.restored([x.detach(), y.detach(), scale.detach(), *tensors])
+        incoming = _Results.of(gradients, len(columns.terms))
         with torch.no_grad():
-            results = _gradients(ctx, Statistics.of(*statistics), _Results.of(gradients, len(ctx.terms)))
+            results = _gradients(columns, Statistics.of(*statistics), incoming, ctx.needs_input_grad[:3], ctx.backend)
         return *ops.without_graph(results, (x, y, scale)), None, None
 
 
-def _gradients(ctx: Any, own: Statistics, gradients: _Results) -> tuple[Tensor | None, ...]:
+def _gradients(
+    columns: ColumnOperands, own: Statistics, gradients: _Results, needed: tuple[bool, bool, bool], backend: str
+) -> tuple[Tensor | None, ...]:
     """dx, dy and dscale of this rank, each where it is needed, from the gradients of everything that forward returned,
     in a second lap. Every rank contributes to every other's dy where any needs one."""
-    problem: Problem = ctx.problem
-    columns = ColumnOperands(problem, ctx.terms, ctx.layout)
+    problem, terms, layout = columns.problem, columns.terms, columns.layout
     gradient = StatisticsGradient.of(*gradients.statistics[:3])
     like = gradient.rows.new_empty(0)
-    needs_x, _, needs_scale = ctx.needs_input_grad[:3]
-    wanted = Wanted(needs_x, ctx.layout.columns_learn, needs_scale)
+    needs_x, needs_y, needs_scale = needed
+    wanted = Wanted(needs_x, layout.columns_learn, needs_scale)
     dx, dscale = like.new_zeros(problem.x.shape if needs_x else 0), like.new_zeros(())
     problem_operands = columns.own()
     own_columns = [own.columns.packed.T, gradient.columns.T]
-    if ctx.terms:
+    if terms:
         own_columns.append(torch.stack(gradients.column_dots, 1))
 
     def visit(start: int, operands: list[Tensor]) -> list[Tensor]:
         block, term_columns = columns.block(start, operands[: len(problem_operands)])
         block_statistics, block_gradient, *dots_gradients = operands[len(problem_operands) :]
         if block.is_empty:
-            return [like.new_zeros(block.y.shape)] if ctx.layout.columns_learn else []
+            return [like.new_zeros(block.y.shape)] if layout.columns_learn else []
         statistics = own._replace(columns=SoftmaxStatistics(block_statistics.T.contiguous()))
         incoming = gradient._replace(columns=block_gradient.T.contiguous())
-        contributions = [ops.block_backward(block, statistics, incoming, wanted, ctx.backend)]
-        for k, term in enumerate(ctx.terms):
+        contributions = [ops.block_backward(block, statistics, incoming, wanted, backend)]
+        for k, term in enumerate(terms):
             incoming_dots = (gradients.row_dots[k], dots_gradients[0][:, k])
             contributions.append(_dots_gradient(term, block, term_columns[k], incoming_dots, wanted))
         dy = None
@@ -174,10 +202,10 @@ def _gradients(ctx: Any, own: Statistics, gradients: _Results) -> tuple[Tensor |
                 dy = block_dy if dy is None else dy.add_(block_dy)
         return [] if dy is None else [dy]
 
-    own_dy = laps.lap([*problem_operands, *own_columns], visit, ctx.layout)
+    own_dy = laps.lap([*problem_operands, *own_columns], visit, layout)
     return (
         dx.to(problem.x.dtype) if needs_x else None,
-        own_dy[0].to(problem.y.dtype) if own_dy and ctx.needs_input_grad[1] else None,
+        own_dy[0].to(problem.y.dtype) if own_dy and needs_y else None,
         dscale if needs_scale else None,
     )
 

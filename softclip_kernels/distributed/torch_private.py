@@ -35,6 +35,27 @@ def store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
+def group_named(name: str) -> Any:
+    """The process group whose `group_name` this is. distributed_c10d._resolve_process_group, torch 2.13."""
+    return dist.distributed_c10d._resolve_process_group(name)
+
+
+def recording() -> Any:
+    """A context in which autograd records as it does outside a custom operator, whose kernel PyTorch calls with
+    autograd's dispatch keys left out. torch._C._ForceDispatchKeyGuard and the sets of keys, torch 2.13."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    return torch._C._ForceDispatchKeyGuard(included, excluded - keys)
+
+
+def keep_in_order(operator: Any) -> None:
+    """Graphs run this operator's calls as often and in the order that they were traced in, whether their results are
+    used or not. torch._higher_order_ops.effects, torch 2.13."""
+    from torch._higher_order_ops.effects import _EffectType, _register_effectful_op
+
+    _register_effectful_op(operator, _EffectType.ORDERED)
+
+
 def compiled_from(module: nn.Module) -> nn.Module | None:
     """What torch.compile made this module of, None of any other. OptimizedModule._orig_mod, torch 2.8 to 2.13."""
     return module.__dict__.get("_modules", {}).get("_orig_mod")

@@ -7,7 +7,6 @@ One call runs, in order: checks and the agreement between ranks (`agreement.make
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
@@ -131,7 +130,7 @@ def softclip_loss(
     most likely not meant.
     """
     request = Request(x, y, logit_scale, target, reduction, group, backends.current_name(backend), direction)
-    return _outside_graphs(_run, group)(request)[0]
+    return run(request)[0]
 
 
 @overload
@@ -156,7 +155,7 @@ def softclip_loss_with_ranks(
     whatever the loss's direction."""
     options["backend"] = backends.current_name(options.get("backend", "auto"))
     request = Request(x, y, logit_scale, target, **options, ranked=True)
-    loss, ranks = _outside_graphs(_run, request.group)(request)
+    loss, ranks = run(request)
     return loss, ranks
 
 
@@ -208,13 +207,6 @@ class Request:
         return f"{lowered.structure()}, {' and '.join(wanted) or 'nothing'} wanted, {options}"
 
 
-def _outside_graphs(function: Callable[..., Any], group: Any) -> Callable[..., Any]:
-    """Excludes the loss from a compiled graph when ranks must communicate."""
-    if torch.compiler.is_compiling() and as_exchange(group) is not None:
-        return torch.compiler.disable(function)
-    return function
-
-
 def _of_one_dtype(request: Request) -> Request:
     """Where autocast is on, x and y of two dtypes take autocast's, as the operands of a matrix product would."""
     x, y = request.x, request.y
@@ -233,9 +225,13 @@ def _full_precision(x: Any) -> AbstractContextManager[Any]:
     return torch.autocast(x.device.type, enabled=False) if isinstance(x, Tensor) else nullcontext()
 
 
-def _run(request: Request) -> tuple[Any, Any]:
+def run(request: Request) -> tuple[Any, Any]:
     """The loss, and RetrievalRanks where they are asked for."""
     request = _of_one_dtype(request)
+    if torch.compiler.is_compiling() and (exchange := as_exchange(request.group)) is not None:
+        from . import graph  # which imports the compiler
+
+        return graph.run_in_graph(request, exchange)
     with _full_precision(request.x):
         problem, target, layout = _prepare(request)
         if request.ranked:

@@ -206,7 +206,7 @@ def test_auto_goes_by_size_and_says_why(pool, name, dtype, column, ranks):
 # --- agreement -------------------------------------------------------------------------------------------------------
 
 
-def disagree(group, what):
+def disagree(group, what, compiled):
     """One rank brings something else; the error of this rank, after which the group must still work."""
     odd = dist.get_rank(group) == 1
     x, y, scale = unit_rows(6, 8), unit_rows(6, 8, seed=1), torch.tensor(10.0, dtype=torch.float64)
@@ -241,6 +241,9 @@ def disagree(group, what):
         refuse.start()
     if what == "backend":
         options["backend"] = "chunked"
+    if compiled:
+        torch.compiler.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
     try:
         function(x, y, scale, target, group=exchange, **options)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -274,10 +277,11 @@ DISAGREEMENTS = {
 }
 
 
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
 @pytest.mark.parametrize("what", DISAGREEMENTS)
-def test_a_mismatch_is_an_error_on_every_rank(pool, what):
+def test_a_mismatch_is_an_error_on_every_rank(pool, what, compiled):
     """And no hang: the group works afterwards."""
-    results = pool.run(disagree, what, ranks=3)
+    results = pool.run(disagree, what, compiled, ranks=3)
     for rank, (message, again) in enumerate(results):
         assert re.search(DISAGREEMENTS[what][rank != 1], message), message
         assert again == pytest.approx(results[0][1])

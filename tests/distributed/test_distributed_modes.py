@@ -46,8 +46,8 @@ def compiled_and_eager(group, plan, ranked):
 
 
 @pytest.mark.parametrize("ranked", (False, True))
-def test_a_compiled_step_breaks_its_graph_at_the_loss(pool, ranked):
-    """It equals the eager one bit for bit, with what stands before and after the loss compiled."""
+def test_a_compiled_step_equals_the_eager_one(pool, ranked):
+    """Bit for bit, with what stands before and after the loss compiled. (More in test_compiled_ranks.py.)"""
     pool.run(compiled_and_eager, "ring", ranked)
 
 

@@ -86,6 +86,57 @@ def test_a_bare_copy_computes_the_same_without_the_wrapper(group, kind):
     assert plain[0].weight is plain[2].weight
 
 
+def test_a_group_is_found_by_its_name(group):
+    assert torch_private.group_named(group.group_name) is group
+
+
+@pytest.fixture
+def noted():
+    """An operator that says whether autograd recorded what its kernel did, usually and where it should; and how often
+    it ran."""
+    found = []
+
+    @torch.library.custom_op("softclip_tests::noted", mutates_args=())
+    def operator(x: torch.Tensor) -> torch.Tensor:
+        leaf = x.detach().requires_grad_()
+        with torch.enable_grad():
+            usual = (leaf * 2).requires_grad
+            with torch_private.recording():
+                doubled = (leaf * 2).sum()
+                gradient = torch.autograd.grad(doubled, leaf)[0]
+        found.append((usual, gradient.tolist()))
+        return gradient
+
+    @operator.register_fake
+    def _(x):
+        return torch.empty_like(x)
+
+    yield operator, found
+    operator._lib._destroy()
+
+
+def test_autograd_records_inside_an_operator_and_not_after_it(noted):
+    operator, found = noted
+    operator(torch.ones(2))
+    operator(torch.ones(1).requires_grad_().detach())
+    assert found == [(False, [2.0, 2.0]), (False, [2.0])]
+
+
+@pytest.mark.parametrize("kept", (False, True))
+def test_an_operator_kept_in_order_runs_though_nobody_uses_its_result(noted, kept):
+    operator, found = noted
+    if kept:
+        torch_private.keep_in_order(torch.ops.softclip_tests.noted.default)
+
+    def unused(x):
+        operator(x)
+        return x + 1
+
+    torch.compiler.reset()
+    torch.compile(unused, backend="aot_eager", fullgraph=True)(torch.ones(2))
+    assert len(found) == kept
+
+
 def test_a_compiled_module_tells_what_it_was_made_of():
     model = nn.Linear(2, 2)
     assert torch_private.compiled_from(torch.compile(model, backend="eager")) is model
@@ -103,7 +154,16 @@ def private_names(path):
 
 def test_no_other_module_of_the_room_touches_a_private_name():
     room = ROOT / "softclip_kernels" / "distributed"
-    assert set(private_names(room / "torch_private.py")) == {"_device_types", "_get_backend", "_get_default_store"}
+    assert set(private_names(room / "torch_private.py")) == {
+        "_device_types",
+        "_get_backend",
+        "_get_default_store",
+        "_resolve_process_group",
+        "_C",
+        "_dispatch_tls_local_include_set",
+        "_dispatch_tls_local_exclude_set",
+        "_ForceDispatchKeyGuard",
+    }
     for path in room.glob("*.py"):
         if path.name != "torch_private.py":
             assert list(private_names(path)) == [], path.name
