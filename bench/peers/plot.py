@@ -73,8 +73,8 @@ def draw(record: Path, folder: Path) -> list[Path]:
 
 
 def read(record: Path) -> tuple[list[Row], list[str]]:
-    """The rows of the newest run's width and threads, by dtype and size; and what is to be said of them: where they were
-    measured, and what has no point."""
+    """The rows of the newest run's width and threads, by dtype and size; and what is to be said of them: where they
+    were measured, and what has no point."""
     if not record.exists():
         raise SystemExit(f"{record} is not there: python -m bench peers measures it, --record FILE names another")
     found = json.loads(record.read_text())

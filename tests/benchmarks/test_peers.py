@@ -92,8 +92,8 @@ def _rows(*contenders, case=CASE, limits=LIMITS, before=None):
     "peer", [pytest.param(one, id=one.name, marks=[pytest.mark.long] * (one.name == "torch.compile")) for one in PEERS]
 )
 def test_every_peer_computes_its_loss(peer, dtype):
-    """In float32 to the library's standard; in bfloat16, where others round the loss itself and one direction its rows of
-    unit norm, within 5 %."""
+    """In float32 to the library's standard; in bfloat16, where others round the loss itself, and one direction the rows
+    that it brings to unit norm, within 5 %."""
     if why := peer.missing():
         pytest.skip(why)
     n = 65
