@@ -220,7 +220,7 @@ def standard(loss: str, x: Tensor, y: Tensor, scale: Tensor) -> Standard:
     found = Standard.of(x, y, scale, wanted)
     if loss != "rows":
         return found
-    exact = with_unit_rows(lambda *operands: dense_loss(*operands, wanted))
+    exact = with_unit_rows(lambda x, y, scale: dense_loss(x, y, scale, wanted))
     return Standard(Result.of(exact, x.double(), y.double(), scale.double()), found.allowed)
 
 
