@@ -133,6 +133,17 @@ def test_right_peers_are_timed_in_turns_beside_ours():
         assert row["of ours"] == row["seconds"].median / ours["seconds"].median
 
 
+def test_every_peer_has_a_row_whatever_is_installed():
+    """The hosts that are there, forked from a process that has imported them. (Compiling takes too long here.)"""
+    every = [peer for peer in PEERS if peer.name != "torch.compile"]
+    rows = _rows(*every, limits=replace(LIMITS, rounds=1))
+    assert [row["peer"] for row in rows] == [peer.name for peer in every]
+    for peer, row in zip(every, rows, strict=True):
+        assert row["outcome"] == (peer.missing() or plot.MEASURED)
+        assert (row["version"] is None) == (peer.host is None or peer.missing() is not None)
+        assert row["outcome"] != plot.MEASURED or row["outside"] is None
+
+
 def test_where_the_budget_allows_no_round_the_first_runs_stand():
     (row,) = _rows(DENSE, limits=replace(LIMITS, budget=0.0))
     assert len(row["seconds"].seconds) == 1 and "of ours" not in row
