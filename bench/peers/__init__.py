@@ -129,10 +129,14 @@ def measure(peers: Sequence[Peer], case: Case, limits: Limits, before: dict[str,
     with tempfile.TemporaryDirectory() as folder:
         expected = {loss: Path(folder, loss) for loss in dict.fromkeys(one.peer.loss for one in running)}
         try:
-            for loss, path in expected.items():
-                _write_reference(replace(case, loss=loss), limits, path)
+            lacking = {
+                loss: _write_reference(replace(case, loss=loss), limits, path) for loss, path in expected.items()
+            }
             for one in running:
-                one.perform(expected[one.peer.loss])
+                if (failure := lacking[one.peer.loss]) is None:
+                    one.perform(expected[one.peer.loss])
+                else:
+                    one.failure = f"nothing to compare with: {failure}"
             _time_in_turns([one for one in running if one.failure is None], limits)
         finally:
             for one in points:
@@ -159,12 +163,16 @@ def hopeless(before: Row | None, n: int, seconds: float) -> str | None:
     return f"{UNTRIED}{before['seconds'].median:.3g} s at N = {before['n']}, {EXCEEDED}{seconds:g} s here"
 
 
-def _write_reference(case: Case, limits: Limits, path: Path) -> None:
+def _write_reference(case: Case, limits: Limits, path: Path) -> Failed | None:
+    """None, or why there is none."""
     worker = fresh_process()
     try:
         worker.call(point.reference, {"case": case, "threads": limits.threads, "path": path}, COMPILING)
+    except Failed as failure:
+        return failure
     finally:
         worker.end()
+    return None
 
 
 def _time_in_turns(points: Sequence[Point], limits: Limits) -> None:
@@ -205,8 +213,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.error(
             f"--seconds {options.seconds:g} and --memory {options.memory:g} must be above 0, --budget not below"
         )
-    available = memory.available() / GIB
-    if not options.plot and options.memory > available:
+    if not options.plot and options.memory > (available := memory.available() / GIB):
         parser.error(f"--memory {options.memory:g}: no more than {available:.1f} GiB are free here; give less")
     return options
 

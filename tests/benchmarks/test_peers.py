@@ -3,6 +3,7 @@ installed (all of them in .venv-hosts); a peer whose host is not there is skippe
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import time
@@ -180,6 +181,16 @@ def test_a_peer_that_is_not_installed_is_a_row():
     assert [row["outcome"] for row in _rows(lacking, unable)] == ["no_such_host is not installed", "too old"]
 
 
+def test_without_anything_to_compare_with_nothing_is_timed(monkeypatch):
+    monkeypatch.setattr(point, "reference", _no_reference)
+    (row,) = _rows(DENSE)
+    assert row["outcome"] == "nothing to compare with: OSError: full"
+
+
+def _no_reference(case, threads, path):
+    raise OSError("full")
+
+
 def _why_not():
     return "too old"
 
@@ -191,6 +202,24 @@ def test_memory_is_what_a_run_needs_beyond_inputs_and_gradients():
     # Gradients of 2 * 20000 * 32 * 4 bytes are not counted, nor is what the checks before have freed.
     (wide,) = _rows(Peer("wide", _without_logits), case=replace(CASE, n=20000), limits=replace(LIMITS, budget=0.0))
     assert -1 < wide["peak MiB"] < 4
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_what_was_freed_before_counts_when_it_is_taken_again():
+    (row,) = _rows(Peer("crumbs", _crumbs), limits=replace(LIMITS, budget=0.0))
+    assert 15 < row["peak MiB"] < 20
+
+
+def _crumbs(case):
+    """16 MiB in pieces so small that glibc keeps them when they are freed, below one that stays."""
+
+    def loss(x, y, scale):
+        pieces = [torch.ones(16384) for _ in range(256)]
+        kept.append(torch.ones(16384))
+        return losses.dense(x, y, scale) + 0 * len(pieces)
+
+    kept = []
+    return loss
 
 
 def _without_logits(case):
