@@ -160,7 +160,7 @@ def hopeless(before: Row | None, n: int, seconds: float) -> str | None:
     least = before["seconds"].median * (n / before["n"]) ** 2
     if least <= seconds:
         return None
-    return f"{UNTRIED}{before['seconds'].median:.3g} s at N = {before['n']}, {EXCEEDED}{seconds:g} s here"
+    return f"{UNTRIED}{before['seconds'].median:.3g} s at N = {before['n']}, so {EXCEEDED}{seconds:g} s at N = {n}"
 
 
 def _write_reference(case: Case, limits: Limits, path: Path) -> Failed | None:

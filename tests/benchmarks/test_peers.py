@@ -243,13 +243,13 @@ def test_what_cannot_fit_into_the_limits_is_not_tried():
     measured = {"outcome": plot.MEASURED, "n": 1024, "seconds": Timing.of((3.0,))}
     assert hopeless(None, 2048, 1.0) is None
     assert hopeless(measured, 2048, 12.0) is None
-    assert hopeless(measured, 2048, 11.0) == "not tried: 3 s at N = 1024, over 11 s here"
+    assert hopeless(measured, 2048, 11.0) == "not tried: 3 s at N = 1024, so over 11 s at N = 2048"
     untried = {"outcome": hopeless(measured, 2048, 11.0), "n": 2048}
     assert hopeless(untried, 4096, 11.0) == untried["outcome"]
     assert hopeless({"outcome": "over 8 GiB", "n": 1024}, 2048, 1.0) == "not tried: over 8 GiB"
     assert hopeless({"outcome": "RuntimeError: planted", "n": 1024}, 2048, 1.0) is None
     (row,) = _rows(DENSE, before={"dense": measured | {"n": 4}}, limits=replace(LIMITS, seconds=100.0))
-    assert row["outcome"].startswith("not tried: 3 s at N = 4, over")
+    assert row["outcome"].startswith("not tried: 3 s at N = 4, so over")
 
 
 def test_a_run_writes_its_record_and_draws_it(tmp_path, monkeypatch, capsys):
@@ -307,8 +307,8 @@ def _record(path: Path, rows):
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *how, **more: (figures.append(self), save(self, *how, **more)))
     return figures
 
 
