@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,18 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 def growth(work: Callable[[], object]) -> int:
     """The bytes by which this process's peak while working exceeds what was resident before."""
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
     kept = work()
-    peak = _resident("VmHWM")
+    peak = resident("VmHWM")
     del kept
     return peak - before
+
+
+def give_back() -> None:
+    """What glibc keeps of freed memory goes to the system: what is resident is what is alive."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -28,6 +35,16 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def _resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+def available() -> int:
+    """Bytes that could be had on this machine now."""
+    return _bytes("/proc/meminfo", "MemAvailable")
+
+
+def resident(field: str) -> int:
+    """Bytes of this process, as /proc/self/status calls them."""
+    return _bytes("/proc/self/status", field)
+
+
+def _bytes(file: str, field: str) -> int:
+    lines = Path(file).read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))

@@ -43,12 +43,16 @@ class Failed(Exception):
 
 class Worker:
     """Runs functions one after the other in one other process, which has `environment` added to its own and which
-    `prepare` readies."""
+    `prepare` readies. `method` is how it starts: "spawn", or "forkserver" where many are started without a GPU, for
+    CUDA does not survive a fork."""
 
     def __init__(
-        self, prepare: Callable[[], object] | None = None, environment: Mapping[str, str] | None = None
+        self,
+        prepare: Callable[[], object] | None = None,
+        environment: Mapping[str, str] | None = None,
+        method: str = "spawn",
     ) -> None:
-        self._prepare, self._environment = prepare, dict(environment or {})
+        self._prepare, self._environment, self._method = prepare, dict(environment or {}), method
         self._process: Any = None
         self._connection: Connection | None = None
 
@@ -82,7 +86,7 @@ class Worker:
         self._process = self._connection = None
 
     def _start(self) -> Connection:
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        context: Any = multiprocessing.get_context(self._method)
         self._connection, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, self._prepare, self._environment), daemon=True)
         self._process.start()

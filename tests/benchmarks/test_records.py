@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import cpu, distributed, records
+from bench import cpu, distributed, peers, records
 from bench.records import RESULTS, Record
 from bench.timing import Timing
 
@@ -141,7 +141,9 @@ def test_an_interrupted_write_leaves_the_old_record(record, monkeypatch):
     assert made.path.read_text() == before
 
 
-@pytest.mark.parametrize(("kind", "labels"), (("cpu", cpu.LABELS), ("distributed", distributed.LABELS)))
+@pytest.mark.parametrize(
+    ("kind", "labels"), (("cpu", cpu.LABELS), ("distributed", distributed.LABELS), ("peers", peers.LABELS))
+)
 def test_the_records_in_the_tree_can_be_added_to(kind, labels, tmp_path, monkeypatch):
     paths = list((RESULTS / kind).glob("*.json"))
     assert paths
