@@ -54,9 +54,11 @@ HOOKS: tuple[Hook, ...] = (
 SUPPORTED = ("CLIPModel", "AltCLIPModel", "ChineseCLIPModel", "MetaClip2Model", "VisionTextDualEncoderModel")
 
 if TYPE_CHECKING:
-    _Model, _Trainer = transformers.PreTrainedModel, transformers.Trainer
+    _Model = transformers.PreTrainedModel
+    _Trainer = transformers.Trainer
 else:
-    _Model = _Trainer = object
+    _Model = object
+    _Trainer = object
 
 MakeTarget = Callable[[int, int], Target]
 

@@ -217,6 +217,7 @@ def over_ranks(folder: Path) -> dict[str, Any]:
 
 def with_deepspeed(folder: Path) -> dict[str, Any]:
     """ZeRO-3 starts from a file of the host's model, which DeepSpeed then cuts while it is read."""
+    on_cpu.spare_a_build()
     start = folder / f"start{dist.get_rank()}"
     model_of().save_pretrained(start)
     found: dict[str, Any] = {}
