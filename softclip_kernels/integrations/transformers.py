@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 try:
-    import transformers
     from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import ModelOutput
 except ImportError as error:
@@ -54,8 +53,8 @@ HOOKS: tuple[Hook, ...] = (
 SUPPORTED = ("CLIPModel", "AltCLIPModel", "ChineseCLIPModel", "MetaClip2Model", "VisionTextDualEncoderModel")
 
 if TYPE_CHECKING:
-    _Model = transformers.PreTrainedModel
-    _Trainer = transformers.Trainer
+    from transformers import PreTrainedModel as _Model
+    from transformers import Trainer as _Trainer
 else:
     _Model = object
     _Trainer = object

@@ -50,7 +50,8 @@ def assert_exact(recording: Recording, accumulation: int) -> None:
 def test_one_process_trains_as_the_hosts_loss(accumulation, hosts):
     """With a column of labels, beside which the host takes a loss for one divided by the number of batches already."""
     columns = {"labels": list(range(trainer_runs.ROWS))}
-    ours = Recording(**run(True, accumulation, columns=columns)["recording"])
+    kept = {"remove_unused_columns": False}
+    ours = Recording(**run(True, accumulation, columns=columns, arguments=kept)["recording"])
     assert_exact(ours, accumulation)
     assert ours.steps == hosts[accumulation].steps == STEPS
     assert furthest(ours, hosts[accumulation]) < 1e-6

@@ -255,5 +255,6 @@ def rank_main(folder: str, what: str) -> None:
     """What a rank does, once its process group is there."""
     rank = dist.get_rank()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks for them, and does not use them
     torch.save(globals()[what](Path(folder)), Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
