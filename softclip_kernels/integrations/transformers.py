@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 try:
-    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import ModelOutput
 except ImportError as error:
     raise ImportError(
@@ -92,8 +91,6 @@ class SoftClipModelMixin(_Model):
                 f"encoder of that kind return embeddings and scale from a forward of your own, and call softclip_loss"
             )
         super().__init__(*arguments, **options)
-        if is_deepspeed_zero3_enabled():
-            give_scale_a_dimension(self)  # before DeepSpeed cuts the parameters
 
     def forward(  # names whatever one of the encoders takes, for the Trainer leaves out columns that are not named here
         self,

@@ -36,7 +36,7 @@ def two(tmp_path_factory: Any) -> list[dict[str, Any]]:
     """What each of two processes did."""
     folder = tmp_path_factory.mktemp("transformers")
     start = "from helpers.hosts import on_cpu\non_cpu.prepare()\nfrom helpers.hosts.trainer_runs import rank_main"
-    run_interpreters(f"{start}\nrank_main({str(folder)!r}, 'over_ranks')", 2, patience=500)
+    run_interpreters(f"{start}\nrank_main({str(folder)!r})", 2, patience=500)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
