@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 try:
-    import transformers
-    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import ModelOutput
 except ImportError as error:
     raise ImportError(
@@ -54,9 +52,11 @@ HOOKS: tuple[Hook, ...] = (
 SUPPORTED = ("CLIPModel", "AltCLIPModel", "ChineseCLIPModel", "MetaClip2Model", "VisionTextDualEncoderModel")
 
 if TYPE_CHECKING:
-    _Model, _Trainer = transformers.PreTrainedModel, transformers.Trainer
+    from transformers import PreTrainedModel as _Model
+    from transformers import Trainer as _Trainer
 else:
-    _Model = _Trainer = object
+    _Model = object
+    _Trainer = object
 
 MakeTarget = Callable[[int, int], Target]
 
@@ -91,8 +91,6 @@ class SoftClipModelMixin(_Model):
                 f"encoder of that kind return embeddings and scale from a forward of your own, and call softclip_loss"
             )
         super().__init__(*arguments, **options)
-        if is_deepspeed_zero3_enabled():
-            give_scale_a_dimension(self)  # before DeepSpeed cuts the parameters
 
     def forward(  # names whatever one of the encoders takes, for the Trainer leaves out columns that are not named here
         self,

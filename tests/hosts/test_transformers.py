@@ -36,7 +36,7 @@ def two(tmp_path_factory: Any) -> list[dict[str, Any]]:
     """What each of two processes did."""
     folder = tmp_path_factory.mktemp("transformers")
     start = "from helpers.hosts import on_cpu\non_cpu.prepare()\nfrom helpers.hosts.trainer_runs import rank_main"
-    run_interpreters(f"{start}\nrank_main({str(folder)!r}, 'over_ranks')", 2, patience=500)
+    run_interpreters(f"{start}\nrank_main({str(folder)!r})", 2, patience=500)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -50,7 +50,8 @@ def assert_exact(recording: Recording, accumulation: int) -> None:
 def test_one_process_trains_as_the_hosts_loss(accumulation, hosts):
     """With a column of labels, beside which the host takes a loss for one divided by the number of batches already."""
     columns = {"labels": list(range(trainer_runs.ROWS))}
-    ours = Recording(**run(True, accumulation, columns=columns)["recording"])
+    kept = {"remove_unused_columns": False}
+    ours = Recording(**run(True, accumulation, columns=columns, arguments=kept)["recording"])
     assert_exact(ours, accumulation)
     assert ours.steps == hosts[accumulation].steps == STEPS
     assert furthest(ours, hosts[accumulation]) < 1e-6

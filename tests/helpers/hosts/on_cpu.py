@@ -1,7 +1,7 @@
 """Runs a script or a module of a host where no GPU is: `python -m helpers.hosts.on_cpu [-m] SCRIPT [ARGUMENTS]`.
 
-Two faults of hosts that have nothing to do with a loss: torchvision's wheel does not import beside a torch for CPUs,
-and open_clip tells DistributedDataParallel the number of a CPU.
+Faults of hosts that have nothing to do with a loss: torchvision's wheel does not import beside a torch for CPUs,
+open_clip tells DistributedDataParallel the number of a CPU, and DeepSpeed compiles for minutes at its first start.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,13 @@ def accept_cpus() -> None:
     DistributedDataParallel.__init__ = __init__  # type: ignore[method-assign]
 
 
+def spare_a_build() -> None:
+    """Let DeepSpeed reduce without its operator for shared memory, which it would compile."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def prepare() -> None:
     torch.set_num_threads(1)
     describe_torchvision()
@@ -55,6 +63,8 @@ def main(arguments: list[str]) -> None:
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments
+        if "deepspeed" in Path(arguments[0]).read_text():
+            spare_a_build()
         runpy.run_path(arguments[0], run_name="__main__")
 
 
