@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -194,7 +194,9 @@ class ColumnBlock(NamedTuple):
 
 
 class LinearTerm(Protocol):
-    """A target matrix E whose sums against z need no log-sum-exp, hence no kernel."""
+    """A target matrix E whose sums against z need no log-sum-exp, hence no kernel. A dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def column_operands(self) -> tuple[Tensor, ...]:
         """What the term knows about this rank's columns, (M, ...) each."""

@@ -70,8 +70,8 @@ class ColumnOperands:
         def restored(tensors: Sequence[Tensor | None]) -> ColumnOperands:
             remaining = iter(tensors[width:])
             terms = [
-                replace(term, **{name: next(remaining) for name in fields})
-                for term, fields in zip(hollow, names, strict=True)
+                replace(term, **{name: next(remaining) for name in own})
+                for term, own in zip(hollow, names, strict=True)
             ]
             return ColumnOperands(Problem.of(tensors[:width], sources), tuple(terms), layout)
 

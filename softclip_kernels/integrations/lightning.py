@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 try:
-    import lightning.pytorch
     from lightning.pytorch.strategies import ModelParallelStrategy
 except ImportError as error:
     raise ImportError(
@@ -42,7 +41,7 @@ HOOKS: tuple[Hook, ...] = (
 )
 
 if TYPE_CHECKING:
-    _Module = lightning.pytorch.LightningModule
+    from lightning.pytorch import LightningModule as _Module
 else:
     _Module = object
 
@@ -116,8 +115,10 @@ class SoftClipMixin(_Module):
     def _ranks(self) -> Any:
         """The `group=` of a loss over everybody who has rows of their own."""
         strategy = self._trainer.strategy if self._trainer is not None else None
-        sharded = isinstance(strategy, ModelParallelStrategy)
-        if sharded and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1:
+        if (
+            isinstance(strategy, ModelParallelStrategy)
+            and (parts := strategy.device_mesh["tensor_parallel"].size()) > 1
+        ):
             raise ValueError(
                 f"tensor_parallel_size={parts}: ranks that share a tensor have the same rows, which the loss would "
                 f"count {parts} times; allowed: 1"

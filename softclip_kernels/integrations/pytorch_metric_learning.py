@@ -82,8 +82,8 @@ class _TwoTensors:
     def _rows(self, embeddings: Tensor, ref_emb: Tensor, target: Target) -> Tensor:
         """(N,) every row's loss."""
         x, y = F.normalize(embeddings, dim=1), F.normalize(ref_emb, dim=1)
-        options = {"reduction": "none", "direction": "rows", "backend": self.backend}
-        return softclip_loss(x, y, 1.0 / self.temperature, target, **options).rows
+        scale, backend = 1.0 / self.temperature, self.backend
+        return softclip_loss(x, y, scale, target, reduction="none", direction="rows", backend=backend).rows
 
 
 class SoftClipNTXentLoss(_TwoTensors, NTXentLoss):

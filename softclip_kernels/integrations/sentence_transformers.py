@@ -167,7 +167,7 @@ class SoftClipCachedMultipleNegativesRankingLoss(_Fused, CachedMultipleNegatives
     ) -> Tensor:
         loss = self._loss([torch.cat(column) for column in reps])
         if with_backward:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             loss = loss.detach()
         return loss
 
