@@ -37,7 +37,8 @@ def store() -> dist.Store:
 
 def group_named(name: str) -> Any:
     """The process group whose `group_name` this is. distributed_c10d._resolve_process_group, torch 2.13."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    return resolve(name)
 
 
 def recording() -> Any:
