@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 try:
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import ModelOutput
 except ImportError as error:
     raise ImportError(
@@ -91,6 +92,12 @@ class SoftClipModelMixin(_Model):
                 f"encoder of that kind return embeddings and scale from a forward of your own, and call softclip_loss"
             )
         super().__init__(*arguments, **options)
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """As every module's. ZeRO-3 cuts parameters as soon as the encoder's __init__ ends, and needs a dimension."""
+        super().register_parameter(name, param)
+        if name == "logit_scale" and param is not None and is_deepspeed_zero3_enabled():
+            give_scale_a_dimension(self)
 
     def forward(  # names whatever one of the encoders takes, for the Trainer leaves out columns that are not named here
         self,
