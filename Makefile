@@ -36,7 +36,8 @@ test-optional: $(OPTIONAL)/dependencies
 	  tests/optional tests/trainer/test_optimizers.py $(ARGS)
 
 test-hosts: $(HOSTS)/dependencies
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest -n $(WORKERS) --dist loadfile tests/hosts $(ARGS)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not long" \
+	  tests/hosts tests/benchmarks/test_peers.py $(ARGS)
 
 lint: $(VENV)/package
 	$(RUN) -m ruff check .
