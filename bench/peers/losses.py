@@ -41,6 +41,7 @@ from softclip_kernels.testing import Result, Standard, dense_loss
 
 from .. import problems
 from ..problems import SCALE, Case, Loss
+from ..torchvision_beside_cpu import describe_torchvision
 
 BLOCK = 1024  # rows of the checkpointed blocks
 MINI_BATCH = 256  # of the cached MNRL
@@ -241,22 +242,6 @@ def result(found: Sequence[Tensor | None], expected: Result) -> Result:
 def _no_model() -> nn.Module:
     """In place of an encoder: the losses are called on embeddings."""
     return nn.Sequential(nn.Identity())
-
-
-_operators: list[torch.library.Library] = []  # alive as long as the process
-
-
-def describe_torchvision() -> None:
-    """Before open_clip or sentence-transformers is imported: a torchvision for CUDA beside a torch for CPUs describes
-    operators at its import that it then does not bring."""
-    if _operators or importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        _operators.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _operators[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def import_hosts() -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from helpers.hosts import on_cpu
+from bench.torchvision_beside_cpu import describe_torchvision
 from train.options import ModelOptions
 
-on_cpu.describe_torchvision()
+describe_torchvision()
 
 SIZE, LENGTH, WIDTH = 32, 8, 24
 WORDS = ("[PAD]", "[START]", "[UNK]", "[END]", "a", "cat", "dog", "red", "blue", "of", "photo")

@@ -6,7 +6,6 @@ open_clip tells DistributedDataParallel the number of a CPU, and DeepSpeed compi
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -15,20 +14,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-_operators: list[torch.library.Library] = []  # alive as long as the process
-
-
-def describe_torchvision() -> None:
-    """Before any host is imported."""
-    if importlib.util.find_spec("torchvision") is None or _operators:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        # A wheel for CUDA describes operators at its import that it then does not bring.
-        _operators.append(torch.library.Library("torchvision", "FRAGMENT"))
-        for name in ("nms", "qnms"):
-            _operators[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from bench.torchvision_beside_cpu import describe_torchvision
 
 
 def accept_cpus() -> None:
