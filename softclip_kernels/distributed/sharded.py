@@ -64,8 +64,7 @@ class ColumnOperands:
         y and scale first."""
         tensors, sources, layout = self.problem.tensors()[3:], self.problem.sources(), self.layout
         given = [_tensor_fields(term) for term in self.terms]
-        terms: tuple[Any, ...] = self.terms  # dataclasses, which their protocol does not say
-        hollow = [replace(term, **dict.fromkeys(values)) for term, values in zip(terms, given, strict=True)]
+        hollow = [replace(term, **dict.fromkeys(values)) for term, values in zip(self.terms, given, strict=True)]
         names, width = [list(values) for values in given], 3 + len(tensors)
 
         def restored(tensors: Sequence[Tensor | None]) -> ColumnOperands:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,12 @@ class Hook:
             f"this adapter knows {self.host}, where it takes ({', '.join(self.parameters)}). Install that, or call "
             f"softclip_loss in a loop of your own"
         )
+
+
+def check(hooks: Iterable[Hook]) -> None:
+    """Raises UnknownHost where one of them is not as it is known: before anything is hooked into."""
+    for hook in hooks:
+        hook.find()
 
 
 def parameters(function: Any) -> tuple[str, ...]:

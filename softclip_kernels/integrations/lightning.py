@@ -7,7 +7,7 @@ class Towers(SoftClipMixin, LightningModule):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -24,7 +24,8 @@ from ..distributed.exchange import WORLD
 from ..distributed.two_pass import MicroBatch, TwoPass
 from ..losses.softmax import softclip_loss
 from ..targets.base import Target
-from ..targets.steps import EachStep
+from ..targets.steps import MakeTarget, at_each_step
+from . import hooks
 from .hooks import Hook
 
 _HOST = "lightning 2.6"
@@ -51,8 +52,7 @@ class SoftClipMixin(_Module):
     with tensor parallelism is refused with ValueError, a host of other signatures with UnknownHost."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        for hook in HOOKS:
-            hook.find()
+        hooks.check(HOOKS)
         super().__init__(*arguments, **options)
 
     def softclip_loss(
@@ -60,7 +60,7 @@ class SoftClipMixin(_Module):
         x: Tensor,
         y: Tensor,
         logit_scale: Tensor | float,
-        target: Target | Callable[[int, int], Target] | None = None,
+        target: Target | MakeTarget | None = None,
         *,
         log: str | None = "loss",
         backend: str = "auto",
@@ -73,8 +73,7 @@ class SoftClipMixin(_Module):
         log                the name under which the loss is logged, as its mean over ranks: that is the loss of the
                            batch of all, and a rank's own is not. None: not at all
         """
-        if target is not None and not isinstance(target, Target):
-            target = EachStep(target, lambda: self.global_step)
+        target = at_each_step(target, lambda: self.global_step)
         group = self._ranks()
         if self.automatic_optimization:
             self._check_sharded()

@@ -26,9 +26,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import EachStep, Losses, OptimizerSteps, ProgressiveSelfDistillation, SoftClipLoss, Teacher, schedules
+from .. import Losses, OptimizerSteps, ProgressiveSelfDistillation, SoftClipLoss, Teacher, schedules
 from ..targets.base import Target
-from ..targets.steps import KEY
+from ..targets.steps import KEY, MakeTarget, at_each_step
+from . import hooks
 from .hooks import Hook
 
 try:
@@ -39,8 +40,6 @@ except ImportError as error:
     ) from error
 
 _log = logging.getLogger(__name__)
-
-MakeTarget = Callable[[int, int], Target]
 
 _FEATURES = ("image_features", "text_features", "logit_scale")
 _TEACHER = ("dist_image_features", "dist_text_features", "dist_logit_scale")
@@ -108,18 +107,13 @@ class ContrastiveLoss(SoftClipLoss):
         self.accumulated = accumulated
 
     def forward(
-        self,
-        image_features: Tensor,
-        text_features: Tensor,
-        logit_scale: Tensor | float,
-        logit_bias: Tensor | None = None,
-        output_dict: bool = False,
-        target: Target | None = None,
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor | float, *rest: Any, **named: Any
     ) -> Tensor | Losses | dict[str, Tensor | Losses]:
+        """SoftClipLoss's."""
         if self.accumulated > 1 and isinstance(logit_scale, Tensor):
             # The same value, for the two are equal, and that share of the gradient.
             logit_scale = torch.lerp(logit_scale.detach(), logit_scale, 1 / self.accumulated)
-        return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict, target)
+        return super().forward(image_features, text_features, logit_scale, *rest, **named)
 
 
 class DistillationLoss(SoftClipLoss):
@@ -161,25 +155,17 @@ def install(target: Target | MakeTarget | None = None) -> None:
     one of those in HOOKS, TypeError for another target, and in main, before anything starts, ValueError for flags that
     ask for another loss: --siglip, --horovod, CoCa models.
     """
-    if target is not None and not isinstance(target, Target) and not callable(target):
-        raise TypeError(
-            f"target is a {type(target).__name__}; allowed: None, a Target, or make(step, n) that returns one, such as "
-            f"psd.at of a ProgressiveSelfDistillation"
-        )
+    steps = OptimizerSteps()
+    each = at_each_step(target, steps)
     uninstall()
-    for hook in HOOKS:
-        hook.find()
-    steps = None
-    if target is not None and not isinstance(target, Target):
-        steps = OptimizerSteps()
-        target = EachStep(target, steps)
-    make_loss = functools.partial(_make_loss, target=target)
+    hooks.check(HOOKS)
+    make_loss = functools.partial(_make_loss, target=each)
     _replace("parse_args", _parse_args)
     if _makes_tasks:
         _replace("create_task", functools.partial(_create_task, make_loss=make_loss))
     else:
         _replace("create_loss", lambda host, args: make_loss(args))
-    if steps is not None:
+    if each is not target:  # made of `make`, and in need of the count
         _replace("train_one_epoch", functools.partial(_epoch_4 if _makes_tasks else _epoch_3, steps=steps))
 
 

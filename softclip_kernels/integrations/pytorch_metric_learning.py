@@ -25,6 +25,7 @@ from .. import backends
 from ..losses.softmax import softclip_loss
 from ..targets.base import Target
 from ..targets.hard import Hard
+from . import hooks
 from .hooks import Hook
 
 _HOST = "pytorch-metric-learning 2.9"
@@ -47,8 +48,7 @@ class _TwoTensors:
     distance: Any
 
     def __init__(self, *arguments: Any, backend: str = "auto", **options: Any) -> None:
-        for hook in HOOKS:
-            hook.find()
+        hooks.check(HOOKS)
         super().__init__(*arguments, **options)
         backends.check_name(backend)
         self.backend = backend
@@ -59,7 +59,10 @@ class _TwoTensors:
                 f"allowed: CosineSimilarity(). The host's own loss takes others"
             )
 
-    def _check(self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any) -> None:
+    def compute_loss(
+        self, embeddings: Tensor, labels: Any, indices_tuple: Any, ref_emb: Tensor, ref_labels: Any
+    ) -> dict[str, Any]:
+        """The host's, of operands that are covered."""
         name = type(self).__name__
         if indices_tuple is not None:
             raise ValueError(
@@ -78,6 +81,11 @@ class _TwoTensors:
                 f"{name}: ref_labels is the same object as labels, or None. The host then leaves the diagonal out, "
                 f"that is each row's own pair; pass ref_labels=labels.clone() to have it in"
             )
+        return self._losses(embeddings, labels, ref_emb, ref_labels)
+
+    def _losses(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> dict[str, Any]:
+        """What the host's compute_loss returns."""
+        raise NotImplementedError
 
     def _rows(self, embeddings: Tensor, ref_emb: Tensor, target: Target) -> Tensor:
         """(N,) every row's loss."""
@@ -95,10 +103,7 @@ class SoftClipNTXentLoss(_TwoTensors, NTXentLoss):
     signatures raises UnknownHost. Labels are read, for which a GPU waits, as it does in the host.
     """
 
-    def compute_loss(
-        self, embeddings: Tensor, labels: Tensor, indices_tuple: None, ref_emb: Tensor, ref_labels: Tensor
-    ) -> dict[str, Any]:
-        self._check(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    def _losses(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> dict[str, Any]:
         ordered, order = ref_labels.sort()
         first = torch.searchsorted(ordered, labels)
         number = torch.searchsorted(ordered, labels, right=True) - first
@@ -118,10 +123,7 @@ class SoftClipNTXentLoss(_TwoTensors, NTXentLoss):
 class SoftClipSupConLoss(_TwoTensors, SupConLoss):
     """SupConLoss between two tensors, of any number of positives a row: the same as SoftClipNTXentLoss beyond that."""
 
-    def compute_loss(
-        self, embeddings: Tensor, labels: Tensor, indices_tuple: None, ref_emb: Tensor, ref_labels: Tensor
-    ) -> dict[str, Any]:
-        self._check(embeddings, labels, indices_tuple, ref_emb, ref_labels)
+    def _losses(self, embeddings: Tensor, labels: Tensor, ref_emb: Tensor, ref_labels: Tensor) -> dict[str, Any]:
         if bool((labels == labels[0]).all()) and bool((ref_labels == labels[0]).all()):
             return self.zero_losses()  # as in the host, where nothing is a negative
         losses = self._rows(embeddings, ref_emb, Hard(groups=(labels, ref_labels)))

@@ -34,6 +34,7 @@ from ..targets.combine import Weighted
 from ..targets.context import Context
 from ..targets.hard import Hard
 from ..targets.terms import LoweredTarget
+from . import hooks
 from .hooks import Hook
 
 _HOST = "sentence-transformers 6.2"
@@ -81,8 +82,7 @@ class _Fused(nn.Module):
     hardness_mode: str | None
 
     def __init__(self, *arguments: Any, target: Target | None = None, backend: str = "auto", **options: Any) -> None:
-        for hook in HOOKS:
-            hook.find()
+        hooks.check(HOOKS)
         super().__init__(*arguments, **options)
         if target is not None:
             check_target("target", target)

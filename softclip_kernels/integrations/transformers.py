@@ -8,7 +8,7 @@ ClipTrainer(CLIP.from_pretrained(...), arguments, train_dataset=..., target=psd.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,8 @@ from ..distributed.two_pass import TwoPass
 from ..losses.softmax import softclip_loss
 from ..targets.base import Target
 from ..targets.hard import Hard
-from ..targets.steps import EachStep
+from ..targets.steps import MakeTarget, at_each_step
+from . import hooks
 from .hooks import Hook, UnknownHost
 
 _HOST = "transformers 5.24"
@@ -58,8 +59,6 @@ if TYPE_CHECKING:
 else:
     _Model = object
     _Trainer = object
-
-MakeTarget = Callable[[int, int], Target]
 
 
 @dataclass
@@ -182,13 +181,8 @@ class SoftClipTrainerMixin(_Trainer):
         backend: str = "auto",
         **options: Any,
     ) -> None:
-        for hook in HOOKS:
-            hook.find()
-        if target is not None and not isinstance(target, Target) and not callable(target):
-            raise TypeError(
-                f"target is a {type(target).__name__}; allowed: None, a Target, or make(step, n) that returns one, "
-                f"such as psd.at of a ProgressiveSelfDistillation"
-            )
+        hooks.check(HOOKS)
+        self.target = at_each_step(target, lambda: self.state.global_step)
         if target is not None and groups is not None:
             raise ValueError(f"give target or groups={groups!r}, not both: groups make the target Hard(groups=...)")
         if checks.whole_number("micro_batches", micro_batches) < 1:
@@ -196,7 +190,7 @@ class SoftClipTrainerMixin(_Trainer):
         if options.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would not be called: this trainer's loss is softclip_loss")
         backends.check_name(backend)
-        self.target, self.groups, self.micro_batches, self.backend = target, groups, micro_batches, backend
+        self.groups, self.micro_batches, self.backend = groups, micro_batches, backend
         super().__init__(*arguments, **options)
         if not isinstance(self.model, SoftClipModelMixin):
             raise TypeError(
@@ -258,10 +252,8 @@ class SoftClipTrainerMixin(_Trainer):
                 raise ValueError(f"groups={self.groups!r}, but the batch has {', '.join(left)}")
             ids = left[self.groups]
             target = Hard(groups=(ids, ids))
-        elif training and self.target is not None:
-            steps = self.state
-            made = self.target
-            target = made if isinstance(made, Target) else EachStep(made, lambda: steps.global_step)
+        elif training:
+            target = self.target
         for name in ("return_loss", "labels", *self.label_names, self.groups):
             left.pop(name, None)
         return left, target

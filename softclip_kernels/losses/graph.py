@@ -146,13 +146,8 @@ def over_ranks(
 
 
 @over_ranks.register_fake
-def _(
-    tensors: Sequence[Tensor],
-    floats: Sequence[float],
-    integers: Sequence[int],
-    form: str,
-    learning: Sequence[bool],
-) -> tuple[Tensor, ...]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, floats, integers, form, _ = arguments
     # A request that does not fit has a result as well, so that every rank hears of it when the operator runs.
     request: Request = _put_together(_forms[form], tensors, floats, integers)
     n, m = (each.shape[0] if isinstance(each, Tensor) and each.dim() else 0 for each in (request.x, request.y))
@@ -194,9 +189,8 @@ def over_ranks_backward(
 
 
 @over_ranks_backward.register_fake
-def _(
-    tensors: Sequence[Tensor], ticket: Tensor, gradients: Sequence[Tensor], learning: Sequence[bool]
-) -> tuple[Tensor, ...]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    tensors, _, _, learning = arguments
     wanted = [k < len(learning) and learning[k] for k in range(3)]
     return tuple(tensors[k].new_empty(tensors[k].shape) if wanted[k] else tensors[0].new_empty(0) for k in range(3))
 

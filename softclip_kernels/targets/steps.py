@@ -17,6 +17,8 @@ from .terms import LoweredTarget
 
 KEY = "softclip_kernels_steps"  # in an optimizer's first parameter group
 
+MakeTarget = Callable[[int, int], Target]
+
 _counted: WeakSet[Optimizer] = WeakSet()
 
 
@@ -32,7 +34,7 @@ class EachStep(Target):
     stand at different steps are an error on all. Not traced by torch.compile: a graph breaks here.
     """
 
-    make: Callable[[int, int], Target]
+    make: MakeTarget
     steps: Callable[[], int]
 
     def __post_init__(self) -> None:
@@ -50,6 +52,19 @@ class EachStep(Target):
         target = self.make(step, context.layout.n)
         check_target("what make(step, n) returns", target)
         return replace(target.lower(context), step=step)
+
+
+def at_each_step(target: Target | MakeTarget | None, steps: Callable[[], int]) -> Target | None:
+    """Of what an adapter takes as a target: make(step, n) becomes the target of the step that `steps()` says, and a
+    Target or None stays what it is. Raises TypeError for anything else."""
+    if target is None or isinstance(target, Target):
+        return target
+    if not callable(target):
+        raise TypeError(
+            f"target is a {type(target).__name__}; allowed: None, a Target, or make(step, n) that returns one, such as "
+            f"psd.at of a ProgressiveSelfDistillation"
+        )
+    return EachStep(target, steps)
 
 
 class OptimizerSteps:

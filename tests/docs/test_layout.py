@@ -155,12 +155,10 @@ def signatures(name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def test_no_signature_of_more_than_four_parameters_stands_twice():
-    """But those that somebody else prescribes: a host to its adapter, an operator to its fake (`_`)."""
     written = defaultdict(list)
     for name in FILES:
         for function, parameters in signatures(name):
-            prescribed = name.startswith("softclip_kernels.integrations.") or function.endswith("._")
-            if len(parameters) > 4 and not prescribed:
+            if len(parameters) > 4:
                 written[parameters].append(function)
     assert {parameters: where for parameters, where in written.items() if len(where) > 1} == {}
     assert len(written) > 20
