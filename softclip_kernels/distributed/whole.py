@@ -68,10 +68,10 @@ def full_parameters(module: nn.Module) -> dict[str, Tensor]:
     """Copies of every parameter, whole on every rank: plain ones, fully_shard's and those of ZeRO-3."""
     parameters = dict(module.named_parameters())
     with _fetched(parameters.values()):
-        return {name: _full(parameter.detach()).clone() for name, parameter in parameters.items()}
+        return {name: full(parameter.detach()).clone() for name, parameter in parameters.items()}
 
 
-def _full(tensor: Tensor) -> Tensor:
+def full(tensor: Tensor) -> Tensor:
     """A DTensor of fully_shard is made whole, which every rank takes part in."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -108,5 +108,5 @@ def full_gradients(model: nn.Module, module: nn.Module, exchange: Exchange | Non
         everywhere = gather([name for name, gradient in found.items() if gradient is not None], exchange)
         for name, gradient in found.items():
             if hasattr(gradient, "full_tensor"):
-                found[name] = _full(gradient) if all(name in present for present in everywhere) else None
+                found[name] = full(gradient) if all(name in present for present in everywhere) else None
     return {name: None if gradient is None else gradient.detach().double().cpu() for name, gradient in found.items()}

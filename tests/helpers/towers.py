@@ -9,6 +9,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from helpers.hosts import on_cpu
+
 COUNTS = (13, 9, 2, 6)  # pairs of each rank: uneven, and hardly one a multiple of a number of micro-batches
 
 
@@ -50,7 +52,7 @@ def import_deepspeed(group):
     """DeepSpeed in a rank's process, without its all-reduce through shared memory, which it would compile at its first
     start: that takes longer than these tests may."""
     os.environ["LOCAL_RANK"] = str(dist.get_rank(group))  # as a launcher would
+    on_cpu.spare_a_build()
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -3,14 +3,13 @@ first step's gradient in float64, and what is refused."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.hosts import two_processes
 from helpers.hosts.recording import Recording, against, furthest
 from helpers.hosts.saved import growth
-from helpers.ranks import run_interpreters
 
 from softclip_kernels.testing import dense_loss
 
@@ -30,10 +29,7 @@ def one() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("lightning")
-    start = "from helpers.hosts import on_cpu\non_cpu.prepare()\nfrom helpers.hosts.lightning_towers import rank_main"
-    run_interpreters(f"{start}\nrank_main({str(folder)!r})", 2, patience=500)
-    return [torch.load(Path(folder) / f"rank{rank}.pt") for rank in range(2)]
+    return two_processes.run("lightning_towers", tmp_path_factory.mktemp("lightning"))
 
 
 @pytest.fixture(params=("one", "two"))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.hosts import two_processes
 from helpers.hosts.recording import Recording, against, furthest
 from helpers.hosts.saved import growth
-from helpers.ranks import run_interpreters
 from torch import nn
 
 from softclip_kernels import EachStep, Hard, ProgressiveSelfDistillation, Weighted, schedules
@@ -45,9 +45,7 @@ def one(folder) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def two(folder) -> list[dict[str, Any]]:
-    start = "from helpers.hosts import on_cpu\non_cpu.prepare()\nfrom helpers.hosts.sentences import rank_main"
-    run_interpreters(f"{start}\nrank_main({str(folder)!r})", 2, patience=500)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return two_processes.run("sentences", folder)
 
 
 @pytest.fixture(params=("one", "two"))

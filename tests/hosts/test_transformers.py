@@ -12,11 +12,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import torch
-from helpers.hosts import trainer_runs
+from helpers.hosts import trainer_runs, two_processes
 from helpers.hosts.recording import Recording, against, furthest
 from helpers.hosts.saved import growth
 from helpers.hosts.trainer_runs import BATCH, CLIP, STEPS, Hosts, Ours, collate, evaluate, model_of, pairs, run
-from helpers.ranks import run_interpreters
 from transformers import CLIPModel, Trainer
 
 from softclip_kernels import Hard, ProgressiveSelfDistillation, schedules, softclip_loss
@@ -34,10 +33,7 @@ def hosts() -> dict[int, Recording]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: Any) -> list[dict[str, Any]]:
     """What each of two processes did."""
-    folder = tmp_path_factory.mktemp("transformers")
-    start = "from helpers.hosts import on_cpu\non_cpu.prepare()\nfrom helpers.hosts.trainer_runs import rank_main"
-    run_interpreters(f"{start}\nrank_main({str(folder)!r})", 2, patience=500)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return two_processes.run("trainer_runs", tmp_path_factory.mktemp("transformers"))
 
 
 def assert_exact(recording: Recording, accumulation: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from softclip_kernels import ProgressiveSelfDistillation, Target, schedules, split_batch
+from softclip_kernels.distributed.whole import full
 from softclip_kernels.integrations.lightning import SoftClipMixin
 
 from . import digits
-from .recording import Recorder, whole
+from .recording import Recorder
 
 BATCH = 8
 PSD = ProgressiveSelfDistillation(schedules.Linear(0.5, 1.0, steps=20))
@@ -80,7 +80,7 @@ class Towers(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Where gradients are whole: in automatic optimization, the optimizer's step is what makes them."""
         if not self.gradients:
-            self.gradients = {name: whole(each.grad).clone() for name, each in self.named_parameters()}
+            self.gradients = {name: full(each.grad).clone() for name, each in self.named_parameters()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.adamw:
@@ -233,9 +233,5 @@ def runs() -> dict[str, Any]:
     return found
 
 
-def rank_main(folder: str) -> None:
-    """What a rank does, once its process group is there."""
-    rank = dist.get_rank()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()), NODE_RANK="0")
-    torch.save(runs(), Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+def over_ranks(folder: Path) -> dict[str, Any]:
+    return runs()

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from helpers.hosts import on_cpu
 from helpers.hosts.digits import write_csv
-from helpers.hosts.recording import Recorder, against, whole
+from helpers.hosts.recording import Recorder, against
 from softclip_kernels import ProgressiveSelfDistillation, schedules
+from softclip_kernels.distributed.whole import full
 from softclip_kernels.testing import dense_loss
 
 PAIRS, BATCH = 320, 32  # ten steps an epoch
@@ -167,8 +168,8 @@ class Run:
         import open_clip
 
         images, texts = (torch.cat(one) for one in zip(*self.batches, strict=True))
-        found = {name: whole(parameter.grad).clone() for name, parameter in self.named()}
-        state = {name: whole(value).clone() for name, value in self.models[0].state_dict().items()}
+        found = {name: full(parameter.grad).clone() for name, parameter in self.named()}
+        state = {name: full(value).clone() for name, value in self.models[0].state_dict().items()}
         if self.ranks > 1:
             shares: list[Any] = [None] * self.ranks
             dist.all_gather_object(shares, (images, texts))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from softclip_kernels.distributed.whole import full
+from softclip_kernels.testing.exact_report import sizes
 
 
 @dataclass
@@ -22,13 +23,6 @@ class Recording:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
-
-    def save(self, path: Path) -> None:
-        torch.save(vars(self), path)
-
-    @staticmethod
-    def load(path: Path) -> Recording:
-        return Recording(**torch.load(path))
 
 
 class Recorder:
@@ -45,19 +39,13 @@ class Recorder:
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         if not self.recording.steps:
             self.recording.gradients = {
-                name: whole(parameter.grad).clone() for name, parameter in self._named() if parameter.grad is not None
+                name: full(parameter.grad).clone() for name, parameter in self._named() if parameter.grad is not None
             }
         self.recording.steps += 1
 
     def __exit__(self, *_: object) -> None:
         self._hook.remove()
-        self.recording.parameters = {name: whole(parameter).clone() for name, parameter in self._named()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Detached, and of FSDP2's shards all of it (a collective then)."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        self.recording.parameters = {name: full(parameter.detach()).clone() for name, parameter in self._named()}
 
 
 def against(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
@@ -65,12 +53,11 @@ def against(found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[st
     beside it. A gradient below 1/1000 of all counts as of that size: of some, such as a key's bias in attention,
     nothing but rounding is left."""
     assert set(found) == set(exact), set(found) ^ set(exact)
-    floor = 1e-3 * torch.stack([one.double().norm() for one in exact.values()]).norm()
+    rights = {name: one.double().flatten() for name, one in exact.items()}
     result = {}
-    for name, right in exact.items():
-        seen, right = found[name].double().flatten(), right.double().flatten()
-        size = max(right.norm(), floor)
-        ratio = 1.0 if right.norm() < floor else (seen @ right / (right @ right)).item()
+    for (name, right), size in zip(rights.items(), sizes(list(rights.values())), strict=True):
+        seen = found[name].double().flatten()
+        ratio = 1.0 if right.norm() < size else (seen @ right / (right @ right)).item()
         result[name] = (ratio, ((seen - ratio * right).norm() / size).item())
     return result
 

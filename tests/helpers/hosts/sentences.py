@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -206,11 +205,5 @@ def share(rank: int) -> list[Tensor]:
     return [torch.randn(8, 16, generator=generator).split((3, 5))[rank].clone() for _ in range(4)]
 
 
-def rank_main(folder: str) -> None:
-    """What a rank does, once its process group is there."""
-    rank = dist.get_rank()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # asked for, and not used: the group is there
-    result = {"runs": runs(Path(folder), gather=True), "uneven": uneven(rank)}
-    torch.save(result, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+def over_ranks(folder: Path) -> dict[str, Any]:
+    return {"runs": runs(folder, gather=True), "uneven": uneven(dist.get_rank())}

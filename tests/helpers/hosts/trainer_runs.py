@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -196,7 +195,7 @@ def evaluate(kind: Any, model: Any, folder: Any, arguments: dict[str, Any] | Non
     return kind(model=model, args=chosen, **({"eval_dataset": pairs(40), "data_collator": collate} | options))
 
 
-def over_ranks() -> dict[str, Any]:
+def over_ranks(folder: Path) -> dict[str, Any]:
     """Everything that the tests ask of two processes."""
     return {
         "one": run(),
@@ -206,12 +205,3 @@ def over_ranks() -> dict[str, Any]:
         "accelerate": run_accelerate(1),
         "accelerate, accumulated": run_accelerate(4),
     }
-
-
-def rank_main(folder: str) -> None:
-    """What a rank does, once its process group is there."""
-    rank = dist.get_rank()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(dist.get_world_size()))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # accelerate asks for them, and does not use them
-    torch.save(over_ranks(), Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
