@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from softclip_kernels import Hard, Target, Weighted
+from softclip_kernels import softclip_loss
 from softclip_kernels.testing import Result, Standard, dense_loss
 
 from .. import problems
@@ -85,19 +85,15 @@ def _distributions() -> Mapping[str, list[str]]:
     return importlib.metadata.packages_distributions()
 
 
-def target(loss: str, n: int, d: int, dtype: torch.dtype) -> Target:
-    """Of what a peer computes; "rows": the mean over rows alone."""
-    return Weighted(Hard(), (2.0, 0.0)) if loss == "rows" else problems.target(loss, n, d, dtype)
-
-
 def with_unit_rows(loss: Loss) -> Loss:
     return lambda x, y, scale: loss(F.normalize(x, dim=1), F.normalize(y, dim=1), scale)
 
 
 def fused(case: Case) -> Loss:
     """This library's, of any of the three."""
-    loss = problems.fused(target(case.loss, case.n, case.d, case.dtype))
-    return with_unit_rows(loss) if case.loss == "rows" else loss
+    if case.loss == "rows":
+        return with_unit_rows(lambda x, y, scale: softclip_loss(x, y, scale, direction="rows"))
+    return case.fused()
 
 
 def dense(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -217,11 +213,10 @@ PEERS = (
 def standard(loss: str, x: Tensor, y: Tensor, scale: Tensor) -> Standard:
     """The library's, on which a peer is judged. Where rows are brought to unit norm first, their gradient is exactly
     that; what is allowed is the same."""
-    wanted = target(loss, len(x), x.shape[1], x.dtype)
-    found = Standard.of(x, y, scale, wanted)
     if loss != "rows":
-        return found
-    exact = with_unit_rows(lambda x, y, scale: dense_loss(x, y, scale, wanted))
+        return Standard.of(x, y, scale, problems.target(loss, len(x), x.shape[1], x.dtype))
+    found = Standard.of(x, y, scale, direction="rows")
+    exact = with_unit_rows(lambda x, y, scale: dense_loss(x, y, scale, direction="rows"))
     return Standard(Result.of(exact, x.double(), y.double(), scale.double()), found.allowed)
 
 
