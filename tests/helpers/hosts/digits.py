@@ -62,7 +62,8 @@ def sentence_pairs(count: int) -> list[tuple[str, str]]:
     """(a function of numpy as a question, the first sentence of its documentation), all different."""
     found: dict[str, str] = {}
     for place in (np, np.linalg, np.fft, np.random, np.ma, np.strings, np.polynomial.polynomial):
-        for name in dir(place):
+        # Not dir(place), for packages put names of their own there, and no two processes import the same.
+        for name in sorted(place.__all__):
             text = inspect.getdoc(getattr(place, name))
             summary = (text or "").partition("\n\n")[0].replace("\n", " ").strip()
             if not name.startswith("_") and 20 < len(summary) < 120 and "(" not in summary:
