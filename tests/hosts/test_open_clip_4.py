@@ -84,6 +84,9 @@ def pair(tmp_path_factory):
             run("host-distill", None, *BOTH, *distilled(folder), dense="distill"),
             run("ours-distill", [], *distilled(folder), dense="distill"),
             run("psd", MAKE, dense="psd"),
+            run("psd-4", MAKE, *FOUR, **accumulated, epochs=1, dense="psd"),
+            run("psd-4-resumed", MAKE, *FOUR, "--resume", str(checkpoints / "psd-4/checkpoints/epoch_1.pt"),
+                **accumulated, dense=None),
             run("sharded", MAKE, *SHARDED, epochs=1, dense="psd"),
             run("sharded-resumed", MAKE, *SHARDED, "--resume", str(checkpoints / "sharded/checkpoints/epoch_1"),
                 dense=None),
@@ -98,11 +101,11 @@ def assert_exact(run):
     assert {key: value for key, value in run.exact.items() if abs(value[0] - 1) > EXACT or value[1] > EXACT} == {}
 
 
-def assert_alike(folder, ours, host):
+def assert_alike(folder, ours, host, within=SAME):
     ours, host = runs.load(folder, ours), runs.load(folder, host)
     assert ours.steps == host.steps == 20
     host.parameters = {name: value.reshape(ours.parameters[name].shape) for name, value in host.parameters.items()}
-    assert furthest(ours, host) < SAME
+    assert furthest(ours, host) < within
 
 
 def in_host(script):
@@ -148,7 +151,7 @@ def test_the_first_gradients_are_those_of_float64(alone, name):
     assert_exact(runs.load(alone, name))
 
 
-@pytest.mark.parametrize("name", ("ours", "ours-4", "fsdp", "fsdp-4", "ours-distill", "psd", "sharded"))
+@pytest.mark.parametrize("name", ("ours", "ours-4", "fsdp", "fsdp-4", "ours-distill", "psd", "psd-4", "sharded"))
 @pytest.mark.parametrize("rank", (0, 1))
 def test_the_first_gradients_over_ranks_are_those_of_float64(pair, name, rank):
     assert_exact(runs.load(pair, name, rank))
@@ -187,6 +190,14 @@ def test_every_step_draws_once_whatever_is_accumulated_for_it(alone):
     assert furthest(runs.load(alone, "psd-4"), runs.load(alone, "psd")) < SAME
 
 
+def test_a_resumed_run_goes_on_with_the_steps_and_the_scales_cure(pair):
+    """Accumulated, saved after an epoch and resumed, against 20 steps at a time without either."""
+    assert runs.load(pair, "psd-4").seen == [(step, 32) for step in range(10) for _ in range(4)]
+    resumed = runs.load(pair, "psd-4-resumed")
+    assert resumed.seen == [(step, 32) for step in range(10, 20) for _ in range(4)]
+    assert furthest(resumed, runs.load(pair, "psd")) < SAME
+
+
 def test_a_run_resumed_from_a_sharded_checkpoint_goes_on_with_the_steps(pair):
     """Sharded checkpoints hold nothing that a new optimizer's state lacks: the host's own count is taken."""
     resumed, psd = runs.load(pair, "sharded-resumed"), runs.load(pair, "psd")
@@ -206,3 +217,20 @@ def test_a_compiled_task_trains_as_the_hosts(tmp_path):
         SOURCE,
     )
     assert_alike(tmp_path, "ours", "host")
+
+
+@pytest.mark.long
+def test_a_compiled_step_over_ranks_trains_as_the_hosts(tmp_path):
+    """Tower, gathering, loss and backward in one graph: rounding of its own, beside the host's with both flags."""
+    step = compiled("step")
+    runs.start(
+        tmp_path,
+        2,
+        [
+            runs.plan(tmp_path, "host", None, *BOTH, *step, **COMPILED, batch=16),
+            runs.plan(tmp_path, "ours", [], *step, **COMPILED, batch=16),
+        ],
+        SOURCE,
+    )
+    assert_alike(tmp_path, "ours", "host", within=1e-5)
+    assert "the loss is ContrastiveLoss" in (tmp_path / "logs" / "ours" / "out.log").read_text()
