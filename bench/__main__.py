@@ -11,6 +11,7 @@ COMMANDS = {
     "distributed": "the loss over ranks: memory, bytes sent, what a bfloat16 exchange rounds",
     "two_pass": "TwoPass against a plain step: time and memory",
     "peers": "other people's losses beside this one: time and memory, and their plots",
+    "trainers": "a step in other people's training loops, their loss beside this one: time and memory",
     "host": "what the loss costs the host on a GPU, launches stubbed",
     "frames": "how deep a call of the loss goes before it computes",
     "compare": "two commits, interleaved, once both are found to be right",

@@ -16,11 +16,16 @@ AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 def growth(work: Callable[[], object]) -> int:
     """The bytes by which this process's peak while working exceeds what was resident before."""
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again here
+    restart_peak()
     kept = work()
     peak = resident("VmHWM")
     del kept
     return peak - before
+
+
+def restart_peak() -> None:
+    """The high-water mark of resident memory starts again here."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def give_back() -> None:
