@@ -61,9 +61,14 @@ def check(name, n, m, d, scale=14.3):
     assert_as_accurate_as_dense(result, x, y, scale, target, signal=signal)
 
 
+def rarely(name):
+    """Long, where Sinkhorn's iterations call the same kernels again and again."""
+    return [pytest.mark.long] * ("sinkhorn" in name)
+
+
 def in_turn(names, sizes, everywhere):
     return [
-        (name, *size)
+        pytest.param(name, *size, marks=rarely(name) if size != sizes[0] else ())
         for index, name in enumerate(names)
         for size in (sizes if name in everywhere else (sizes[0], sizes[1 + index % (len(sizes) - 1)]))
     ]
@@ -94,7 +99,7 @@ def test_opcheck(name):
 
 
 # Two tiles by three; where a target has each kind of teacher and of positive, at each of SCALES as well.
-@pytest.mark.parametrize("name", ALL_TARGETS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=rarely(name)) for name in ALL_TARGETS])
 def test_every_mutant_is_refused(name):
     target, scales = ALL_TARGETS[name](70, 70), SCALES if name in ("hard", "psd", "psd_external") else (14.3,)
     found = {scale: mutants.refusals(*operands(70, 70, 40, scale=scale), target, "triton") for scale in scales}

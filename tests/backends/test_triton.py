@@ -21,7 +21,13 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("group", ("square_targets", "mutant", "not square_targets and not mutant"))
 def test_the_kernels_pass_their_tests_interpreted(group):
     """The tests are in interpreted_triton.py."""
-    interpreter.assert_kernels_pass(HERE / "interpreted_triton.py", 20, "-k", group)
+    interpreter.assert_kernels_pass(HERE / "interpreted_triton.py", 20, "-k", group, "-m", "not long")
+
+
+@needs_triton
+@pytest.mark.long
+def test_the_kernels_pass_their_long_tests_interpreted():
+    interpreter.assert_kernels_pass(HERE / "interpreted_triton.py", 8, "-m", "long")
 
 
 def test_without_a_gpu_it_says_why_not(monkeypatch):

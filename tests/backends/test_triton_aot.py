@@ -12,8 +12,14 @@ pytestmark = needs_triton
 
 # What a tensor core's instruction is called.
 INSTRUCTIONS = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}
-# About 100 variants each, all of which are compiled; in parts, so that they spread over processors.
+# About 100 variants each, in parts, so that they spread over processors. All are compiled for sm_90, which the kernels
+# are tuned for; of the others a part, and the rest in test-long.
 ARCHITECTURES, PARTS = ("sm_80", "sm_90", "sm_100", "gfx942"), 4
+COMPILED = [
+    pytest.param(architecture, part, marks=[pytest.mark.long] * (architecture != "sm_90" and part > 0))
+    for architecture in ARCHITECTURES
+    for part in range(PARTS)
+]
 HARD_FORWARD, BACKWARD = ("forward", "forward-persistent"), ("backward", "backward-persistent")
 RESERVED = 1024  # bytes of shared memory that the chip takes for every program, beside its own
 WITHOUT_PRODUCTS = ("coefficients", "sums", "norms", "scalars", "finish")
@@ -28,8 +34,7 @@ EXPONENTIALS = {
 }
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "part"), COMPILED)
 def test_compiled_code_keeps_its_budgets(architecture, part):
     """No spills but those that are allowed, shared memory within the chip's, tensor-core instructions that on sm_90 do
     not wait for one another, and the design's number of matrix products and exponentials a tile. A process of its own,
