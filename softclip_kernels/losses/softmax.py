@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import autograd, backends, checks, guard_rails, positives
-from ..distributed import agreement
+from ..distributed import agreement, torch_private
 from ..distributed.exchange import Layout, as_exchange
 from ..problem import Problem
 from ..stats import Statistics
@@ -229,6 +229,8 @@ def run(request: Request) -> tuple[Any, Any]:
     """The loss, and RetrievalRanks where they are asked for."""
     request = _of_one_dtype(request)
     if torch.compiler.is_compiling() and (exchange := as_exchange(request.group)) is not None:
+        if not torch_private.IN_GRAPHS:
+            return torch.compiler.disable(run)(request)
         from . import graph  # which imports the compiler
 
         return graph.run_in_graph(request, exchange)

@@ -33,7 +33,7 @@ from softclip_kernels import (
     softclip_loss,
     softclip_loss_with_ranks,
 )
-from softclip_kernels.distributed import agreement, sharded
+from softclip_kernels.distributed import agreement, sharded, torch_private
 from softclip_kernels.testing import ALL_TARGETS, RECTANGULAR_TARGETS, SQUARE_TARGETS, Result, operands, unit_rows
 
 RANKS = 2  # of the fixture `pool`
@@ -373,6 +373,27 @@ def not_traced(group):
 
 def test_a_target_of_each_step_breaks_the_graph(pool):
     pool.run(not_traced)
+
+
+def with_an_earlier_torch(group):
+    x, y, scale, *_ = share(group, SQUARE)
+
+    def loss(x, y, scale):
+        return softclip_loss(x, y, scale, group=group)
+
+    torch_private.IN_GRAPHS = False
+    try:
+        with pytest.raises(Exception, match=r"(?i)torch\.compiler\.disable"):
+            compiled(loss)(x, y, scale)
+        torch.compiler.reset()
+        broken = Result.of(torch.compile(loss, backend="aot_eager"), x, y, scale)
+    finally:
+        torch_private.IN_GRAPHS = True
+    assert not broken.differing(Result.of(loss, x, y, scale))
+
+
+def test_a_torch_that_it_was_not_tried_with_breaks_the_graph(pool):
+    pool.run(with_an_earlier_torch)
 
 
 class Step(nn.Module):
