@@ -37,7 +37,8 @@ test-optional: $(OPTIONAL)/dependencies
 
 test-hosts: $(HOSTS)/dependencies
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(HOSTS)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not long" \
-	  tests/hosts tests/benchmarks/test_peers.py::test_every_peer_computes_its_loss $(ARGS)
+	  tests/hosts tests/benchmarks/test_peers.py::test_every_peer_computes_its_loss \
+	  tests/benchmarks/test_trainers.py::test_every_loop_trains_as_its_host $(ARGS)
 
 lint: $(VENV)/package
 	$(RUN) -m ruff check .

@@ -19,7 +19,7 @@ all_gather_into: Any = getattr(dist, "all_gather_single", None) or dist.all_gath
 reduce_scatter_into: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # Whether the loss over ranks may be a node of a graph: `recording` and `keep_in_order` were tried with 2.13.
-IN_GRAPHS: bool = torch.__version__ >= (2, 13)
+IN_GRAPHS: bool = torch.__version__ >= "2.13"
 
 
 def device_types(group: Any) -> list[torch.device]:

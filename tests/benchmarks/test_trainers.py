@@ -15,6 +15,7 @@ from torch import nn
 from bench import trainers
 from bench.trainers import MEASURED, measure
 from bench.trainers.loops import HOST, LOOPS, OURS, STEPS, Loop
+from bench.trainers.watch import Watch
 
 
 def _train(loss, n, steps=STEPS, factor=1.0):
@@ -65,6 +66,20 @@ def test_steps_and_peaks_are_those_of_the_loss():
     assert host["step"].median >= 0.02 and ours["step"].median >= 0.08
     assert ours["of the host's"] == pytest.approx(ours["step"].median / host["step"].median)
     assert 60 <= host["peak MiB"] < 96 and ours["peak MiB"] < 32
+
+
+def test_a_step_begins_with_a_module_that_learns():
+    """Not with a picture's transform, which torchvision makes a module, too."""
+    watching, tower = Watch(), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(tower.parameters())
+    for _ in range(2):
+        for module in (nn.Identity(), tower):
+            began = time.perf_counter()
+            watching.begin(module)
+            time.sleep(0.1)
+        last = time.perf_counter() - began
+        watching.after_step(optimizer)
+    assert 0.1 <= watching.seen.seconds[0] <= last
 
 
 @pytest.mark.parametrize(
