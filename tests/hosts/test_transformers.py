@@ -123,6 +123,17 @@ def test_a_missing_label_is_an_error_and_no_missing_loss(tmp_path):
         trainer.evaluate()
 
 
+@pytest.mark.parametrize("names", (None, []))
+def test_labels_do_not_reach_the_model(tmp_path, names):
+    """Of which encoders without **kwargs know nothing."""
+    model, met = model_of(CLIP), []
+    model.register_forward_pre_hook(lambda _, given, named: met.append(set(named)), with_kwargs=True)
+    arguments = {"remove_unused_columns": False, "label_names": names}
+    trainer = evaluate(Ours, model, tmp_path, arguments, eval_dataset=pairs(40, labels=list(range(40))))
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert met and not [each for each in met if each & {"labels", "return_loss"}]
+
+
 def test_predictions_are_the_embeddings(tmp_path):
     predicted = evaluate(Ours, model_of(CLIP), tmp_path).predict(pairs(40)).predictions
     with torch.no_grad():
