@@ -27,7 +27,15 @@ RATE = 0.05
 HOST, OURS, PSD = "host", "softclip_kernels", "softclip_kernels PSD"
 PAIRS = (HOST, OURS, PSD)
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-psd = ProgressiveSelfDistillation(schedules.Constant(0.5))
+ARGUMENTS: dict[str, Any] = {  # of the two trainers that are transformers' own
+    "max_steps": STEPS,
+    "use_cpu": True,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "disable_tqdm": True,
+}
+distillation = ProgressiveSelfDistillation(schedules.Constant(0.5))
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def open_clip(loss: str, n: int, folder: Path) -> None:
             k = row % len(digits.images)
             table.writerow((folder / f"{k}.png", f"a {WORDS[digits.target[k]]}"))
     if loss != HOST:
-        adapter.install(psd.at if loss == PSD else None)
+        adapter.install(distillation.at if loss == PSD else None)
     flags = (
         *("--train-data", str(folder / "pairs.csv"), "--dataset-type", "csv", "--model", "tiny", "--device", "cpu"),
         *("--batch-size", str(n), "--epochs", "1", "--workers", "0", "--precision", "fp32", "--warmup", "0"),
@@ -105,17 +113,8 @@ def transformers(loss: str, n: int, folder: Path) -> None:
 
     model = (CLIPModel if loss == HOST else Clip)(config)
     optimizer = torch.optim.SGD(model.parameters(), RATE)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=n,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-    )
-    options: dict[str, Any] = {"target": psd.at} if loss == PSD else {}
+    arguments = TrainingArguments(str(folder), per_device_train_batch_size=n, **ARGUMENTS)
+    options: dict[str, Any] = {"target": distillation.at} if loss == PSD else {}
     (Trainer if loss == HOST else ClipTrainer)(
         model=model,
         args=arguments,
@@ -157,7 +156,7 @@ def lightning(loss: str, n: int, folder: Path) -> None:
     class Ours(SoftClipMixin, Towers):
         def training_step(self, batch: Any, index: int) -> Tensor:
             x, y, scale = self(*batch)
-            return self.softclip_loss(x, y, scale, psd.at if loss == PSD else None)
+            return self.softclip_loss(x, y, scale, distillation.at if loss == PSD else None)
 
     images = torch.randn(STEPS * n, 64)
     trainer = pl.Trainer(
@@ -200,16 +199,7 @@ def sentence_transformers(loss: str, n: int, folder: Path) -> None:
     model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=D)], device="cpu")
     kind = MultipleNegativesRankingLoss if loss == HOST else SoftClipMultipleNegativesRankingLoss
     optimizer = torch.optim.SGD(model.parameters(), RATE)
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=n,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-    )
+    arguments = SentenceTransformerTrainingArguments(str(folder), per_device_train_batch_size=n, **ARGUMENTS)
     SentenceTransformerTrainer(
         model=model,
         args=arguments,
