@@ -7,23 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.hosts import digits
-from helpers.hosts.recording import Recorder, Recording, against, furthest
+from helpers.hosts import two_processes
+from helpers.hosts.recording import Recording, against, furthest
 from helpers.hosts.saved import growth
-from torch import Tensor, nn
-
-from softclip_kernels.testing import dense_loss
+from torch import Tensor
 
 pytest.importorskip("pytorch_metric_learning")
 
+from helpers.hosts import metric_towers
+from helpers.hosts.metric_towers import HOST, OURS, TEMPERATURE, train
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 
-from softclip_kernels import Hard, Weighted
 from softclip_kernels.integrations import pytorch_metric_learning as adapter
 from softclip_kernels.integrations.hooks import UnknownHost
-
-HOST = {"NTXent": losses.NTXentLoss, "SupCon": losses.SupConLoss}
-OURS = {"NTXent": adapter.SoftClipNTXentLoss, "SupCon": adapter.SoftClipSupConLoss}
 
 
 def embeddings(rows: int, columns: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -96,67 +92,45 @@ def test_without_positives_or_negatives_both_are_zero(kind):
             )
 
 
-class Towers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.image, self.words = nn.Linear(64, 16), nn.EmbeddingBag(128, 16)
-
-    def forward(self, pixels: Tensor, letters: Tensor) -> tuple[Tensor, Tensor]:
-        return self.image(pixels), self.words(letters)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str, int], dict[str, Any]]]:
+    """What each of two processes did."""
+    return two_processes.run("metric_towers", tmp_path_factory.mktemp("metric"))
 
 
-def batches(count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of 16 digits: pixels, their captions' letters, their classes."""
-    total = 16 * count
-    pixels = torch.from_numpy(digits.images(total, size=8)[..., 0]).flatten(1) / 255 - 0.5
-    letters = torch.tensor([[ord(letter) for letter in caption.ljust(48)[:48]] for caption in digits.captions(total)])
-    return list(zip(pixels.split(16), letters.split(16), torch.tensor(digits.classes(total)).split(16), strict=True))
-
-
-def train(made: Any, kind: str, accumulation: int, adamw: bool = False) -> Recording:
-    """20 steps as the host's users write them: it has no loop of its own for two tensors."""
-    model = Towers()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, 1e-3) if adamw else torch.optim.SGD(parameters, 0.05, momentum=0.9)
-    with Recorder(model.named_parameters) as recording:
-        for index, (pixels, letters, classes) in enumerate(batches(20 * accumulation), start=1):
-            x, y = model(pixels, letters)
-            labels = classes if kind == "SupCon" else torch.arange(len(x))
-            loss = made(x, labels, ref_emb=y, ref_labels=labels.clone())
-            recording.losses.append(loss.item())
-            (loss / accumulation).backward()
-            if index % accumulation == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-    return recording
-
-
-def exact(kind: str, accumulation: int) -> dict[str, Tensor]:
-    """The first step's gradient, in float64, of the dense loss."""
-    model = Towers().double()
-    for pixels, letters, classes in batches(accumulation):
-        x, y = (nn.functional.normalize(each, dim=1) for each in model(pixels.double(), letters))
-        hard = Hard(groups=(classes, classes)) if kind == "SupCon" else Hard()
-        scale = torch.tensor(1 / 0.2, dtype=torch.float64)
-        (dense_loss(x, y, scale, Weighted(hard, (2.0, 0.0))) / accumulation).backward()
-    return {name: each.grad for name, each in model.named_parameters()}
+def assert_exact(ours: Recording, kind: str, accumulation: int) -> None:
+    """The first step's gradient."""
+    compared = against(ours.gradients, metric_towers.exact_gradients(kind, accumulation))
+    assert all(abs(ratio - 1) < 2e-6 and error < 5e-6 for ratio, error in compared.values()), compared
 
 
 @pytest.mark.parametrize("accumulation", (1, 4))
 @pytest.mark.parametrize("kind", HOST)
 def test_twenty_steps_end_where_the_hosts_loss_ends(kind, accumulation):
-    """SGD with momentum, every parameter; the first gradient against float64."""
-    host, ours = (train(losses_of[kind](temperature=0.2), kind, accumulation) for losses_of in (HOST, OURS))
+    """SGD with momentum, every parameter."""
+    host, ours = (train(made[kind](temperature=TEMPERATURE), kind, accumulation) for made in (HOST, OURS))
     assert ours.steps == 20
     assert furthest(ours, host) < 1e-6
-    compared = against(ours.gradients, exact(kind, accumulation))
-    assert all(abs(ratio - 1) < 2e-6 and error < 5e-6 for ratio, error in compared.values()), compared
+    assert_exact(ours, kind, accumulation)
+
+
+@pytest.mark.parametrize("accumulation", (1, 4))
+@pytest.mark.parametrize("kind", HOST)
+def test_over_ranks_the_hosts_wrapper_takes_it(two, kind, accumulation):
+    """DistributedLossWrapper gathers, as around the host's own loss; and one process with the whole batch trains
+    alike."""
+    whole = train(HOST[kind](temperature=TEMPERATURE), kind, accumulation)
+    for rank in two:
+        host, ours = (Recording(**rank[kind, whose, accumulation]) for whose in ("host", "ours"))
+        assert ours.steps == 20
+        assert furthest(ours, host) < 1e-6 and furthest(ours, whole) < 1e-6
+        assert ours.losses == pytest.approx(whole.losses, abs=2e-6)
+        assert_exact(ours, kind, accumulation)
 
 
 @pytest.mark.parametrize("kind", HOST)
 def test_adamw_trains_alike(kind):
-    host, ours = (train(losses_of[kind](temperature=0.2), kind, 1, adamw=True) for losses_of in (HOST, OURS))
+    host, ours = (train(made[kind](temperature=TEMPERATURE), kind, adamw=True) for made in (HOST, OURS))
     assert ours.losses == pytest.approx(host.losses, abs=1e-5)
 
 

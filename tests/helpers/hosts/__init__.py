@@ -2,6 +2,7 @@
 
 digits            small real data: handwritten digits with captions, and sentences in pairs
 lightning_towers  towers in Lightning's trainer, with its dense loss and with ours
+metric_towers     towers under pytorch-metric-learning's losses of two tensors, and under ours
 on_cpu            hosts on a machine without a GPU, where some of them do not start
 open_clip_runs    open_clip's own main, many times in one process or in two
 pages             the complete scripts of a page, and the commands that run them
