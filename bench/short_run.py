@@ -94,6 +94,13 @@ class Worker:
         return self._connection
 
 
+def forked_from(module: str) -> Worker:
+    """Forked from a process that has imported this module and computed nothing: it starts at once, wherever it is
+    used."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([module])
+    return Worker(method="forkserver")
+
+
 def _serve(connection: Connection, prepare: Callable[[], object] | None, environment: Mapping[str, str]) -> None:
     os.environ.update(environment)
     import torch  # with OMP_NUM_THREADS in the environment

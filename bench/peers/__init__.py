@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import re
 import tempfile
 import time
@@ -29,7 +28,7 @@ import torch
 from .. import ROOT, Row, memory
 from ..problems import Case, dtype_name
 from ..records import Record, table
-from ..short_run import Failed, Worker
+from ..short_run import Failed, Worker, forked_from
 from ..timing import Timing, interleaved
 from . import plot, point
 from .losses import PEERS, Peer
@@ -44,9 +43,7 @@ COMPILING = 300.0  # seconds that a peer may take to be ready
 
 
 def fresh_process() -> Worker:
-    """Forked from one that has imported the hosts and computed nothing: it starts at once, wherever it is used."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload([f"{__name__}.hosts"])
-    return Worker(method="forkserver")
+    return forked_from(f"{__name__}.hosts")
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,7 @@ NTXentLoss               of pytorch-metric-learning, of two tensors; it compares
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import importlib.util
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from softclip_kernels import softclip_loss
 from softclip_kernels.testing import Result, Standard, dense_loss
 
-from .. import problems
+from .. import installed, problems
 from ..problems import SCALE, Case, Loss
 from ..torchvision_beside_cpu import describe_torchvision
 
@@ -69,9 +67,7 @@ class Peer:
     why_not: Callable[[], str | None] = _nothing
 
     def missing(self) -> str | None:
-        if self.host is not None and importlib.util.find_spec(self.host) is None:
-            return f"{self.host} is not installed"
-        return self.why_not()
+        return (self.host and installed.missing(self.host)) or self.why_not()
 
     def version(self) -> str | None:
         """Of its host."""
@@ -237,14 +233,3 @@ def result(found: Sequence[Tensor | None], expected: Result) -> Result:
 def _no_model() -> nn.Module:
     """In place of an encoder: the losses are called on embeddings."""
     return nn.Sequential(nn.Identity())
-
-
-def import_hosts() -> None:
-    """All that are there, for processes forked from this one. What fails here fails again where it is used, and is
-    told of there."""
-    describe_torchvision()
-    for host in ("torch._dynamo", *dict.fromkeys(peer.host for peer in PEERS if peer.host is not None)):
-        try:
-            importlib.import_module(host)
-        except Exception:
-            continue

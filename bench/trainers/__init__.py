@@ -5,7 +5,7 @@ python -m bench trainers --hosts open_clip --sizes 2048
 
 Every host runs its own loop (loops.py), a few steps of N rows with towers so small that the loss is what a step
 consists of; with real ones a step takes its time there. Each run is a process of its own. Checked first: with our loss,
-all parameters end where the host's end. Then the losses take turns, and a step counts from the first call of a module,
+all parameters end where the host's end. Then the losses take turns, and a step counts from the first call of a tower,
 when the batch is there, to the optimizer's step. The peak is how far the second step grew the process, activations and
 gradients included. Rows go to bench/results/trainers/; a host that is not there or fails is a row with its reason.
 """
@@ -13,8 +13,6 @@ gradients included. Rows go to bench/results/trainers/; a host that is not there
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import multiprocessing
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +21,9 @@ import numpy as np
 import torch
 
 from .. import Row
+from ..installed import missing
 from ..records import Record, table
-from ..short_run import Failed, Worker
+from ..short_run import Failed, forked_from
 from ..timing import Timing
 from .loops import HOST, LOOPS, OURS, D, Loop
 from .watch import Seen, watch
@@ -37,8 +36,7 @@ MEASURED = "measured"
 
 def run(loop: Loop, loss: str, n: int, threads: int) -> Seen:
     """In a process of its own, forked from one that has imported the hosts. Raises Failed."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload([f"{__name__}.hosts"])
-    worker = Worker(method="forkserver")
+    worker = forked_from(f"{__name__}.hosts")
     try:
         return worker.call(watch, {"loop": loop, "loss": loss, "n": n, "threads": threads}, PATIENCE)
     finally:
@@ -48,8 +46,8 @@ def run(loop: Loop, loss: str, n: int, threads: int) -> Seen:
 def measure(loop: Loop, n: int, threads: int, rounds: int) -> list[Row]:
     """A row for each loss of the loop. Where one fails, or does not train as the host's, no other is timed."""
     labels: Row = {"host": loop.name, "n": n, "d": D, "threads": threads}
-    if importlib.util.find_spec(loop.module) is None:
-        return [{**labels, "loss": HOST, "outcome": f"{loop.module} is not installed"}]
+    if why := missing(loop.module):
+        return [{**labels, "loss": HOST, "outcome": why}]
     runs: dict[str, list[Seen]] = {loss: [] for loss in loop.losses}
     for number in range(rounds):
         for loss in loop.losses if number % 2 == 0 else reversed(loop.losses):

@@ -3,7 +3,6 @@ with the hosts that are installed (all of them in .venv-hosts)."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import time
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from bench import trainers
+from bench.installed import missing
 from bench.trainers import MEASURED, measure
 from bench.trainers.loops import HOST, LOOPS, OURS, STEPS, Loop
 from bench.trainers.watch import Watch
@@ -52,8 +52,8 @@ def _planted(run, module="torch"):
 
 @pytest.mark.parametrize("loop", [pytest.param(loop, id=loop.name) for loop in LOOPS])
 def test_every_loop_trains_as_its_host(loop):
-    if importlib.util.find_spec(loop.module) is None:
-        pytest.skip(f"{loop.module} is not installed")
+    if why := missing(loop.module):
+        pytest.skip(why)
     rows = measure(loop, 48, threads=1, rounds=1)
     assert [row["outcome"] for row in rows] == [MEASURED] * len(loop.losses)
     assert all(len(row["step"].seconds) == STEPS - 1 for row in rows)
