@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 # Groups for several processors.
 @needs_triton
-@pytest.mark.parametrize("group", ("square_targets", "mutant", "not square_targets and not mutant"))
+@pytest.mark.parametrize("group", ("mutant or targets", "not mutant and not targets"))
 def test_the_kernels_pass_their_tests_interpreted(group):
     """The tests are in interpreted_triton.py."""
     interpreter.assert_kernels_pass(HERE / "interpreted_triton.py", 20, "-k", group, "-m", "not long")

@@ -205,6 +205,7 @@ def test_a_killed_run_resumes_bitwise_at_every_stage_and_in_two_passes(
     assert [row["alpha"] for row in training_rows(run)] == [schedule(step) for step in range(STEPS)]
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_bitwise_with_any_number_of_workers(job: Job, data: Path, tmp_path: Path) -> None:
     """Two before and four after, against one without any."""
     run, begun = killed_and_resumed(tmp_path, data, "data.workers=4", processes=2, steps=STEPS, data_workers=2)
