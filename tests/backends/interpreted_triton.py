@@ -47,8 +47,8 @@ from softclip_kernels.testing import (
 )
 
 # Tiles are 32 x 64 or 64 x 32 in the interpreter, steps along the width 32: one entry, less than a tile, a tile, many
-# with ragged edges; widths below, at and between multiples of a step. One size a target in turn (a second one is long),
-# all sizes for the plainest and the richest target, because the interpreter takes a second for a few tiles.
+# with ragged edges; widths below, at and between multiples of a step. The interpreter takes a second for a few tiles:
+# all sizes for the plainest and the richest target, for the others the first and, in test-long, another one in turn.
 SQUARE_SIZES = ((97, 40), (64, 64), (1, 3), (33, 32), (2, 1), (129, 70))
 SCALES = (1.0, 100.0, 300.0)
 RECTANGULAR_SIZES = ((70, 130, 33), (64, 128, 64), (1, 2, 3), (129, 63, 1), (2, 1, 70), (65, 49, 32))
@@ -62,8 +62,6 @@ def check(name, n, m, d, scale=14.3):
 
 
 def in_turn(names, sizes, everywhere):
-    """The large size for every target and, where it is not long, a small one in turn: the plainest targets need no
-    second one, and Sinkhorn's iterations call the same kernels again and again."""
     return [
         pytest.param(name, *size, marks=[pytest.mark.long] * (name not in everywhere and size != sizes[0]))
         for index, name in enumerate(names)

@@ -54,7 +54,7 @@ def test_the_probe_divides_work_by_time(interpreted):
 
 
 @needs_triton
-@pytest.mark.parametrize("loss", ("hard", pytest.param("psd", marks=pytest.mark.long), "psd_teacher"))
+@pytest.mark.parametrize("loss", [pytest.param(loss, marks=[pytest.mark.long] * (loss == "psd")) for loss in CASES])
 def test_every_candidate_of_every_kernel_is_timed(interpreted, loss):
     rows, candidates = interpreted(_kernels_and_candidates, case=CASES[loss])
     assert [(row["kernel"], row["candidate"]) for row in rows] == candidates

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -11,6 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import PYTHONPATH, ROOT
 from helpers.hosts import digits, pages
+
+from bench.installed import missing
 
 PAGE = (ROOT / "docs" / "integrations.md").read_text()
 HOSTS = (
@@ -44,8 +45,8 @@ def needs(command: str, folder: Path) -> list[str]:
 @pytest.mark.parametrize("command", pages.commands(PAGE))
 def test_a_command_of_the_page_runs(command, folder):
     for host in needs(command, folder):
-        if importlib.util.find_spec(host) is None:
-            pytest.skip(f"not run: {host} is not installed")
+        if why := missing(host):
+            pytest.skip(f"not run: {why}")
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         pages.on_cpu(command), cwd=folder, env=environment, capture_output=True, text=True, timeout=300
