@@ -56,15 +56,34 @@ struct PackedStatistics {
 // What a forward returns.
 struct Statistics {
   PackedStatistics<float> rows, columns;  // length N, length M
-  float* positive_logit;                  // (N,) zero on entry, or null
-  int64_t *row_ranks, *column_ranks;      // (N,), (M,) zero on entry, or null
+  float* positive_logit;                  // (N,), 0 where it is in another block; or null
+  int64_t *row_ranks, *column_ranks;      // (N,), (M,), or null
 };
 
-// What a backward reads (all but the last two) and adds to.
+// A gradient that comes in, (distributions, length), with steps in elements: those of an expanded number are 0.
+struct Incoming {
+  const float* data;
+  int64_t distribution_step, step;
+
+  float at(size_t distribution, int64_t i) const {
+    return data[static_cast<int64_t>(distribution) * distribution_step + i * step];
+  }
+};
+
+// A gradient that goes out, (rows, D) contiguous, of undefined contents before. Null: not wanted.
+struct Outgoing {
+  void* data = nullptr;
+  Dtype dtype = Dtype::float32;
+};
+
+// What a backward reads, and writes.
 struct Gradients {
   PackedStatistics<const float> rows, columns;  // of the forward
-  const float *grad_rows, *grad_columns;        // (1 + K, N), (1 + K, M)
-  float *gx, *gy;                               // (N, D), (M, D) contiguous, zero on entry; null: not wanted
+  const float* positive_logit;                  // (N,) of the forward, or null without positives
+  Incoming grad_rows, grad_columns;             // (1 + K, N), (1 + K, M)
+  Incoming grad_positive;                       // (1, N)
+  Outgoing dx, dy;
+  float* dscale;  // one number, or null: not wanted
 };
 
 }  // namespace softclip

@@ -93,6 +93,12 @@ PYBIND11_MODULE(_cpu, module) {
            py::arg("row_segment"), py::arg("column_segment"), py::arg("teachers"), py::arg("row_threshold"),
            py::arg("column_threshold"));
 
+  py::class_<Incoming>(module, "Incoming")
+      .def(py::init([](Address data, int64_t distribution_step, int64_t step) {
+             return Incoming{pointer<const float>(data), distribution_step, step};
+           }),
+           py::arg("data"), py::arg("distribution_step"), py::arg("step"));
+
   module.def(
       "forward",
       [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
@@ -114,18 +120,24 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "backward",
       [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
-         Address grad_rows, Address grad_columns, Address gx, Address gy) {
+         Address positive_logit, const Incoming& grad_rows, const Incoming& grad_columns, const Incoming& grad_positive,
+         Address dx, Address dy, Address dscale, bool rounded) {
         const Kernels& kernels = kernels_of(level);
         const Gradients in{{pointer<const float>(rows), problem.x.rows},
                            {pointer<const float>(columns), problem.y.rows},
-                           pointer<const float>(grad_rows),
-                           pointer<const float>(grad_columns),
-                           pointer<float>(gx),
-                           pointer<float>(gy)};
+                           pointer<const float>(positive_logit),
+                           grad_rows,
+                           grad_columns,
+                           grad_positive,
+                           {pointer<void>(dx), rounded ? problem.x.dtype : Dtype::float32},
+                           {pointer<void>(dy), rounded ? problem.y.dtype : Dtype::float32},
+                           pointer<float>(dscale)};
         interruptible([&](const Poll& poll) { return backward(kernels, problem, in, threads, poll); });
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
-      py::arg("grad_rows"), py::arg("grad_columns"), py::arg("gx"), py::arg("gy"));
+      py::arg("positive_logit"), py::arg("grad_rows"), py::arg("grad_columns"), py::arg("grad_positive"), py::arg("dx"),
+      py::arg("dy"), py::arg("dscale"), py::arg("rounded"),
+      "`rounded`: dx and dy have the dtypes of x and y, else float32. An address of 0: not wanted.");
 
   module.def(
       "peak",

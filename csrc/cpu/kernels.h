@@ -86,6 +86,12 @@ struct Kernels {
   // out (rows, width), contiguous, += tiles of an add_transposed_product.
   void (*add_tiles)(const float* tiles, int rows, int64_t width, float* out);
 
+  // out (m.width,) += factor * row of m.
+  void (*add_row)(const Matrix& m, int64_t row, float factor, float* out);
+  // The last pass over a product g = G . y of rows [begin, end), (end - begin, m.width) contiguous: out, in its dtype,
+  // = factor * g, unless it is null; it may be g itself. Returns the sum of m * g over these rows.
+  double (*finish_rows)(const Matrix& m, int64_t begin, int64_t end, const float* g, float factor, const Outgoing& out);
+
   void (*maxima)(const Weights&, float* row_maximum, float* column_maximum);  // of w + bias, below kEmpty: none
   void (*accumulate)(const Weights&, const BlockSums&);
   void (*gradient)(const Weights&, const Coefficients&, bool add, float* g);  // g (rows, kBlock) may be the dots

@@ -34,6 +34,7 @@ static_assert(kBlock % kTileRows == 0 && kBlock % kTileColumns == 0, "blocks hol
 
 #include "packing.inl"
 #include "products.inl"
+#include "rows.inl"
 #include "softmax.inl"
 
 #if defined(SOFTCLIP_BF16X2)
@@ -52,6 +53,7 @@ const Kernels kernels = {
     kBlock, kTileRows, kTileColumns,
     pack, pack_transposed,
     product_kernels<Float32>(), bf16x2, round_to_bf16x2, add_tiles,
+    add_row, finish_rows,
     maxima, accumulate, gradient, mirrored_gradient, count_above,
 };
 // clang-format on

@@ -29,10 +29,9 @@ constexpr size_t kHuge = 2 << 20;
 
 std::atomic<Pages*> kept_pages{nullptr};  // without a destructor: the process's end takes them
 
-size_t whole_pages(size_t bytes) {
-  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return (bytes + page - 1) / page * page;
-}
+size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
+
+size_t whole_pages(size_t bytes) { return (bytes + page_bytes() - 1) / page_bytes() * page_bytes(); }
 
 }  // namespace
 
@@ -58,6 +57,12 @@ Pages::~Pages() {
   if (data_ != nullptr) munmap(data_, bytes_);
 }
 
+void give_back(char* begin, char* end) {
+  char* first = begin + (page_bytes() - reinterpret_cast<uintptr_t>(begin) % page_bytes()) % page_bytes();
+  char* last = end - reinterpret_cast<uintptr_t>(end) % page_bytes();
+  if (first < last) madvise(first, last - first, MADV_DONTNEED);
+}
+
 Scratch::Scratch(size_t bytes, size_t most_kept) : pages_(kept_pages.exchange(nullptr)), most_kept_(most_kept) {
   if (pages_ != nullptr && pages_->bytes() >= bytes) return;
   pages_.reset();  // before the larger ones are mapped
@@ -65,7 +70,7 @@ Scratch::Scratch(size_t bytes, size_t most_kept) : pages_(kept_pages.exchange(nu
 }
 
 Scratch::~Scratch() {
-  if (pages_->bytes() > most_kept_) return;
+  if (!kept()) return;
   pages_.reset(kept_pages.exchange(pages_.release()));
 }
 

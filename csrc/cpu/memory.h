@@ -34,6 +34,9 @@ class Pages {
   const size_t bytes_;
 };
 
+// The whole pages between two addresses go back to the system; what they held is lost, and they read as zeros.
+void give_back(char* begin, char* end);
+
 // Memory for one call, its contents undefined. If it is small, the next call gets the same pages, because fresh ones
 // cost a small call more than its arithmetic. The process keeps one set, which is taken out of its place while in use:
 // simultaneous calls get different sets, and a forked child gets its own copy of what lay there.
@@ -44,6 +47,7 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   char* data() const { return pages_->data(); }
+  bool kept() const { return pages_->bytes() <= most_kept_; }
 
  private:
   std::unique_ptr<Pages> pages_;

@@ -9,10 +9,24 @@ int64_t boundary(int64_t length, int groups, int group) { return length * group 
 
 // A round-robin tournament needs an even number of groups, two for every thread.
 Schedule::Schedule(int64_t rows, int64_t columns, int threads, bool mirrored)
-    : rows_(rows), columns_(columns), mirrored_(mirrored), groups_(mirrored && threads > 1 ? 2 * threads : threads) {}
+    : rows_(rows),
+      columns_(columns),
+      threads_(threads),
+      mirrored_(mirrored),
+      groups_(mirrored && threads > 1 ? 2 * threads : threads) {}
 
 // Mirrored: one round of each group with itself, then groups - 1 rounds of the tournament. Otherwise a Latin square.
 int Schedule::rounds() const { return groups_; }
+
+int64_t Schedule::most_rows() const { return (rows_ + groups_ - 1) / groups_; }
+
+Range Schedule::own_rows(int thread) const {
+  return {boundary(rows_, threads_, thread), boundary(rows_, threads_, thread + 1)};
+}
+
+Range Schedule::own_columns(int thread) const {
+  return {boundary(columns_, threads_, thread), boundary(columns_, threads_, thread + 1)};
+}
 
 Job Schedule::between(int row_group, int column_group) const {
   return {boundary(rows_, groups_, row_group), boundary(rows_, groups_, row_group + 1),

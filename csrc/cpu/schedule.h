@@ -14,6 +14,11 @@ struct Job {
   bool triangle;
 };
 
+// Of rows or of columns.
+struct Range {
+  int64_t begin, end;
+};
+
 // Within a round no two threads share rows or columns, so they add to row and column results without locks; a barrier
 // separates rounds.
 class Schedule {
@@ -22,10 +27,16 @@ class Schedule {
   Schedule(int64_t rows, int64_t columns, int threads, bool mirrored);
   int rounds() const;
   std::vector<Job> jobs(int round, int thread) const;
+  int64_t most_rows() const;  // of a job
+  // What the thread works on in round 0, and in no round another one at the same time: each row and each column is one
+  // thread's.
+  Range own_rows(int thread) const;
+  Range own_columns(int thread) const;
 
  private:
   Job between(int row_group, int column_group) const;
   const int64_t rows_, columns_;
+  const int threads_;
   const bool mirrored_;
   const int groups_;
 };

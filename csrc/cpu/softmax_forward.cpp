@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -5,6 +6,7 @@
 
 #include "operations.h"
 #include "plan.h"
+#include "positives.h"
 #include "traversal.h"
 #include "workspace.h"
 
@@ -75,6 +77,9 @@ class Forward final : public Visitor {
   Forward(const Plan& plan, const Statistics& out) : plan_(plan), out_(out) {
     rows_.assign(plan.distributions.size(), Sums(plan.rows));
     columns_.assign(plan.distributions.size(), Sums(plan.columns));
+    if (out.positive_logit != nullptr) std::fill_n(out.positive_logit, plan.rows, 0.0f);
+    if (out.row_ranks != nullptr) std::fill_n(out.row_ranks, plan.rows, 0);
+    if (out.column_ranks != nullptr) std::fill_n(out.column_ranks, plan.columns, 0);
   }
 
   void block(Workspace& workspace, int, const Block& block) override {

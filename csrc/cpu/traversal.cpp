@@ -107,8 +107,10 @@ class Traversal {
 bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
   std::vector<Workspace> workspaces(plan.threads, Workspace(plan));
   const size_t each = (workspaces[0].bytes() + kApart - 1) / kApart * kApart;
-  const Scratch scratch(each * workspaces.size(), kKeptBytes);
-  char* memory = scratch.data();
+  const size_t shared = (visitor.shared_bytes() + kApart - 1) / kApart * kApart;
+  const Scratch scratch(shared + each * workspaces.size(), kKeptBytes);
+  visitor.attach(scratch.data(), !scratch.kept());
+  char* memory = scratch.data() + shared;
   for (Workspace& workspace : workspaces) {
     workspace.attach(memory);
     memory += each;
@@ -118,10 +120,12 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
       [&](int thread) {
         const FlushDenormals flush;
         const Traversal traversal(plan, workspaces[thread], visitor, team);
+        visitor.start(thread);
         for (int round = 0; round < plan.schedule.rounds(); ++round) {
           for (const Job& job : plan.schedule.jobs(round, thread)) traversal.work(job);
           team.wait();
         }
+        if (!team.cancelled()) visitor.finish(thread);
       },
       plan.long_call);
   return !team.cancelled();

@@ -2,6 +2,7 @@
 // an operation.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "operations.h"
@@ -14,10 +15,17 @@ namespace softclip {
 class Visitor {
  public:
   virtual ~Visitor() = default;
+  // Memory that the threads share, for as long as the call; `passing`: it goes back to the system afterwards.
+  virtual size_t shared_bytes() const { return 0; }
+  virtual void attach(char* /*shared*/, bool /*passing*/) {}
+  // Before the thread's first block.
+  virtual void start(int /*thread*/) {}
   // The block's dots are computed. `member`: which of the group's row blocks it is in.
   virtual void block(Workspace& workspace, int member, const Block& block) = 0;
   // These columns have met all row blocks of a group.
   virtual void columns_done(Workspace& /*workspace*/, int64_t /*column*/, int /*columns*/) {}
+  // After the last block of all threads.
+  virtual void finish(int /*thread*/) {}
 };
 
 // Takes the visitor to every block of the plan. False: cancelled.

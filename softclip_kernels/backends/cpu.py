@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..problem import Problem, Source, TeacherOperand
 from ..stats import InputGradients, Statistics, StatisticsGradient, Wanted
-from . import finish
 
 _cpu: Any = None
 _MISSING: str | None = None
@@ -89,9 +88,9 @@ class CpuBackend:
         result = Statistics.of(
             torch.empty(statistics, n),
             torch.empty(statistics, m),
-            torch.zeros(n if problem.positive_column is not None else 0),
-            torch.zeros(n if ranked else 0, dtype=torch.int64),
-            torch.zeros(m if ranked else 0, dtype=torch.int64),
+            torch.empty(n if problem.positive_column is not None else 0),
+            torch.empty(n if ranked else 0, dtype=torch.int64),
+            torch.empty(m if ranked else 0, dtype=torch.int64),
         )
         self.blocks_summed_twice = _cpu.forward(
             call.problem,
@@ -112,23 +111,35 @@ class CpuBackend:
         gradient: StatisticsGradient,
         wanted: Wanted,
     ) -> InputGradients:
-        gx, gy = problem.zero_gradients(wanted.products)
         call = _Call(problem)
         n, m, k = problem.rows, problem.columns, len(problem.teachers)
         assert statistics.rows.packed.shape == (1 + 2 * k, n) and gradient.rows.shape == (1 + k, n)
         assert statistics.columns.packed.shape == (1 + 2 * k, m) and gradient.columns.shape == (1 + k, m)
+        if problem.positive_column is not None:
+            _assert_lengths(n, statistics.positive_logit, gradient.positive_logit)
+        dtype = problem.x.dtype if wanted.rounded else torch.float32
+        result = InputGradients(
+            torch.empty(problem.x.shape, dtype=dtype) if wanted.x else None,
+            torch.empty(problem.y.shape, dtype=dtype) if wanted.y else None,
+            torch.empty(()) if wanted.scale else None,
+        )
+        dx, dy, dscale = (0 if each is None else each.data_ptr() for each in result)
         _cpu.backward(
             call.problem,
             level(),
             _threads(problem),
             rows=call.vector(statistics.rows.packed),
             columns=call.vector(statistics.columns.packed),
-            grad_rows=call.vector(gradient.rows),
-            grad_columns=call.vector(gradient.columns),
-            gx=0 if gx is None else gx.data_ptr(),
-            gy=0 if gy is None else gy.data_ptr(),
+            positive_logit=call.vector(statistics.positive_logit),
+            grad_rows=call.incoming(gradient.rows),
+            grad_columns=call.incoming(gradient.columns),
+            grad_positive=call.incoming(gradient.positive_logit[None]),
+            dx=dx,
+            dy=dy,
+            dscale=dscale,
+            rounded=wanted.rounded,
         )
-        return finish.gradients(problem, statistics, gradient, wanted, (gx, gy))
+        return result
 
 
 def _threads(problem: Problem) -> int:
@@ -168,13 +179,23 @@ class _Call:
         """The address of a contiguous copy, or of the tensor itself where it is that already; 0 for None."""
         if tensor is None:
             return 0
-        self._kept.append(tensor.detach().to(dtype).resolve_neg().contiguous())
-        return self._kept[-1].data_ptr()
+        if tensor.dtype != dtype or tensor.is_neg() or not tensor.is_contiguous():
+            tensor = tensor.detach().to(dtype).resolve_neg().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def incoming(self, gradient: Tensor) -> Any:
+        """A gradient (distributions, length) of any strides: those of an expanded number are 0."""
+        if gradient.dtype != torch.float32 or gradient.is_neg():
+            gradient = gradient.detach().float().resolve_neg()
+        self._kept.append(gradient)
+        return _cpu.Incoming(gradient.data_ptr(), *gradient.stride())
 
     def _matrix(self, tensor: Tensor) -> Any:
-        tensor = tensor.detach().resolve_neg()  # a negated view has the signs of another tensor in its memory
+        if tensor.is_neg():  # in its memory are the signs of another tensor
+            tensor = tensor.detach().resolve_neg()
         if tensor.dtype not in DTYPES:  # a teacher in float16 or float64 multiplies in float32, as in every backend
-            tensor = tensor.float()
+            tensor = tensor.detach().float()
         self._kept.append(tensor)
         return _cpu.Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride(), bfloat16=tensor.dtype == torch.bfloat16)
 
