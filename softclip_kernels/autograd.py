@@ -1,4 +1,4 @@
-"""The differentiable statistics of a similarity matrix that is never stored.
+"""The differentiable statistics of a similarity matrix that is never stored, and the losses that are linear in them.
 
     z          = scale * x @ y.T
     rows       = z.logsumexp(1), and for each teacher  (q.softmax(1) * z).sum(1)   with q the teacher's logits, constant
@@ -6,13 +6,15 @@
     positive   = z[i, positive_column[i]]
     dots       = for each linear term with its matrix E,  (E * z).sum(1)  and  (E * z).sum(0)
 
-Every loss of the library is a linear function of these, so targets, weights and reductions are PyTorch outside.
+Every loss of the library is a linear function of these (linear_form.py), so targets, weights and reductions are PyTorch
+outside of the kernels: `loss_parts` returns them. Where nothing is exchanged or traced and there are no linear terms,
+`ReducedLossFunction` has the statistics, the linear form and the reduction in one node of the graph, with few operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,8 @@ from torch import Tensor
 from . import ops
 from .distributed import sharded
 from .distributed.exchange import Layout
+from .indexing import scatter_sum, take_rows
+from .linear_form import LinearForms, times
 from .problem import Problem
 from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient
 
@@ -77,3 +81,103 @@ class SoftmaxStatisticsFunction(torch.autograd.Function):
             )
         given = [result if needs else None for result, needs in zip(results, needed, strict=True)]
         return *ops.without_graph(given, (x, y, scale)), None, None, *(None for _ in tensors)
+
+
+class LocalLoss(NamedTuple):
+    """A reduced loss of one process, without linear terms.
+
+    forms     the losses as linear forms of the statistics, whose dots are the positives', where there are any
+    shares    what a row's and what a column's loss count in the reduced loss; 0 of a direction that is not in it
+    diagonal  whether row i's positive is column i, for all of them
+    backend   one of backends.registered(), or "auto"
+    """
+
+    forms: Callable[[Statistics], LinearForms]
+    shares: tuple[float, float]
+    diagonal: bool
+    backend: str
+
+
+def local_loss(problem: Problem, local: LocalLoss) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, 0-d, differentiable with respect to the problem's x, y and scale, and Statistics' row and column ranks,
+    which are not."""
+    return LocalLossFunction.apply(problem.x, problem.y, problem.scale, problem, local)
+
+
+def reduced(rows: Tensor | None, columns: Tensor | None, shares: tuple[float, float]) -> Tensor:
+    """The sum of row losses and column losses times their shares; one that is None is not in it."""
+    if rows is None or columns is None:
+        losses, share = (rows, shares[0]) if rows is not None else (columns, shares[1])
+        assert losses is not None
+        return losses.sum() * share
+    if shares[0] == shares[1]:
+        return (rows.sum() + columns.sum()) * shares[0]
+    return rows.sum() * shares[0] + columns.sum() * shares[1]
+
+
+class LocalLossFunction(torch.autograd.Function):
+    """Statistics, linear forms and reduction as one node of the graph: a dozen nodes would cost a small batch more than
+    its kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, scale: Tensor, problem: Problem, local: LocalLoss
+    ) -> tuple[Tensor, ...]:
+        tensors, sources = problem.tensors(), problem.sources()
+        statistics = Statistics.of(*ops.forward(*ops.pack(tensors, sources), local.backend))
+        forms, positive = local.forms(statistics), statistics.positive_logit
+        rows = columns = None
+        if forms.rows is not None:
+            rows = forms.rows.losses(statistics.rows, [positive] if forms.rows.dots else [])
+        if forms.columns is not None:
+            if problem.positive_column is not None and not local.diagonal:
+                positive = scatter_sum(problem.columns, problem.positive_column, positive)
+            columns = forms.columns.losses(statistics.columns, [positive] if forms.columns.dots else [])
+        coefficients, ctx.forms = forms.kept()
+        known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
+        ctx.save_for_backward(*tensors, *known, *coefficients)
+        ctx.problem_tensors, ctx.sources = len(tensors), sources
+        ctx.shares, ctx.diagonal, ctx.backend = local.shares, local.diagonal, local.backend
+        ctx.set_materialize_grads(False)  # of the ranks
+        ctx.mark_non_differentiable(statistics.row_ranks, statistics.column_ranks)
+        return reduced(rows, columns, local.shares), statistics.row_ranks, statistics.column_ranks
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if gradient is None:
+            return (None,) * 5
+        tensors, saved = ctx.saved_tensors[: ctx.problem_tensors], ctx.saved_tensors[ctx.problem_tensors :]
+        statistics, forms = saved[:4], ctx.forms(saved[4:])
+        problem = Problem.of(tensors, ctx.sources)
+        needed = list(ctx.needs_input_grad[:3])
+        with torch.no_grad():
+            incoming = _incoming(problem, forms, gradient, ctx.shares, ctx.diagonal)
+            arguments = (*ops.pack(tensors, ctx.sources), ctx.backend, *statistics, *incoming, [*needed, True])
+            results = ops.backward(*arguments)
+        given = [result if needs else None for result, needs in zip(results, needed, strict=True)]
+        return *ops.without_graph(given, tensors[:3]), None, None
+
+
+def _incoming(
+    problem: Problem, forms: LinearForms, gradient: Tensor, shares: tuple[float, float], diagonal: bool
+) -> StatisticsGradient:
+    """The gradient of the statistics from that of the reduced loss. Where it is one number for all, it is expanded."""
+    packed: list[Tensor] = []
+    of_positives: list[Tensor] = []
+    of_row = times(shares[0], gradient)
+    of_losses = (of_row, of_row if shares[0] == shares[1] else times(shares[1], gradient))
+    for form, of_loss, length in zip(forms, of_losses, (problem.rows, problem.columns), strict=True):
+        if form is None:
+            packed.append(gradient.new_zeros(()).expand(1 + len(problem.teachers), length))
+            continue
+        own, of_dots = form.adjoint(of_loss)
+        alone = len(own) == 1
+        packed.append(own[0].expand(1, length) if alone else torch.stack([each.expand(length) for each in own]))
+        if of_dots and form is forms.columns and not diagonal and of_dots[0].dim():
+            assert problem.positive_column is not None
+            of_dots = [take_rows(of_dots[0], problem.positive_column)]
+        of_positives += of_dots
+    if not of_positives:
+        return StatisticsGradient(packed[0], packed[1], gradient.new_empty(0))
+    positive = of_positives[0] if len(of_positives) == 1 else of_positives[0] + of_positives[1]
+    return StatisticsGradient(packed[0], packed[1], (-positive).expand(problem.rows))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .precision import without_autocast
 from .problem import PROBLEM_TENSORS, Problem
 from .stats import InputGradients, Statistics, StatisticsGradient, Wanted
 
@@ -44,20 +45,17 @@ def unpack(arguments: Sequence[Any]) -> tuple[Problem, Sequence[Any]]:
     return Problem.of([*own, *teacher_tensors], sources), arguments[_PROBLEM_ARGUMENTS:]
 
 
-@torch.library.custom_op("softclip::forward", mutates_args=(), schema=_FORWARD)
-def forward(*arguments: Any) -> tuple[Tensor, ...]:
+def run_forward(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (backend,) = unpack(arguments)
     return backends.select(backend, problem).forward(problem).tensors()
 
 
-@forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _forward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     problem, _ = unpack(arguments)
     return Statistics.empty(problem).tensors()
 
 
-@torch.library.custom_op("softclip::backward", mutates_args=(), schema=_BACKWARD)
-def backward(*arguments: Any) -> tuple[Tensor, ...]:
+def run_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of Backend.backward; one that is not wanted is empty, (0,)."""
     problem, (backend, rows, columns, positive_logit, scalars, *gradients, wanted) = unpack(arguments)
     statistics, gradient = Statistics.of(rows, columns, positive_logit, scalars=scalars), StatisticsGradient(*gradients)
@@ -65,8 +63,7 @@ def backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(problem.scale.new_empty(0) if result is None else result for result in results)
 
 
-@backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _backward_shapes(*arguments: Any) -> tuple[Tensor, ...]:
     problem, (_, *_, (*needed, rounded)) = unpack(arguments)
     wide = problem.accumulation_dtype
     dtypes = (problem.x.dtype, problem.y.dtype, wide) if rounded else (wide, wide, wide)
@@ -77,11 +74,25 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+# Not torch.library.custom_op, whose checks at every call cost as much again as the call.
+_library = torch.library.Library("softclip", "FRAGMENT")
+for _name, _schema, _run, _shapes in (
+    ("forward", _FORWARD, run_forward, _forward_shapes),
+    ("backward", _BACKWARD, run_backward, _backward_shapes),
+):
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"softclip::{_name}", _shapes, lib=_library)
+
+forward = torch.ops.softclip.forward.default
+backward = torch.ops.softclip.backward.default
+
+
 def block_backward(
     problem: Problem, statistics: Statistics, gradient: StatisticsGradient, wanted: Wanted, backend: str
 ) -> InputGradients:
     """The backward operator on a block."""
-    with torch.autocast(problem.x.device.type, enabled=False):
+    with without_autocast(problem.x.device.type):
         return backends.select(backend, problem).backward(problem, statistics, gradient, wanted)
 
 

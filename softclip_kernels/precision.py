@@ -1,6 +1,9 @@
-"""How PyTorch multiplies fp32 matrices, and a product that its settings do not reach."""
+"""How PyTorch multiplies fp32 matrices, a product that its settings do not reach, and a scope that autocast does not."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,3 +36,10 @@ def _parts(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rest = matrix - first
     second = rest.bfloat16().float()
     return first, second, rest - second
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Where autocast is off already it costs nothing."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -94,7 +94,7 @@ class Statistics(NamedTuple):
         (M,), (max(1, K), 8). `of` takes them back."""
         *others, scalars = self[2:]
         if len(scalars) == 0:
-            scalars = scalars.new_zeros(max(1, len(self.rows.teacher_lse)), SCALARS)
+            scalars = scalars.new_zeros(max(1, len(self.rows.packed) // 2), SCALARS)
         return self.rows.packed, self.columns.packed, *others, scalars
 
     @staticmethod
@@ -135,9 +135,11 @@ class Statistics(NamedTuple):
 class StatisticsGradient(NamedTuple):
     """The loss's gradient with respect to Statistics. Teachers' log-sum-exps and ranks are constants and have none.
 
-    rows            (1 + K, N) with respect to rows.lse, then to each rows.teacher_mean[k]; contiguous
+    rows            (1 + K, N) with respect to rows.lse, then to each rows.teacher_mean[k]
     columns         (1 + K, M) the same for the columns
     positive_logit  (N,) or, without positives, (0,)
+
+    Of any strides: one number for all is an expanded one.
     """
 
     rows: Tensor
@@ -147,7 +149,10 @@ class StatisticsGradient(NamedTuple):
     @staticmethod
     def of(rows: Tensor, columns: Tensor, positive_logit: Tensor) -> StatisticsGradient:
         """From the gradients of Statistics.tensors(): (1 + 2K, N), (1 + 2K, M), (N,)."""
-        return StatisticsGradient(rows[0::2].contiguous(), columns[0::2].contiguous(), positive_logit)
+        return StatisticsGradient(rows[0::2], columns[0::2], positive_logit)
+
+    def contiguous(self) -> StatisticsGradient:
+        return StatisticsGradient(*(each.contiguous() for each in self))
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class CpuBackend:
             positive_logit=call.vector(statistics.positive_logit),
             grad_rows=call.incoming(gradient.rows),
             grad_columns=call.incoming(gradient.columns),
-            grad_positive=call.incoming(gradient.positive_logit[None]),
+            grad_positive=call.incoming(gradient.positive_logit),
             dx=dx,
             dy=dy,
             dscale=dscale,
@@ -185,11 +185,11 @@ class _Call:
         return tensor.data_ptr()
 
     def incoming(self, gradient: Tensor) -> Any:
-        """A gradient (distributions, length) of any strides: those of an expanded number are 0."""
+        """A gradient ([distributions,] length) of any strides: those of an expanded number are 0."""
         if gradient.dtype != torch.float32 or gradient.is_neg():
             gradient = gradient.detach().float().resolve_neg()
         self._kept.append(gradient)
-        return _cpu.Incoming(gradient.data_ptr(), *gradient.stride())
+        return _cpu.Incoming(gradient.data_ptr(), *(0, *gradient.stride())[-2:])
 
     def _matrix(self, tensor: Tensor) -> Any:
         if tensor.is_neg():  # in its memory are the signs of another tensor

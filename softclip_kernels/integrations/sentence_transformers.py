@@ -33,7 +33,7 @@ from ..targets.base import Target, check_target
 from ..targets.combine import Weighted
 from ..targets.context import Context
 from ..targets.hard import Hard
-from ..targets.terms import LoweredTarget
+from ..targets.lowered import LoweredTarget
 from . import hooks
 from .hooks import Hook
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from .. import autograd, backends, checks, guard_rails, positives
 from ..distributed import agreement, torch_private
 from ..distributed.exchange import Layout, as_exchange
+from ..precision import without_autocast
 from ..problem import Problem
-from ..stats import Statistics
 from ..targets.base import Target, check_target
 from ..targets.context import Context
 from ..targets.hard import Hard
-from ..targets.terms import CompletedTarget, IndexTerm, LoweredTarget
+from ..targets.lowered import CompletedTarget, LoweredTarget
+from ..targets.terms import IndexTerm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -222,7 +223,7 @@ def _of_one_dtype(request: Request) -> Request:
 
 def _full_precision(x: Any) -> AbstractContextManager[Any]:
     """No autocast in here: the operands' own dtypes say how to compute."""
-    return torch.autocast(x.device.type, enabled=False) if isinstance(x, Tensor) else nullcontext()
+    return without_autocast(x.device.type) if isinstance(x, Tensor) else nullcontext()
 
 
 def run(request: Request) -> tuple[Any, Any]:
@@ -239,9 +240,32 @@ def run(request: Request) -> tuple[Any, Any]:
         if request.ranked:
             assert target.lowered.positive is not None
             problem = positives.with_thresholds(problem, target.lowered.positive.own, layout)
-        parts = autograd.loss_parts(problem, target.linear_terms(), layout, request.backend)
-        loss = _reduce(target.losses(parts, layout, request.direction), request, layout)
-        return loss, _retrieval_ranks(problem, parts.statistics, layout) if request.ranked else None
+        loss, *ranks = _loss(problem, target, request, layout)
+        return loss, _retrieval_ranks(problem, *ranks, layout) if request.ranked else None
+
+
+def _loss(
+    problem: Problem, target: CompletedTarget, request: Request, layout: Layout
+) -> tuple[Tensor | Losses, Tensor, Tensor]:
+    """The loss, and the row and column ranks of Statistics."""
+    shares = _shares(request, layout)
+    traced = torch.compiler.is_compiling()
+    if shares is not None and layout.exchange is None and not target.linear and not traced:
+        positive = target.lowered.positive
+        local = autograd.LocalLoss(
+            forms=lambda statistics: target.forms(statistics, request.direction),
+            shares=shares,
+            diagonal=positive is not None and positive.diagonal,
+            backend=request.backend,
+        )
+        return autograd.local_loss(problem, local)
+    parts = autograd.loss_parts(problem, target.linear_terms(), layout, request.backend)
+    ranks = parts.statistics.row_ranks, parts.statistics.column_ranks
+    rows, columns = target.losses(parts, layout, request.direction)
+    if shares is not None:
+        return autograd.reduced(rows, columns, shares), *ranks
+    nothing = parts.statistics.positive_logit.new_empty(0)
+    return Losses(*(nothing if each is None else each for each in (rows, columns))), *ranks
 
 
 def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
@@ -270,22 +294,24 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
 def _as_scale(value: Tensor | float, layout: Layout) -> Tensor:
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=layout.dtype, device=layout.device)
+    if value.dim() == 0 and value.dtype == layout.dtype and value.device == layout.device:
+        return value
     return value.to(device=layout.device, dtype=layout.dtype).reshape(())
 
 
-def _reduce(losses: tuple[Tensor, Tensor], request: Request, layout: Layout) -> Tensor | Losses:
-    rows, columns = losses
+def _shares(request: Request, layout: Layout) -> tuple[float, float] | None:
+    """What a row's and what a column's loss count in the reduced loss, 0 of a direction that is not in it; None where
+    it is not reduced."""
     if request.reduction == "none":
-        return Losses(rows, columns)
+        return None
     n, m = (1, 1) if request.reduction == "sum" else (layout.n, layout.m)
-    if request.direction == "both":
-        return 0.5 * layout.world_size * (rows.sum() / n + columns.sum() / m)
-    return layout.world_size * (rows.sum() / n if request.direction == "rows" else columns.sum() / m)
+    rows, columns = {"both": (0.5, 0.5), "rows": (1.0, 0.0), "columns": (0.0, 1.0)}[request.direction]
+    return rows * layout.world_size / n, columns * layout.world_size / m
 
 
-def _retrieval_ranks(problem: Problem, statistics: Statistics, layout: Layout) -> RetrievalRanks:
+def _retrieval_ranks(problem: Problem, row_ranks: Tensor, column_ranks: Tensor, layout: Layout) -> RetrievalRanks:
     assert problem.row_threshold is not None and problem.column_threshold is not None
     # Nothing exceeds NaN or infinity: behind all others, not before them. (-inf: a column that is no row's positive.)
-    rows = torch.where(problem.row_threshold.isfinite(), statistics.row_ranks, layout.m)
-    columns = torch.where(problem.column_threshold < torch.inf, statistics.column_ranks, layout.n)
+    rows = torch.where(problem.row_threshold.isfinite(), row_ranks, layout.m)
+    columns = torch.where(problem.column_threshold < torch.inf, column_ranks, layout.n)
     return RetrievalRanks(rows, torch.where(problem.column_threshold == -torch.inf, -1, columns))

@@ -1,7 +1,8 @@
 """What each row should match.
 
 context    what a target may look at while it is lowered
-terms      what every target becomes: a sum of terms, each linear in the logits
+terms      what a target is a sum of, each linear in the logits
+lowered    what every target becomes: the sum of its terms, and the losses that follow from it
 base       Target: one class with one method, `lower`
 hard       Hard, Dense
 soft       Teacher, SelfTeacher, their scale (Ratio), and how they are normalized: Sinkhorn, Potentials

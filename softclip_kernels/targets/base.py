@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .context import Coefficients, Context
-from .terms import LoweredTarget
+from .lowered import LoweredTarget
 
 
 class Target(ABC):

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import checks
 from .base import Target, check_coefficients, check_target
 from .context import Coefficients, Context
-from .terms import LoweredTarget
+from .lowered import LoweredTarget
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,7 @@ class Weighted(Target):
         check_coefficients("weights", self.weights, checks.non_negative)
 
     def lower(self, context: Context) -> LoweredTarget:
-        rows, columns = context.coefficients("weights", self.weights)
-        one_row, one_column = context.ones()
-        return self.target.lower(context).weighted(one_row * rows, one_column * columns)
+        return self.target.lower(context).weighted(*context.coefficients("weights", self.weights))
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .. import checks
 from ..distributed.exchange import Layout
+from ..linear_form import Coefficient
 
-Coefficients = float | Tensor | tuple[Tensor | float, Tensor | float]
+Coefficients = Coefficient | tuple[Coefficient, Coefficient]
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,6 @@ class Context:
     backend: str = "auto"
     direction: str = "both"
     segments: tuple[Tensor, Tensor] | None = None
-
-    def ones(self) -> tuple[Tensor, Tensor]:
-        dtype = self.layout.dtype
-        return self.x.new_ones(len(self.x), dtype=dtype), self.x.new_ones(len(self.y), dtype=dtype)
 
     def row_vector(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a per-row tensor given for its own rows or for all."""
@@ -49,17 +46,18 @@ class Context:
         own_rows = self.row_vector(f"{name} of the rows", rows)
         return own_rows.long(), self.column_vector(f"{name} of the columns", columns).long()
 
-    def coefficients(self, name: str, value: Coefficients) -> tuple[Tensor | float, Tensor | float]:
+    def coefficients(self, name: str, value: Coefficients) -> tuple[Coefficient, Coefficient]:
         """A number for all, one tensor for the pairs (N == M), or a (per-row, per-column) pair."""
         if isinstance(value, Tensor) and value.dim():
             checks.square(f"one tensor as {name}", self.layout.n, self.layout.m)
         rows, columns = value if isinstance(value, tuple) else (value, value)
-        if isinstance(rows, Tensor):
-            rows = self._number_or(self.row_vector, f"{name} of the rows", rows)
-        if isinstance(columns, Tensor):
-            columns = self._number_or(self.column_vector, f"{name} of the columns", columns)
-        return rows, columns
+        return (
+            self._number_or(self.row_vector, f"{name} of the rows", rows),
+            self._number_or(self.column_vector, f"{name} of the columns", columns),
+        )
 
-    def _number_or(self, vector: Callable[[str, Tensor], Tensor], name: str, value: Tensor) -> Tensor:
+    def _number_or(self, vector: Callable[[str, Tensor], Tensor], name: str, value: Tensor | float) -> Coefficient:
+        if not isinstance(value, Tensor):
+            return float(value)
         own = value.detach().to(self.layout.device) if value.dim() == 0 else vector(name, value)
         return own.to(self.layout.dtype)

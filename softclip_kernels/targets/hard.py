@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import checks, guard_rails
 from .base import Target
 from .context import Context
-from .terms import DenseTerm, GroupTerm, IndexTerm, LoweredTarget
+from .lowered import LoweredTarget
+from .terms import DenseTerm, GroupTerm, IndexTerm
 
 
 @dataclass(frozen=True)
@@ -51,21 +52,22 @@ class Hard(Target):
         layout = context.layout
         if self.labels is None:
             checks.square("the diagonal target Hard()", layout.n, layout.m)
-            index = torch.arange(layout.n_local, device=layout.device) + layout.row_start
+            index = torch.arange(layout.row_start, layout.row_start + layout.n_local, device=layout.device)
             inverse = index if layout.exchange is None else None  # else it would have to travel with the columns
-            return LoweredTarget(positive=IndexTerm(*context.ones(), index, layout.aligned, inverse))
+            aligned = layout.aligned
+            return LoweredTarget(positive=IndexTerm(1.0, 1.0, index, own=aligned, diagonal=aligned, inverse=inverse))
         checks.same_device("labels", self.labels, layout.device)
         checks.indices("labels", self.labels, layout.n_local, layout.m_local if self.local else layout.m)
         index = self.labels.to(torch.int64)
         if self.local:
-            return LoweredTarget(positive=IndexTerm(*context.ones(), index + layout.column_start, own=True))
+            return LoweredTarget(positive=IndexTerm(1.0, 1.0, index + layout.column_start, own=True))
         guard_rails.labels(self.labels, layout)
-        return LoweredTarget(positive=IndexTerm(*context.ones(), index))
+        return LoweredTarget(positive=IndexTerm(1.0, 1.0, index))
 
     def _grouped(self, context: Context) -> LoweredTarget:
         assert self.groups is not None
         row_ids, column_ids = context.identifiers("groups", *self.groups)
-        return LoweredTarget(linear=(GroupTerm(*context.ones(), row_ids, column_ids),))
+        return LoweredTarget(linear=(GroupTerm(1.0, 1.0, row_ids, column_ids),))
 
 
 def _uniform(context: Context) -> LoweredTarget:
@@ -74,7 +76,7 @@ def _uniform(context: Context) -> LoweredTarget:
         torch.zeros(len(context.x), dtype=torch.int64, device=context.layout.device),
         torch.zeros(len(context.y), dtype=torch.int64, device=context.layout.device),
     )
-    return LoweredTarget(linear=(GroupTerm(*context.ones(), row_ids, column_ids),))
+    return LoweredTarget(linear=(GroupTerm(1.0, 1.0, row_ids, column_ids),))
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,17 @@ class Dense(Target):
     columns: Tensor | None = None
 
     def lower(self, context: Context) -> LoweredTarget:
-        first, second = context.ones()
         if self.columns is None:
-            return LoweredTarget(linear=(self._term(context, "rows", self.rows, first, second),))
+            return LoweredTarget(linear=(self._term(context, "rows", self.rows, 1.0, 1.0),))
         return LoweredTarget(
             linear=(
-                self._term(context, "rows", self.rows, first, torch.zeros_like(second)),
-                self._term(context, "columns", self.columns, torch.zeros_like(first), second),
+                self._term(context, "rows", self.rows, 1.0, 0.0),
+                self._term(context, "columns", self.columns, 0.0, 1.0),
             )
         )
 
     @staticmethod
-    def _term(context: Context, name: str, matrix: Tensor, rows: Tensor, columns: Tensor) -> DenseTerm:
+    def _term(context: Context, name: str, matrix: Tensor, rows: float, columns: float) -> DenseTerm:
         layout = context.layout
         # Number by number: where a compiler traces, one of them may be a symbol, which no tuple is found to hold.
         rows_fit = matrix.dim() == 2 and (len(matrix) == layout.n_local or len(matrix) == layout.n)

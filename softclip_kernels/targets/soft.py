@@ -12,7 +12,8 @@ from .. import checks
 from ..problem import Source, TeacherOperand
 from .base import Target
 from .context import Context
-from .terms import ColumnNormalizedTerm, LoweredTarget, SinkhornTerm, TeacherTerm
+from .lowered import LoweredTarget
+from .terms import ColumnNormalizedTerm, SinkhornTerm, TeacherTerm
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,16 @@ class SoftTarget(Target):
 
     def lower(self, context: Context) -> LoweredTarget:
         operand = self.operand(context)
-        ones = context.ones()
         if isinstance(self.normalise, Potentials):
             row = context.row_vector("the row potential", self.normalise.row).to(context.layout.dtype)
             column = context.column_vector("the column potential", self.normalise.column).to(context.layout.dtype)
-            return LoweredTarget(teachers=(TeacherTerm(*ones, operand, row, column).with_biases(row, column),))
+            return LoweredTarget(teachers=(TeacherTerm(1.0, 1.0, operand, row, column).with_biases(row, column),))
         if self.normalise == "row":
-            return LoweredTarget(teachers=(TeacherTerm(*ones, operand),))
+            return LoweredTarget(teachers=(TeacherTerm(1.0, 1.0, operand),))
         if self.normalise == "column":
-            return LoweredTarget(teachers=(ColumnNormalizedTerm(*ones, operand),))
+            return LoweredTarget(teachers=(ColumnNormalizedTerm(1.0, 1.0, operand),))
         sinkhorn = self.normalise if isinstance(self.normalise, Sinkhorn) else Sinkhorn()
-        return LoweredTarget(teachers=(SinkhornTerm(*ones, operand, iterations=sinkhorn.iterations),))
+        return LoweredTarget(teachers=(SinkhornTerm(1.0, 1.0, operand, iterations=sinkhorn.iterations),))
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .. import checks
 from .base import Target, check_target
 from .context import Context
-from .terms import LoweredTarget
+from .lowered import LoweredTarget
 
 KEY = "softclip_kernels_steps"  # in an optimizer's first parameter group
 

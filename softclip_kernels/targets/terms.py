@@ -1,4 +1,4 @@
-"""What every target becomes: a sum of terms, each linear in the logits.
+"""What a target is a sum of (lowered.py): terms, each linear in the logits.
 
     Y_rows[i, j]    = sum over terms of  row_coefficient[i]    * term's row entry (i, j)
     Y_columns[i, j] = sum over terms of  column_coefficient[j] * term's column entry (i, j)
@@ -26,8 +26,9 @@ from .. import autograd, checks
 from ..distributed import laps
 from ..distributed.exchange import Layout
 from ..indexing import scatter_sum, take_rows
+from ..linear_form import Coefficient, times
 from ..problem import Problem, Source, TeacherOperand
-from ..stats import ColumnBlock, LossParts, SoftmaxStatistics
+from ..stats import ColumnBlock
 from .context import Context
 
 AnyTerm = TypeVar("AnyTerm", bound="Term")
@@ -35,14 +36,16 @@ AnyTerm = TypeVar("AnyTerm", bound="Term")
 
 @dataclass(frozen=True)
 class Term:
-    """row_coefficient (N,), column_coefficient (M,), accumulation dtype."""
+    """row_coefficient (N,), column_coefficient (M,), accumulation dtype, or one number for all."""
 
-    row_coefficient: Tensor
-    column_coefficient: Tensor
+    row_coefficient: Coefficient
+    column_coefficient: Coefficient
 
-    def scaled(self: AnyTerm, rows: Tensor | float, columns: Tensor | float) -> AnyTerm:
+    def scaled(self: AnyTerm, rows: Coefficient, columns: Coefficient) -> AnyTerm:
         return replace(
-            self, row_coefficient=self.row_coefficient * rows, column_coefficient=self.column_coefficient * columns
+            self,
+            row_coefficient=times(self.row_coefficient, rows),
+            column_coefficient=times(self.column_coefficient, columns),
         )
 
     def structure(self) -> str:
@@ -71,35 +74,36 @@ class HardTerm(Term, ABC):
 @dataclass(frozen=True)
 class CompletedTerm:
     """A hard term with the sums of its E over all ranks: of each row (N,) and of each column (M,), where these have a
-    loss."""
+    loss, or one number for all."""
 
     term: HardTerm
-    row_sum: Tensor
-    column_sum: Tensor
+    row_sum: Coefficient
+    column_sum: Coefficient
 
 
 @dataclass(frozen=True)
 class IndexTerm(HardTerm):
     """E_ij = 1 at j = index[i]: the positive of each row. index (N,) int64, global column numbers. `own`: on every rank
-    the index names that rank's columns only. inverse (M,) int64: the row that names each column, where it is known
-    that no two rows name the same."""
+    the index names that rank's columns only. `diagonal`: row i of a rank names its column i, and there are as many.
+    inverse (M,) int64: the row that names each column, where the columns' rank knows it."""
 
     index: Tensor
     own: bool = False
+    diagonal: bool = False
     inverse: Tensor | None = None
 
     def complete(self, context: Context) -> CompletedTerm:
         if context.segments is not None and context.layout.exchange is None:
             row_segment, column_segment = context.segments
             checks.own_segments(row_segment, column_segment[self.index])
-        ones = torch.ones_like(self.row_coefficient)
-        nothing_asked = context.direction == "rows"
-        column_sum = ones.new_empty(0) if nothing_asked else self.sum_to_columns(ones, context.layout)
-        return CompletedTerm(self, ones, column_sum)
+        if self.diagonal or context.direction == "rows":
+            return CompletedTerm(self, 1.0, 1.0)
+        ones = context.x.new_ones(len(self.index), dtype=context.layout.dtype)
+        return CompletedTerm(self, 1.0, self.sum_to_columns(ones, context.layout))
 
     def sum_to_columns(self, values: Tensor, layout: Layout) -> Tensor:
         """The sum of the values (N,) of all ranks' rows at the column that each row's index names: (M,)."""
-        return laps.sum_to_columns(values, self.index, layout, self.own)
+        return values if self.diagonal else laps.sum_to_columns(values, self.index, layout, self.own)
 
     def structure(self) -> str:
         return f"IndexTerm(own={self.own})"
@@ -218,7 +222,7 @@ class SinkhornTerm(TeacherTerm):
     iterations: int = 5
 
     def complete(self, context: Context) -> TeacherTerm:
-        row, column = (torch.zeros_like(ones) for ones in context.ones())
+        row, column = (context.x.new_zeros(len(each), dtype=context.layout.dtype) for each in (context.x, context.y))
         for _ in range(self.iterations):
             column = _normalizing(_log_sum_exps(context, replace(self.operand, row_bias=row, column_bias=column))[1])
             row = _normalizing(_log_sum_exps(context, replace(self.operand, row_bias=row, column_bias=column))[0])
@@ -247,152 +251,3 @@ def _log_sum_exps(context: Context, operand: TeacherOperand) -> tuple[Tensor, Te
 def _normalizing(log_sum_exp: Tensor) -> Tensor:
     """The potential that makes a row (column) sum to 1; one that sees nothing is excluded."""
     return torch.where(log_sum_exp == -torch.inf, -torch.inf, -log_sum_exp)
-
-
-# Their sum.
-
-
-@dataclass(frozen=True)
-class LoweredTarget:
-    """A sum of terms, with what applies to the whole.
-
-    positive       the term that gives every row its positive, which the kernels compute; None where there is none
-    linear         the other hard terms
-    teachers       the soft terms
-    row_weight     (N,) of each row's loss, or None: 1
-    column_weight  (M,) of each column's loss
-    segments       (row (N,), column (M,)) int64: a row sees the columns of its segment; None: all
-    step           the optimizer's step that it was made for, where it changes with them
-    """
-
-    positive: IndexTerm | None = None
-    linear: tuple[HardTerm, ...] = ()
-    teachers: tuple[TeacherTerm, ...] = ()
-    row_weight: Tensor | None = None
-    column_weight: Tensor | None = None
-    segments: tuple[Tensor, Tensor] | None = None
-    step: int | None = None
-
-    def scaled(self, rows: Tensor | float, columns: Tensor | float) -> LoweredTarget:
-        """Every entry of row i times rows[i], of column j times columns[j]: the entries, not the losses' weights."""
-        return replace(
-            self,
-            positive=None if self.positive is None else self.positive.scaled(rows, columns),
-            linear=tuple(term.scaled(rows, columns) for term in self.linear),
-            teachers=tuple(term.scaled(rows, columns) for term in self.teachers),
-        )
-
-    def plus(self, other: LoweredTarget) -> LoweredTarget:
-        """The sum of the two targets' entries."""
-        if any(part.row_weight is not None or part.segments is not None for part in (self, other)):
-            raise ValueError("Weighted and Blocks apply to a whole target: wrap the mixture, not one of its parts")
-        positive, linear = self.positive or other.positive, self.linear
-        if self.positive is not None and other.positive is not None:  # a kernel computes one positive a row
-            linear = (*linear, other.positive)
-        return replace(
-            self,
-            positive=positive,
-            linear=linear + other.linear,
-            teachers=self.teachers + other.teachers,
-            step=other.step if self.step is None else self.step,
-        )
-
-    def weighted(self, rows: Tensor, columns: Tensor) -> LoweredTarget:
-        """The losses, not the entries, times these."""
-        if self.row_weight is not None and self.column_weight is not None:
-            rows, columns = rows * self.row_weight, columns * self.column_weight
-        return replace(self, row_weight=rows, column_weight=columns)
-
-    def structure(self) -> str:
-        """What every rank's target must have in common, for an exchange to fit."""
-        hard = self.linear if self.positive is None else (self.positive, *self.linear)
-        terms = [term.structure() for term in (*hard, *self.teachers)]
-        given = [name for name in ("row_weight", "segments") if getattr(self, name) is not None]
-        given += [] if self.step is None else [f"step {self.step}"]
-        return " + ".join(terms) + "".join(f", {name}" for name in given)
-
-    def problem(self, x: Tensor, y: Tensor, scale: Tensor) -> Problem:
-        row_segment, column_segment = self.segments or (None, None)
-        return Problem(
-            x,
-            y,
-            scale,
-            positive_column=None if self.positive is None else self.positive.index,
-            positive_row=None if self.positive is None else self.positive.inverse,
-            row_segment=row_segment,
-            column_segment=column_segment,
-            teachers=tuple(term.operand for term in self.teachers),
-        )
-
-    def complete(self, context: Context) -> CompletedTarget:
-        """With what depends on other ranks; the only step that communicates."""
-        if self.segments is not None:
-            context = replace(context, segments=self.segments)
-        teachers = tuple(term.complete(context) for term in self.teachers)
-        return CompletedTarget(
-            None if self.positive is None else self.positive.complete(context),
-            tuple(term.complete(context) for term in self.linear),
-            replace(self, teachers=teachers) if teachers else self,
-        )
-
-
-@dataclass(frozen=True)
-class CompletedTarget:
-    """A target of which everything is known but the statistics. `lowered` has completed teachers; its hard terms are
-    superseded by those here."""
-
-    positive: CompletedTerm | None
-    linear: tuple[CompletedTerm, ...]
-    lowered: LoweredTarget
-
-    def linear_terms(self) -> tuple[HardTerm, ...]:
-        """The terms whose dots are PyTorch's work."""
-        return tuple(completed.term for completed in self.linear)
-
-    def losses(self, parts: LossParts, layout: Layout, direction: str = "both") -> tuple[Tensor, Tensor]:
-        """Row losses (N,) and column losses (M,); (0,) of a direction that is not asked for."""
-        statistics, lowered = parts.statistics, self.lowered
-        rows = columns = statistics.rows.lse.new_empty(0)
-        terms = self.linear if self.positive is None else (self.positive, *self.linear)
-        if direction != "columns":
-            dots = ([] if lowered.positive is None else [statistics.positive_logit]) + list(parts.row_dots)
-            hard = [(each.term.row_coefficient, each.row_sum, dot) for each, dot in zip(terms, dots, strict=True)]
-            soft = [(each.row_coefficient, each.row_potential) for each in lowered.teachers]
-            rows = _weighted_loss(lowered.row_weight, *_sums(statistics.rows, hard, soft))
-        if direction != "rows":
-            dots = list(parts.column_dots)
-            if lowered.positive is not None:
-                dots.insert(0, lowered.positive.sum_to_columns(statistics.positive_logit, layout))
-            hard = [(each.term.column_coefficient, each.column_sum, dot) for each, dot in zip(terms, dots, strict=True)]
-            soft = [(each.column_coefficient, each.column_potential) for each in lowered.teachers]
-            columns = _weighted_loss(lowered.column_weight, *_sums(statistics.columns, hard, soft))
-        return rows, columns
-
-
-def _sums(
-    statistics: SoftmaxStatistics,
-    hard: list[tuple[Tensor, Tensor, Tensor]],
-    soft: list[tuple[Tensor, Tensor | None]],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One direction's mass, log-sum-exp and dot, (L,) each, from hard terms' coefficients, sums and dots and teachers'
-    coefficients and potentials."""
-    mass = dot = torch.zeros_like(statistics.lse)
-    parts = [(coefficient * total, coefficient * of_term) for coefficient, total, of_term in hard]
-    parts += [_teacher_sums(*of_teacher, statistics, k) for k, of_teacher in enumerate(soft)]
-    for own_mass, own_dot in parts:
-        mass, dot = mass + own_mass, dot + own_dot
-    return mass, statistics.lse, dot
-
-
-def _teacher_sums(
-    coefficient: Tensor, potential: Tensor | None, statistics: SoftmaxStatistics, k: int
-) -> tuple[Tensor, Tensor]:
-    """A teacher's mass and dot in one direction: `mass * (mean logit under its normalized distribution)`."""
-    mass = coefficient if potential is None else coefficient * (statistics.teacher_lse[k].detach() + potential).exp()
-    return mass, mass * statistics.teacher_mean[k]
-
-
-def _weighted_loss(weight: Tensor | None, mass: Tensor, log_sum_exp: Tensor, dot: Tensor) -> Tensor:
-    # A row that sees no column at all has a log-sum-exp of -inf, and contributes nothing.
-    loss = mass * torch.where(log_sum_exp == -torch.inf, 0.0, log_sum_exp) - dot
-    return loss if weight is None else weight * loss

@@ -30,7 +30,7 @@ class Captured(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if function.namespace == "softclip":
             with self:
-                return getattr(ops, name)._init_fn(*arguments)
+                return getattr(ops, f"run_{name}")(*arguments)
         result = function(*arguments, **(options or {}))
         devices = {t.device for t in tree_leaves((arguments, options, result)) if _on_a_device(t)}
         assert len(devices) <= 1, f"{name} copies between {devices}"

@@ -87,7 +87,7 @@ class TritonBackend:
         from .softmax_backward import backward
 
         with _on(problem.x.device):
-            return backward(problem, statistics, gradient, wanted)
+            return backward(problem, statistics, gradient.contiguous(), wanted)
 
 
 @cache
