@@ -240,8 +240,8 @@ def run(request: Request) -> tuple[Any, Any]:
         if request.ranked:
             assert target.lowered.positive is not None
             problem = positives.with_thresholds(problem, target.lowered.positive.own, layout)
-        loss, *ranks = _loss(problem, target, request, layout)
-        return loss, _retrieval_ranks(problem, *ranks, layout) if request.ranked else None
+        loss, row_ranks, column_ranks = _loss(problem, target, request, layout)
+        return loss, _retrieval_ranks(problem, row_ranks, column_ranks, layout) if request.ranked else None
 
 
 def _loss(
