@@ -25,7 +25,7 @@ from .distributed.exchange import Layout
 from .indexing import scatter_sum, take_rows
 from .linear_form import LinearForms, times
 from .problem import Problem
-from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient
+from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient, Wanted
 
 
 def loss_parts(problem: Problem, terms: Sequence[LinearTerm], layout: Layout, backend: str = "auto") -> LossParts:
@@ -123,8 +123,7 @@ class LocalLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, problem: Problem, local: LocalLoss
     ) -> tuple[Tensor, ...]:
-        tensors, sources = problem.tensors(), problem.sources()
-        statistics = Statistics.of(*ops.forward(*ops.pack(tensors, sources), local.backend))
+        statistics = ops.statistics_of(problem, local.backend)
         forms, positive = local.forms(statistics), statistics.positive_logit
         rows = columns = None
         if forms.rows is not None:
@@ -135,8 +134,9 @@ class LocalLossFunction(torch.autograd.Function):
             columns = forms.columns.losses(statistics.columns, [positive] if forms.columns.dots else [])
         coefficients, ctx.forms = forms.kept()
         known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
+        tensors, ctx.sources = problem.tensors(), problem.sources()
         ctx.save_for_backward(*tensors, *known, *coefficients)
-        ctx.problem_tensors, ctx.sources = len(tensors), sources
+        ctx.problem_tensors = len(tensors)
         ctx.shares, ctx.diagonal, ctx.backend = local.shares, local.diagonal, local.backend
         ctx.set_materialize_grads(False)  # of the ranks
         ctx.mark_non_differentiable(statistics.row_ranks, statistics.column_ranks)
@@ -147,14 +147,12 @@ class LocalLossFunction(torch.autograd.Function):
         if gradient is None:
             return (None,) * 5
         tensors, saved = ctx.saved_tensors[: ctx.problem_tensors], ctx.saved_tensors[ctx.problem_tensors :]
-        statistics, forms = saved[:4], ctx.forms(saved[4:])
-        problem = Problem.of(tensors, ctx.sources)
-        needed = list(ctx.needs_input_grad[:3])
+        problem, forms = Problem.of(tensors, ctx.sources), ctx.forms(saved[4:])
+        statistics = Statistics.of(*saved[:3], scalars=saved[3])
         with torch.no_grad():
             incoming = _incoming(problem, forms, gradient, ctx.shares, ctx.diagonal)
-            arguments = (*ops.pack(tensors, ctx.sources), ctx.backend, *statistics, *incoming, [*needed, True])
-            results = ops.backward(*arguments)
-        given = [result if needs else None for result, needs in zip(results, needed, strict=True)]
+            wanted = Wanted(*ctx.needs_input_grad[:3], rounded=True)
+            given = ops.gradients_of(problem, statistics, incoming, wanted, ctx.backend)
         return *ops.without_graph(given, tensors[:3]), None, None
 
 

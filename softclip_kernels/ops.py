@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import backends
 from .precision import without_autocast
@@ -86,6 +86,34 @@ for _name, _schema, _run, _shapes in (
 
 forward = torch.ops.softclip.forward.default
 backward = torch.ops.softclip.backward.default
+
+
+def statistics_of(problem: Problem, backend: str) -> Statistics:
+    """The forward operator's. Where nothing watches, the backend without the operator: the dispatcher and what it makes
+    of the arguments cost a small batch as much as its kernel."""
+    if _watched(problem):
+        return Statistics.of(*forward(*pack(problem.tensors(), problem.sources()), backend))
+    return backends.select(backend, problem).forward(problem)
+
+
+def gradients_of(
+    problem: Problem, statistics: Statistics, gradient: StatisticsGradient, wanted: Wanted, backend: str
+) -> tuple[Tensor | None, ...]:
+    """The backward operator's, or the backend's where nothing watches; None for one that is not wanted."""
+    if not _watched(problem):
+        return block_backward(problem, statistics, gradient, wanted, backend)
+    known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
+    needed = (wanted.x, wanted.y, wanted.scale)
+    arguments = (*pack(problem.tensors(), problem.sources()), backend, *known, *gradient)
+    results = backward(*arguments, [*needed, wanted.rounded])
+    return tuple(result if needs else None for result, needs in zip(results, needed, strict=True))
+
+
+def _watched(problem: Problem) -> bool:
+    """Whether a compiler, a tracer or another dispatch mode, or a subclass of Tensor is to see the operators.
+    torch._C._len_torch_dispatch_stack: torch 2.8 to 2.13."""
+    plain = type(problem.x) in (Tensor, nn.Parameter)
+    return not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def block_backward(

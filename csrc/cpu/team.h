@@ -18,8 +18,8 @@ class Team {
 
   bool cancelled() const;
   void wait();  // until every thread of the team has come here
-  // Calls work(0) .. work(threads - 1) concurrently. `long_call`: leave the calling thread free to poll. What one of
-  // them throws cancels the others and is thrown again here.
+  // Calls work(0) .. work(threads - 1) concurrently, one of them on the calling thread, unless it is a `long_call`,
+  // during which that is free to poll. What one of them throws cancels the others and is thrown again here.
   void run(const std::function<void(int)>& work, bool long_call);
 
  private:
@@ -31,8 +31,9 @@ class Team {
   std::atomic<bool> cancelled_{false};
   std::mutex mutex_;
   std::condition_variable arrived_, finished_;
-  int waiting_ = 0, running_ = 0;
-  unsigned generation_ = 0;
+  int waiting_ = 0;
+  std::atomic<int> running_{0};  // this and the next change while the mutex is held
+  std::atomic<unsigned> generation_{0};
   std::exception_ptr error_;  // the first
 };
 
