@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from bench import peers
 from bench.outcomes import MEASURED, hopeless
@@ -303,14 +302,6 @@ def _record(path: Path, rows):
     runs = {run: {"commit": f"c0ffee{run[-1]}", "versions": {"torch": "2.13"}} for run in ("2026 a", "2026 b")}
     path.write_text(json.dumps({"kind": "peers", "machine": "a machine", "runs": runs, "rows": rows}))
     return path
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved."""
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *how, **more: (figures.append(self), save(self, *how, **more)))
-    return figures
 
 
 def _points(axes):
