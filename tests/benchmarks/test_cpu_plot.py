@@ -1,11 +1,10 @@
-"""docs/cpu_time.png and the figures of docs/performance.md: every row of a record is shown, or named with its reason."""
+"""docs/cpu_time.png and the figures of docs/performance.md: every row is shown, or named with its reason."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-import torch
 from helpers import ROOT
 
 from bench import cpu
@@ -164,8 +163,9 @@ def test_the_page_tells_times_errors_goals_and_what_has_no_time(record):
     assert slow == "| psd | 8192 | 8.19 s (2e-7, 1e-3) |  |  |"
 
 
-def test_figures_take_the_place_of_those_before(record, tmp_path, capsys):
-    arguments = ["--plot", "--record", str(record()), "--pictures", str(tmp_path)]
+def test_figures_take_the_place_of_those_before(record, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cpu, "small_batches", lambda *_: pytest.fail("measured"))
+    arguments = ["--plot", "--only", "small", "--record", str(record()), "--pictures", str(tmp_path)]
     cpu.main(arguments)
     printed = capsys.readouterr().out
     assert page.measured(record()) in printed  # there is no page to write them to
@@ -188,9 +188,3 @@ def test_the_page_in_the_tree_has_their_place(tmp_path):
     copy.write_text((ROOT / "docs" / page.PAGE).read_text())
     page.fill(copy, "figures")
     assert "figures" in copy.read_text()
-
-
-def test_nothing_is_measured_where_the_record_is_shown(record, tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "small_batches", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr(torch, "set_num_threads", lambda *_: pytest.fail("set threads"))
-    cpu.main(["--plot", "--only", "small", "--record", str(record()), "--pictures", str(tmp_path)])
