@@ -39,7 +39,7 @@ GOALS = {32: 0.7, 128: 1.0, 1024: 1.3}
 SHORTEST = 0.02  # seconds of a measurement, at least: a short call is made several times
 SLOW, SLOW_ROUNDS = 1.0, 3  # seconds of a call from which it is timed in so many rounds
 SETTLED = 0.1  # seconds of a call from which its time grows as N²: below, fixed costs may be most of it
-STANDARD_UP_TO = 4096  # N up to which the dense loss in float64 fits (2 GiB); above, the chunked backend's stands in
+STANDARD_UP_TO = 4096  # N up to which the dense loss in float64 fits (1.6 GiB); above, the chunked backend's stands in
 # Of a contender that rounds its logits to bfloat16, the largest error of any field: 2 % was seen (N = 16 to 256).
 ROUNDED = 0.1
 
@@ -79,35 +79,48 @@ def small_batches(sizes: Sequence[int], d: int, rounds: int, limit: float) -> li
     return rows
 
 
+@dataclass(frozen=True)
+class First:
+    """A contender's first call: what became of it, and where it was made its seconds and its result."""
+
+    contender: Contender
+    outcome: str
+    seconds: float = 0.0
+    result: Result | None = None
+
+    @staticmethod
+    def of(one: Contender, leaves: Sequence[Tensor], limit: float, before: Row | None) -> First:
+        n = len(leaves[0])
+        if why_not := one.why_not or _hopeless(before, n, limit):
+            return First(one, why_not)
+        start = time.perf_counter()
+        result = Result.of(one.loss, *leaves)
+        seconds = time.perf_counter() - start
+        slow = f"{EXCEEDED}{limit:g} s: {seconds:.3g} s a call at N = {n}"
+        return First(one, slow if seconds > limit else MEASURED, seconds, result)
+
+
 def measure(case: Case, rounds: int, limit: float, before: Mapping[str, Row]) -> list[Row]:
     """A row for each contender of a case; `before` holds those of the size before."""
     operands = case.operands()
     leaves = [operand.detach() for operand in operands]
-    outcomes: dict[str, str] = {}
-    results: dict[str, Result] = {}
-    first: dict[str, float] = {}
-    field = contenders(case)
-    for one in field:
-        if why_not := one.why_not or _hopeless(before.get(one.name), case.n, limit):
-            outcomes[one.name] = why_not
-            continue
-        start = time.perf_counter()
-        results[one.name] = Result.of(one.loss, *leaves)
-        first[one.name] = seconds = time.perf_counter() - start
-        slow = f"{EXCEEDED}{limit:g} s: {seconds:.3g} s a call at N = {case.n}"
-        outcomes[one.name] = slow if seconds > limit else MEASURED
-    errors = _check(field, results, _exact(case, *leaves), leaves)
-    timed = {one.name: one.loss for one in field if outcomes[one.name] == MEASURED}
-    runs = {name: _measurement(forward_backward(loss, *operands), first[name]) for name, loss in timed.items()}
-    at_most = {name: SLOW_ROUNDS for name in timed if first[name] > SLOW}
-    timings = interleaved(runs, rounds, measure=lambda run: run(), at_most=at_most)
+    firsts = [First.of(one, leaves, limit, before.get(one.name)) for one in contenders(case)]
+    errors = _check(firsts, _exact(case, *leaves), leaves)
+    timed = {first.contender.name: first for first in firsts if first.outcome == MEASURED}
+    timings = interleaved(
+        {name: _measurement(first, operands) for name, first in timed.items()},
+        rounds,
+        measure=lambda run: run(),
+        at_most={name: SLOW_ROUNDS for name, first in timed.items() if first.seconds > SLOW},
+    )
     compared = ratios({name: timing.median for name, timing in timings.items()}, case)
     rows: list[Row] = []
-    for one in field:
-        row: Row = {"contender": one.name, **case.labels(), "outcome": outcomes[one.name]}
-        if one.name in timings:
-            row["seconds"] = timings[one.name]
-        rows.append(row | errors.get(one.name, {}) | (compared if one.name == CPU else {}))
+    for first in firsts:
+        name = first.contender.name
+        row: Row = {"contender": name, **case.labels(), "outcome": first.outcome}
+        if name in timings:
+            row["seconds"] = timings[name]
+        rows.append(row | errors.get(name, {}) | (compared if name == CPU else {}))
     return rows
 
 
@@ -116,8 +129,9 @@ def _hopeless(before: Row | None, n: int, limit: float) -> str | None:
     return None if short else hopeless(before, n, limit)
 
 
-def _measurement(run: Callable[[], object], first: float) -> Callable[[], float]:
-    return partial(host_seconds, run) if first > SLOW else repeated(run, SHORTEST)
+def _measurement(first: First, operands: tuple[Tensor, Tensor, Tensor]) -> Callable[[], float]:
+    run = forward_backward(first.contender.loss, *operands)
+    return partial(host_seconds, run) if first.seconds > SLOW else repeated(run, SHORTEST)
 
 
 def _exact(case: Case, x: Tensor, y: Tensor, scale: Tensor) -> Result:
@@ -127,19 +141,16 @@ def _exact(case: Case, x: Tensor, y: Tensor, scale: Tensor) -> Result:
     return Result.of(case.fused("chunked"), x.double(), y.double(), scale.double())
 
 
-def _check(
-    field: Sequence[Contender], results: Mapping[str, Result], exact: Result, leaves: Sequence[Tensor]
-) -> dict[str, Row]:
-    """Every contender's errors. Raises AssertionError where one is further off than the library's bounds allow, or, of
-    one that rounds its logits, than ROUNDED."""
+def _check(firsts: Sequence[First], exact: Result, leaves: Sequence[Tensor]) -> dict[str, Row]:
+    """The errors of every contender that was called. Raises AssertionError where one is further off than the library's
+    bounds allow, or, of one that rounds its logits, than ROUNDED."""
     x, y, scale = leaves
-    held = {one.name: results[one.name] for one in field if one.name in results and not one.rounding}
+    found = {first.contender: first.result for first in firsts if first.result is not None}
+    held = {one.name: result for one, result in found.items() if not one.rounding}
     problems.check_equal({"float64": exact, **held}, x, y, scale)
     errors: dict[str, Row] = {}
-    for one in field:
-        if one.name not in results:
-            continue
-        each = problems.relative_errors(results[one.name], exact, x, scale)
+    for one, result in found.items():
+        each = problems.relative_errors(result, exact, x, scale)
         for name, error in each.items():
             if one.rounding and not error <= ROUNDED:
                 raise AssertionError(f"{one.name}: {name} is off by {error:.1e} of its size, more than {ROUNDED:g}")
