@@ -6,7 +6,7 @@ import importlib
 import sys
 
 COMMANDS = {
-    "cpu": "the CPU kernels against dense PyTorch: speed, share of the peak, memory, growth",
+    "cpu": "the CPU kernels against dense PyTorch: speed, small batches, share of the peak, memory, growth",
     "gpu": "the Triton kernels on a GPU: correctness, the GPU tests, speed, memory",
     "distributed": "the loss over ranks: memory, bytes sent, what a bfloat16 exchange rounds",
     "two_pass": "TwoPass against a plain step: time and memory",

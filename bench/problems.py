@@ -16,11 +16,13 @@ from torch import Tensor
 import softclip_kernels
 from softclip_kernels import Hard, Mix, SelfTeacher, Target, Teacher, partition
 from softclip_kernels.testing import (
+    FIELDS,
     Result,
     Standard,
     bounds,
     check_sensitive,
     contested_cosine,
+    sizes,
     tolerances,
 )
 
@@ -192,12 +194,28 @@ def why_no_built_in() -> str | None:
     return None if hasattr(F, BUILT_IN) else f"torch {torch.__version__} has none"
 
 
-def built_in(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """The hard loss by BUILT_IN, whose rows are the images and then, with x and y exchanged, the texts."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=-(-len(x) // PIECES))
+def built_in(x: Tensor, y: Tensor, scale: Tensor, pieces: int | None = None) -> Tensor:
+    """The hard loss by BUILT_IN, whose rows are the images and then, with x and y exchanged, the texts; in so many
+    pieces (None: PIECES)."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=-(-len(x) // (pieces or PIECES)))
     labels, scaled = torch.arange(len(x), device=x.device), scale.to(x.dtype) * x
     image = F.linear_cross_entropy(scaled, y, labels, options=options)
     return 0.5 * (image + F.linear_cross_entropy(y, scaled, labels, options=options))
+
+
+def fewest_pieces(n: int, d: int) -> int:
+    """Of BUILT_IN: those that it takes left alone on a CPU, and no more than PIECES. At N = 32 a piece is 32 rows, and
+    16 pieces take four times as long."""
+    return min(PIECES, -(-n // d))
+
+
+def relative_errors(found: Result, exact: Result, x: Tensor, scale: Tensor) -> dict[str, float]:
+    """The largest error of each field, relative to the field's size (testing.sizes)."""
+    size = sizes(exact, x, scale)
+    return {
+        name: (getattr(found, name).double() - getattr(exact, name).double()).abs().max().item() / size[name]
+        for name in FIELDS
+    }
 
 
 def check(loss: str, d: int, dtype: torch.dtype, device: str = "cpu", backend: str = "auto", n: int = 1000) -> None:

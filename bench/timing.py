@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import threading
@@ -57,21 +58,40 @@ def device_seconds(run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def repeated(run: Callable[[], object], shortest: float) -> Callable[[], float]:
+    """A measurement of a short run: the mean seconds of as many in a row as take `shortest` seconds together. How many
+    that is, the fastest of three tells now."""
+    calls = max(1, math.ceil(shortest / max(1e-6, min(host_seconds(run) for _ in range(3)))))
+
+    def measure() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - start) / calls
+
+    return measure
+
+
 def interleaved(
     contenders: Mapping[str, Callable[[], Any]],
     rounds: int = 7,
     warm_up: int = 1,
     seconds: float = 0.0,
     measure: Callable[[Callable[[], Any]], float] = host_seconds,
+    at_most: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
     """Every contender once a round, so that the machine's drift meets all alike; the order alternates. Takes at least
-    so many rounds and, after `warm_up` rounds that do not count, at least so many seconds."""
+    so many rounds and, after `warm_up` rounds that do not count, at least so many seconds. A contender that `at_most`
+    names takes part in its first so many rounds only, and not in those that do not count."""
+    few = at_most or {}
     measured: dict[str, list[float]] = {name: [] for name in contenders}
     done, begin = -warm_up, time.monotonic()
     while done < rounds or time.monotonic() - begin < seconds:
         if done == 0:
             begin = time.monotonic()
         for name in contenders if done % 2 else reversed(list(contenders)):
+            if name in few and not 0 <= done < few[name]:
+                continue
             elapsed = measure(contenders[name])
             if done >= 0:
                 measured[name].append(elapsed)

@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 
 from .. import ROOT, Row, memory
+from ..outcomes import EXCEEDED, MEASURED, hopeless
 from ..problems import Case, dtype_name
 from ..records import Record, table
 from ..short_run import Failed, Worker, forked_from
 from ..timing import Timing, interleaved
 from . import plot, point
 from .losses import PEERS, Peer
-from .plot import EXCEEDED, MEASURED, UNTRIED
 
 LABELS = ("peer", "dtype", "n", "d", "threads")
 BESIDE = {"hard": "softclip_kernels", "psd": "softclip_kernels", "rows": "softclip_kernels rows"}  # of each loss
@@ -145,19 +145,6 @@ def measure(peers: Sequence[Peer], case: Case, limits: Limits, before: dict[str,
         if row["outcome"] == MEASURED and beside is not None:
             row["of ours"] = row["seconds"].median / beside
     return rows
-
-
-def hopeless(before: Row | None, n: int, seconds: float) -> str | None:
-    """Why a larger size is not tried: every loss here computes N² products at least."""
-    if before is None:
-        return None
-    if before["outcome"] != MEASURED:
-        exceeded = before["outcome"].startswith((EXCEEDED, UNTRIED))
-        return f"{UNTRIED}{before['outcome'].removeprefix(UNTRIED)}" if exceeded else None
-    least = before["seconds"].median * (n / before["n"]) ** 2
-    if least <= seconds:
-        return None
-    return f"{UNTRIED}{before['seconds'].median:.3g} s at N = {before['n']}, so {EXCEEDED}{seconds:g} s at N = {n}"
 
 
 def _write_reference(case: Case, limits: Limits, path: Path) -> Failed | None:

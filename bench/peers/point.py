@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from softclip_kernels.testing import FIELDS, Result, sizes
+from softclip_kernels.testing import Result
 
 from .. import memory, problems
 from ..problems import Case, Loss
@@ -45,12 +45,10 @@ class _Point:
     def compare(self, expected: Result) -> tuple[float, str | None]:
         x, y, scale = (operand.detach() for operand in self._operands)
         found, self._found = losses.result(self._found, expected), ()
-        largest = sizes(expected, x, scale)
-        errors = [
-            (getattr(found, name).double() - getattr(expected, name).double()).abs().max().item() / largest[name]
-            for name in FIELDS
-        ]
-        return max(errors), _said(lambda: problems.check_equal({"float32": expected, "it": found}, x, y, scale))
+        errors = problems.relative_errors(found, expected, x, scale)
+        return max(errors.values()), _said(
+            lambda: problems.check_equal({"float32": expected, "it": found}, x, y, scale)
+        )
 
 
 _point: _Point | None = None

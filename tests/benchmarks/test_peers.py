@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from bench import peers
-from bench.peers import Limits, hopeless, losses, measure, plot, point
+from bench.outcomes import MEASURED, hopeless
+from bench.peers import Limits, losses, measure, plot, point
 from bench.peers.losses import PEERS, Peer
 from bench.problems import Case, operands
 from bench.timing import Timing
@@ -128,7 +128,7 @@ def test_right_peers_are_timed_in_turns_beside_ours():
     ours, psd, dense = _rows(PEERS[0], PEERS[1], DENSE)
     assert [row["peer"] for row in (ours, psd, dense)] == ["softclip_kernels", "softclip_kernels PSD", "dense"]
     for row in (ours, psd, dense):
-        assert row["outcome"] == plot.MEASURED and row["outside"] is None and row["error"] < 1e-4
+        assert row["outcome"] == MEASURED and row["outside"] is None and row["error"] < 1e-4
         assert (row["n"], row["d"], row["dtype"], row["threads"]) == (40, D, "float32", 1)
         assert len(row["seconds"].seconds) == LIMITS.rounds
         assert row["of ours"] == row["seconds"].median / ours["seconds"].median
@@ -140,9 +140,9 @@ def test_every_peer_has_a_row_whatever_is_installed():
     rows = _rows(*every, limits=replace(LIMITS, rounds=1))
     assert [row["peer"] for row in rows] == [peer.name for peer in every]
     for peer, row in zip(every, rows, strict=True):
-        assert row["outcome"] == (peer.missing() or plot.MEASURED)
+        assert row["outcome"] == (peer.missing() or MEASURED)
         assert (row["version"] is None) == (peer.host is None or peer.missing() is not None)
-        assert row["outcome"] != plot.MEASURED or row["outside"] is None
+        assert row["outcome"] != MEASURED or row["outside"] is None
 
 
 def test_where_the_budget_allows_no_round_the_first_runs_stand():
@@ -153,7 +153,7 @@ def test_where_the_budget_allows_no_round_the_first_runs_stand():
 @pytest.mark.parametrize(("make", "where"), ((_wrong, "at N = 250: loss: "), (_wrong_at_size, "at N = 40: it against")))
 def test_a_wrong_peer_is_timed_and_called_so(make, where):
     row, right = _rows(Peer("wrong", make), DENSE)
-    assert row["outcome"] == plot.MEASURED and row["seconds"].median > 0
+    assert row["outcome"] == MEASURED and row["seconds"].median > 0
     assert row["outside"].startswith(where) and 0.04 < row["error"] < 0.06
     assert right["outside"] is None
 
@@ -172,7 +172,7 @@ def test_a_wrong_peer_is_timed_and_called_so(make, where):
 def test_a_peer_that_fails_is_a_row_and_the_others_are_measured(make, limits, outcome):
     row, right = _rows(Peer("it", make), DENSE, limits=replace(LIMITS, **limits))
     assert row["outcome"] == outcome and "seconds" not in row and (row["peer"], row["n"]) == ("it", 40)
-    assert right["outcome"] == plot.MEASURED and all(one > 0 for one in right["seconds"].seconds)
+    assert right["outcome"] == MEASURED and all(one > 0 for one in right["seconds"].seconds)
 
 
 def test_a_peer_that_is_not_installed_is_a_row():
@@ -240,7 +240,7 @@ class _Sum(torch.autograd.Function):
 
 
 def test_what_cannot_fit_into_the_limits_is_not_tried():
-    measured = {"outcome": plot.MEASURED, "n": 1024, "seconds": Timing.of((3.0,))}
+    measured = {"outcome": MEASURED, "n": 1024, "seconds": Timing.of((3.0,))}
     assert hopeless(None, 2048, 1.0) is None
     assert hopeless(measured, 2048, 12.0) is None
     assert hopeless(measured, 2048, 11.0) == "not tried: 3 s at N = 1024, so over 11 s at N = 2048"
@@ -260,7 +260,7 @@ def test_a_run_writes_its_record_and_draws_it(tmp_path, monkeypatch, capsys):
     (path,) = (tmp_path / "peers").glob("*.json")
     found = json.loads(path.read_text())
     assert [(row["n"], row["peer"]) for row in found["rows"]] == [(n, name) for n in (32, 48) for name in names]
-    outcomes = [plot.MEASURED, "no_such_host is not installed", plot.MEASURED]
+    outcomes = [MEASURED, "no_such_host is not installed", MEASURED]
     assert [row["outcome"] for row in found["rows"]] == 2 * outcomes
     assert capsys.readouterr().out.count("no_such_host is not installed") == 2
     peers.main(["--plot", "--pictures", str(tmp_path), *arguments])
@@ -293,7 +293,7 @@ def test_bad_options_are_refused_before_anything_runs(arguments, said, capsys, m
 # The plots.
 
 
-def _row(peer, n, dtype="float32", outcome=plot.MEASURED, d=D, run="2026 b", **figures):
+def _row(peer, n, dtype="float32", outcome=MEASURED, d=D, run="2026 b", **figures):
     labels = {"peer": peer, "dtype": dtype, "n": n, "d": d, "threads": 2, "outcome": outcome, "run": run}
     return {**labels, "seconds": {"median": n / 1000}, "peak MiB": float(n), "outside": None, **figures}
 
@@ -302,14 +302,6 @@ def _record(path: Path, rows):
     runs = {run: {"commit": f"c0ffee{run[-1]}", "versions": {"torch": "2.13"}} for run in ("2026 a", "2026 b")}
     path.write_text(json.dumps({"kind": "peers", "machine": "a machine", "runs": runs, "rows": rows}))
     return path
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved."""
-    figures, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *how, **more: (figures.append(self), save(self, *how, **more)))
-    return figures
 
 
 def _points(axes):

@@ -1,17 +1,12 @@
-"""The CPU kernels against dense eager PyTorch: speed, share of the machine's peak, memory, growth with N.
-
-python -m bench cpu             everything but the long runs
-python -m bench cpu --long      also N = 32768 and 65536 (together about a quarter of an hour on two quiet cores)
-python -m bench cpu --only peak memory
+"""The tables at sizes that fill the machine: speed, frozen towers, share of the peak, memory, growth with N.
 
 Times are medians with their quartiles. "bound" is the ratio to dense float32 that multiply-adds alone, at this
-machine's peak, would allow: what no kernel can exceed here. Rows go to bench/results/cpu/. On a machine with other work
-running, only the ratios within a table mean something.
+machine's peak, would allow: what no kernel can exceed here. On a machine with other work running, only the ratios
+within a table mean something.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,13 +18,11 @@ import torch
 from softclip_kernels.backends import cpu
 from softclip_kernels.testing import Result
 
-from . import Row, problems
-from . import memory as resident
-from .problems import BUILT_IN, FORWARD_PRODUCTS, LOSSES, PRODUCTS, Case
-from .records import Record, table
-from .timing import Timing, forward_backward, forward_only, interleaved
+from .. import Row, problems
+from .. import memory as resident
+from ..problems import BUILT_IN, FORWARD_PRODUCTS, LOSSES, PRODUCTS, Case
+from ..timing import Timing, forward_backward, forward_only, interleaved
 
-LABELS = ("table", "loss", "dtype", "pass", "n", "d", "scale", "threads")
 F32, BF16 = DTYPES = torch.float32, torch.bfloat16
 SCALES = (14.3, 100.0)
 PASSES = (("forward + backward", forward_backward), ("forward", forward_only))  # the second of the hard loss only
@@ -192,33 +185,3 @@ def growth(sizes: tuple[int, ...], d: int, rounds: int) -> list[Row]:
         row: Row = {**case.labels(), "seconds": timing, "ns per pair": per_pair, "relative": relative}
         rows.append(row | {"goal": goal, "reached": goal is None or relative <= goal})
     return rows
-
-
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench cpu", description=__doc__.split("\n\n")[0])
-    parts = ("speed", "frozen", "peak", "memory", "growth")
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts), help="which tables (default: all)")
-    parser.add_argument("--n", type=int, default=8192, help="rows and columns of the speed table (default: 8192)")
-    parser.add_argument("--d", type=int, default=512, help="embedding width (default: 512)")
-    parser.add_argument("--rounds", type=int, default=7, help="of the interleaved timings (default: 7)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's")
-    parser.add_argument("--long", action="store_true", help="also N = 32768 and 65536")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    if not cpu.levels():
-        raise SystemExit(f"nothing to measure: {cpu.why_missing()}")
-    n, d = options.n, options.d
-    runs: dict[str, Callable[[], list[Row]]] = {
-        "speed": lambda: speed(n, d, options.rounds),
-        "frozen": lambda: frozen(n, d, options.rounds),
-        "peak": lambda: peak(n, (256, 512, 768, 1024), options.rounds),
-        "memory": lambda: memory(2 * n, d),
-        "growth": lambda: growth((n, 2 * n, *((4 * n, 8 * n) if options.long else ())), d, 3),
-    }
-    record = Record("cpu", "cpu", LABELS)
-    print(f"{record.machine}, level {cpu.level()}\n{record.environment}")
-    for part in options.only:
-        found = runs[part]()
-        print(f"\n{part}\n{table(found)}", flush=True)
-        record.add({"table": part, **row, "threads": options.threads} for row in found)
-    print(f"\nwritten to {record.path}")
