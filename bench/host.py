@@ -85,9 +85,9 @@ class Watched:
         self._around_forward, self._around_backward = forward, backward
         self._backend = TritonBackend()
 
-    def forward(self, problem: Problem) -> Statistics:
+    def forward(self, problem: Problem, keep: bool = False) -> Statistics:
         with self._around_forward:
-            return self._backend.forward(problem)
+            return self._backend.forward(problem, keep)
 
     def backward(
         self, problem: Problem, known: Statistics, gradient: StatisticsGradient, wanted: Wanted

@@ -123,7 +123,7 @@ class LocalLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, problem: Problem, local: LocalLoss
     ) -> tuple[Tensor, ...]:
-        statistics = ops.statistics_of(problem, local.backend)
+        statistics = ops.statistics_of(problem, local.backend, keep=any(ctx.needs_input_grad[:3]))
         forms, positive = local.forms(statistics), statistics.positive_logit
         rows = columns = None
         if forms.rows is not None:
@@ -135,7 +135,7 @@ class LocalLossFunction(torch.autograd.Function):
         coefficients, ctx.forms = forms.kept()
         known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
         tensors, ctx.sources = problem.tensors(), problem.sources()
-        ctx.save_for_backward(*tensors, *known, *coefficients)
+        ctx.save_for_backward(*tensors, *known, statistics.kept, *coefficients)
         ctx.problem_tensors = len(tensors)
         ctx.shares, ctx.diagonal, ctx.backend = local.shares, local.diagonal, local.backend
         ctx.set_materialize_grads(False)  # of the ranks
@@ -147,8 +147,8 @@ class LocalLossFunction(torch.autograd.Function):
         if gradient is None:
             return (None,) * 5
         tensors, saved = ctx.saved_tensors[: ctx.problem_tensors], ctx.saved_tensors[ctx.problem_tensors :]
-        problem, forms = Problem.of(tensors, ctx.sources), ctx.forms(saved[4:])
-        statistics = Statistics.of(*saved[:3], scalars=saved[3])
+        problem, forms = Problem.of(tensors, ctx.sources), ctx.forms(saved[5:])
+        statistics = Statistics.of(*saved[:3], scalars=saved[3], kept=saved[4])
         with torch.no_grad():
             incoming = _incoming(problem, forms, gradient, ctx.shares, ctx.diagonal)
             wanted = Wanted(*ctx.needs_input_grad[:3], rounded=True)

@@ -88,12 +88,13 @@ forward = torch.ops.softclip.forward.default
 backward = torch.ops.softclip.backward.default
 
 
-def statistics_of(problem: Problem, backend: str) -> Statistics:
+def statistics_of(problem: Problem, backend: str, keep: bool) -> Statistics:
     """The forward operator's. Where nothing watches, the backend without the operator: the dispatcher and what it makes
-    of the arguments cost a small batch as much as its kernel."""
+    of the arguments cost a small batch as much as its kernel, and an operator cannot `keep` what only one backend
+    makes use of."""
     if _watched(problem):
         return Statistics.of(*forward(*pack(problem.tensors(), problem.sources()), backend))
-    return backends.select(backend, problem).forward(problem)
+    return backends.select(backend, problem).forward(problem, keep)
 
 
 def gradients_of(

@@ -80,6 +80,7 @@ class Statistics(NamedTuple):
     row_ranks       (N,) int64, how many logits exceed row_threshold; (0,) without thresholds
     column_ranks    (M,) int64
     scalars         (max(1, K), 8) numbers that the backend's own backward pass takes again; (0, 8) where there are none
+    kept            of a shape of the backend's own, whatever else its own backward pass takes again, or None
     """
 
     rows: SoftmaxStatistics
@@ -88,14 +89,15 @@ class Statistics(NamedTuple):
     row_ranks: Tensor
     column_ranks: Tensor
     scalars: Tensor
+    kept: Tensor | None = None
 
     def tensors(self) -> tuple[Tensor, ...]:
         """As operators return them, of shapes that do not depend on the backend: (1 + 2K, N), (1 + 2K, M), (N,), (N,),
         (M,), (max(1, K), 8). `of` takes them back."""
-        *others, scalars = self[2:]
+        rows, columns, positive_logit, row_ranks, column_ranks, scalars, _ = self
         if len(scalars) == 0:
-            scalars = scalars.new_zeros(max(1, len(self.rows.packed) // 2), SCALARS)
-        return self.rows.packed, self.columns.packed, *others, scalars
+            scalars = scalars.new_zeros(max(1, len(rows.packed) // 2), SCALARS)
+        return rows.packed, columns.packed, positive_logit, row_ranks, column_ranks, scalars
 
     @staticmethod
     def empty(problem: Problem) -> Statistics:
@@ -119,6 +121,7 @@ class Statistics(NamedTuple):
         row_ranks: Tensor | None = None,
         column_ranks: Tensor | None = None,
         scalars: Tensor | None = None,
+        kept: Tensor | None = None,
     ) -> Statistics:
         """Without ranks where none are counted or a backward pass has no use for them, without scalars where none are
         known."""
@@ -129,6 +132,7 @@ class Statistics(NamedTuple):
             rows.new_empty(0, dtype=torch.int64) if row_ranks is None else row_ranks,
             rows.new_empty(0, dtype=torch.int64) if column_ranks is None else column_ranks,
             rows.new_empty(0, SCALARS) if scalars is None else scalars,
+            kept,
         )
 
 

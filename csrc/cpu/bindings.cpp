@@ -102,7 +102,7 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "forward",
       [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
-         Address positive_logit, Address row_ranks, Address column_ranks) {
+         Address positive_logit, Address row_ranks, Address column_ranks, Address kept) {
         const Kernels& kernels = kernels_of(level);
         const Statistics out{{pointer<float>(rows), problem.x.rows},
                              {pointer<float>(columns), problem.y.rows},
@@ -110,18 +110,20 @@ PYBIND11_MODULE(_cpu, module) {
                              pointer<int64_t>(row_ranks),
                              pointer<int64_t>(column_ranks)};
         int64_t summed_twice = 0;
-        interruptible([&](const Poll& poll) { return forward(kernels, problem, out, threads, poll, &summed_twice); });
+        interruptible([&](const Poll& poll) {
+          return forward(kernels, problem, out, threads, poll, &summed_twice, pointer<float>(kept));
+        });
         return summed_twice;
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
-      py::arg("positive_logit"), py::arg("row_ranks"), py::arg("column_ranks"),
+      py::arg("positive_logit"), py::arg("row_ranks"), py::arg("column_ranks"), py::arg("kept"),
       "How many blocks were summed twice, because a term had outgrown the reference of its row or column.");
 
   module.def(
       "backward",
       [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
          Address positive_logit, const Incoming& grad_rows, const Incoming& grad_columns, const Incoming& grad_positive,
-         Address dx, Address dy, Address dscale, bool rounded) {
+         Address dx, Address dy, Address dscale, bool rounded, Address kept) {
         const Kernels& kernels = kernels_of(level);
         const Gradients in{{pointer<const float>(rows), problem.x.rows},
                            {pointer<const float>(columns), problem.y.rows},
@@ -132,12 +134,22 @@ PYBIND11_MODULE(_cpu, module) {
                            {pointer<void>(dx), rounded ? problem.x.dtype : Dtype::float32},
                            {pointer<void>(dy), rounded ? problem.y.dtype : Dtype::float32},
                            pointer<float>(dscale)};
-        interruptible([&](const Poll& poll) { return backward(kernels, problem, in, threads, poll); });
+        interruptible([&](const Poll& poll) {
+          return backward(kernels, problem, in, threads, poll, pointer<float>(kept));
+        });
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
       py::arg("positive_logit"), py::arg("grad_rows"), py::arg("grad_columns"), py::arg("grad_positive"), py::arg("dx"),
-      py::arg("dy"), py::arg("dscale"), py::arg("rounded"),
+      py::arg("dy"), py::arg("dscale"), py::arg("rounded"), py::arg("kept"),
       "`rounded`: dx and dy have the dtypes of x and y, else float32. An address of 0: not wanted.");
+
+  module.def(
+      "kept_floats",
+      [](const Problem& problem, const std::string& level, int threads) {
+        return kept_floats(kernels_of(level), problem, threads);
+      },
+      py::arg("problem"), py::arg("level"), py::arg("threads"),
+      "How many floats a forward takes as `kept`, for a backward that need not multiply again.");
 
   module.def(
       "peak",

@@ -49,7 +49,7 @@ Distribution unbiased(int product, bool transposed, double scale) {
 
 }  // namespace
 
-Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in, Wanted wanted_in)
+Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in, Wanted wanted_in, Kept kept_in)
     : kernels(kernels_in),
       problem(problem_in),
       rows(problem.x.rows),
@@ -59,7 +59,8 @@ Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in,
       mirrored(any_transposed(problem)),
       threads(useful_threads(problem, threads_in, mirrored)),
       schedule(rows, columns, threads, mirrored),
-      long_call(multiply_adds(problem) > kLongCall) {
+      long_call(multiply_adds(problem) > kLongCall),
+      kept(kept_in) {
   products.push_back(product_of(kernels, problem.x, problem.y));
   distributions.push_back(unbiased(0, false, problem.scale));
   for (const auto& teacher : problem.teachers) {
@@ -79,6 +80,33 @@ Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in,
     distributions.back().row_bias = bias_of(teacher.row_bias, rows, kernels.block);
     distributions.back().column_bias = bias_of(teacher.column_bias, columns, kernels.block);
   }
+}
+
+int64_t Plan::kept_block_floats(int rows) const {
+  const int tile = kernels.tile_rows;  // the products write whole tiles
+  return int64_t{(rows + tile - 1) / tile * tile} * kernels.block;
+}
+
+int64_t Plan::kept_job_floats(const Job& job) const {
+  const int64_t column_blocks = (job.column_end - job.column_begin + kernels.block - 1) / kernels.block;
+  const int rows = static_cast<int>(job.row_end - job.row_begin);
+  return kept_block_floats(rows) * column_blocks * sides() * static_cast<int64_t>(products.size());
+}
+
+int64_t Plan::kept_floats_before(int last_round, int last_thread) const {
+  int64_t floats = Kept::kHeaderFloats;
+  for (int round = 0; round <= last_round; ++round) {
+    for (int thread = 0; thread < (round < last_round ? threads : last_thread); ++thread) {
+      for (const Job& job : schedule.jobs(round, thread)) floats += kept_job_floats(job);
+    }
+  }
+  return floats;
+}
+
+int64_t Plan::kept_floats() const { return kept_floats_before(schedule.rounds(), 0); }
+
+float* Plan::kept_round(int round, int thread) const {
+  return kept.data == nullptr ? nullptr : kept.data + kept_floats_before(round, thread);
 }
 
 }  // namespace softclip

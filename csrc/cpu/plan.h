@@ -59,8 +59,21 @@ struct Wanted {
   bool right(int side) const { return side == kDirect ? y : x; }
 };
 
+// Where the dots of small problems lie from the forward to the backward, of undefined contents until a forward has been
+// there: all blocks of a job side by side, in the order of the rounds and the threads. The header says what the layout
+// depends on; a backward takes these threads, and computes the dots again where the rest does not fit.
+struct Kept {
+  struct Header {
+    int32_t threads, block;
+  };
+  static constexpr int64_t kHeaderFloats = 16;  // a cache line
+
+  float* data = nullptr;  // null: nothing is kept
+  Header& header() const { return *reinterpret_cast<Header*>(data); }
+};
+
 struct Plan {
-  Plan(const Kernels& kernels, const Problem& problem, int threads, Wanted wanted);
+  Plan(const Kernels& kernels, const Problem& problem, int threads, Wanted wanted, Kept kept = {});
 
   const Kernels& kernels;
   const Problem& problem;
@@ -76,13 +89,26 @@ struct Plan {
   // same scale. Its row softmax is the student's column softmax and the other way round, so it needs no exponentials of
   // its own.
   std::optional<size_t> shares_student;
+  const Kept kept;
 
   int sides() const { return mirrored ? 2 : 1; }
   const ProductKernels& product_kernels(const Product& product) const {
     return product.bf16x2 ? kernels.bf16x2 : kernels.float32;
   }
+  // Whether the visited blocks' dots are multiplied, and not those that a forward kept.
+  bool multiplies() const { return kept.data == nullptr || !wanted.any(); }
   // The student's dots have no reader after the first, so that G may take their place.
-  bool gradient_in_place() const { return distributions.size() == (shares_student ? 2u : 1u); }
+  bool gradient_in_place() const {
+    return kept.data == nullptr && distributions.size() == (shares_student ? 2u : 1u);
+  }
+  // Floats of one kept block, for one product and side, and of all blocks of a job.
+  int64_t kept_block_floats(int rows) const;
+  int64_t kept_job_floats(const Job& job) const;
+  int64_t kept_floats() const;                    // with the header
+  float* kept_round(int round, int thread) const;  // the first of the jobs' blocks, null where nothing is kept
+
+ private:
+  int64_t kept_floats_before(int round, int thread) const;
 };
 
 }  // namespace softclip

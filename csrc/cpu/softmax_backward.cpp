@@ -248,11 +248,14 @@ class Backward final : public Visitor {
 
 }  // namespace
 
-bool backward(const Kernels& kernels, const Problem& problem, const Gradients& in, int threads, const Poll& poll) {
+bool backward(const Kernels& kernels, const Problem& problem, const Gradients& in, int threads, const Poll& poll,
+              float* kept_data) {
   // The scale's gradient follows from either product.
   const Wanted wanted{in.dx.data != nullptr || (in.dscale != nullptr && in.dy.data == nullptr), in.dy.data != nullptr};
   if (!wanted.any()) return true;
-  const Plan plan(kernels, problem, threads, wanted);
+  Kept kept{kept_data};
+  if (kept_data != nullptr && kept.header().block != kernels.block) kept = {};  // of another instruction set
+  const Plan plan(kernels, problem, kept.data != nullptr ? kept.header().threads : threads, wanted, kept);
   Backward state(plan, in);
   if (!traverse(plan, poll, state)) return false;
   if (in.dscale != nullptr) *in.dscale = static_cast<float>(state.dscale());

@@ -179,13 +179,18 @@ class Forward final : public Visitor {
 }  // namespace
 
 bool forward(const Kernels& kernels, const Problem& problem, const Statistics& out, int threads, const Poll& poll,
-             int64_t* summed_twice) {
-  const Plan plan(kernels, problem, threads, {false, false});
+             int64_t* summed_twice, float* kept) {
+  const Plan plan(kernels, problem, threads, {false, false}, {kept});
+  if (kept != nullptr) plan.kept.header() = {plan.threads, kernels.block};
   Forward state(plan, out);
   if (!traverse(plan, poll, state)) return false;
   state.finish();
   *summed_twice = state.summed_twice();
   return true;
+}
+
+int64_t kept_floats(const Kernels& kernels, const Problem& problem, int threads) {
+  return Plan(kernels, problem, threads, {false, false}).kept_floats();
 }
 
 }  // namespace softclip

@@ -12,12 +12,17 @@ namespace {
 constexpr size_t kKeptBytes = 16 << 20;  // of workspaces, from one call to the next
 constexpr size_t kApart = 4096;          // no two threads' memory in one page
 
-void transpose(const float* from, float* to, int length) {
-  constexpr int kPatch = 16;  // square patches of whole cache lines
-  for (int i = 0; i < length; i += kPatch) {
-    for (int j = 0; j < length; j += kPatch) {
-      for (int k = i; k < i + kPatch && k < length; ++k) {
-        for (int m = j; m < j + kPatch && m < length; ++m) to[int64_t{k} * length + m] = from[int64_t{m} * length + k];
+constexpr int kPatch = 16;  // square patches of whole cache lines
+
+// Of `size` rows and columns, `length` from row to row. Whole patches of columns are written, with zeros past the end:
+// vectors are read across it.
+void transpose(const float* from, float* to, int size, int length) {
+  for (int i = 0; i < size; i += kPatch) {
+    for (int j = 0; j < size; j += kPatch) {
+      for (int k = i; k < i + kPatch && k < size; ++k) {
+        for (int m = j; m < j + kPatch && m < length; ++m) {
+          to[int64_t{k} * length + m] = m < size ? from[int64_t{m} * length + k] : 0.0f;
+        }
       }
     }
   }
@@ -29,8 +34,9 @@ class Traversal {
   Traversal(const Plan& plan, Workspace& workspace, Visitor& visitor, const Team& team)
       : plan_(plan), workspace_(workspace), visitor_(visitor), team_(team) {}
 
-  void work(const Job& job) const {
+  void work(const Job& job, float* kept) const {
     const int64_t block = plan_.kernels.block, group = block * workspace_.group();
+    const int64_t column_blocks = (job.column_end - job.column_begin + block - 1) / block;
     for (int64_t first = job.row_begin; first < job.row_end; first += group) {
       const int64_t last = std::min(first + group, job.row_end);
       for (int64_t row = first; row < last; row += block) pack_rows(row, size(row, last), member(row, first));
@@ -40,7 +46,14 @@ class Traversal {
         for (int64_t row = first; row < last && !(job.triangle && row > column); row += block) {
           if (team_.cancelled()) return;
           const bool diagonal = job.triangle && row == column;
-          visit(member(row, first), {row, column, size(row, last), columns, plan_.mirrored && !diagonal});
+          const int rows = size(row, last);
+          if (kept != nullptr) {
+            const int64_t step = plan_.kept_block_floats(rows), areas = int64_t{plan_.sides()} * plan_.products.size();
+            const int64_t above = (row - job.row_begin) * block * column_blocks;
+            const int64_t before = (column - job.column_begin) / block * step;
+            workspace_.use_kept(kept + (above + before) * areas, step);
+          }
+          visit(member(row, first), {row, column, rows, columns, plan_.mirrored && !diagonal});
         }
         visitor_.columns_done(workspace_, column, columns);
       }
@@ -56,7 +69,7 @@ class Traversal {
   void pack_rows(int64_t row, int rows, int member) const {
     const Kernels& kernels = plan_.kernels;
     for (int side = 0; side < plan_.sides(); ++side) {
-      for (size_t p = 0; p < plan_.products.size(); ++p) {
+      for (size_t p = 0; plan_.multiplies() && p < plan_.products.size(); ++p) {
         const Product& product = plan_.products[p];
         kernels.pack(product.left[side], row, rows, kernels.tile_rows, product.bf16x2,
                      workspace_.left(p, side, member));
@@ -70,7 +83,7 @@ class Traversal {
   void pack_columns(int64_t column, int columns) const {
     const Kernels& kernels = plan_.kernels;
     for (int side = 0; side < plan_.sides(); ++side) {
-      for (size_t p = 0; p < plan_.products.size(); ++p) {
+      for (size_t p = 0; plan_.multiplies() && p < plan_.products.size(); ++p) {
         const Product& product = plan_.products[p];
         kernels.pack(product.right[side], column, columns, kernels.tile_columns, product.bf16x2,
                      workspace_.right(p, side));
@@ -82,10 +95,15 @@ class Traversal {
   }
 
   void visit(int member, const Block& block) const {
+    if (plan_.multiplies()) multiply(member, block);
+    visitor_.block(workspace_, member, block);
+  }
+
+  void multiply(int member, const Block& block) const {
     for (int side = 0; side < plan_.sides(); ++side) {
       for (size_t p = 0; p < plan_.products.size(); ++p) {
         if (side == kMirror && !block.with_mirror) {  // on the diagonal
-          transpose(workspace_.dots(p, kDirect), workspace_.dots(p, kMirror), plan_.kernels.block);
+          transpose(workspace_.dots(p, kDirect), workspace_.dots(p, kMirror), block.rows, plan_.kernels.block);
           continue;
         }
         const Product& product = plan_.products[p];
@@ -93,7 +111,6 @@ class Traversal {
                                                 product.summed, block.rows, block.columns, workspace_.dots(p, side));
       }
     }
-    visitor_.block(workspace_, member, block);
   }
 
   const Plan& plan_;
@@ -122,7 +139,11 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
         const Traversal traversal(plan, workspaces[thread], visitor, team);
         visitor.start(thread);
         for (int round = 0; round < plan.schedule.rounds(); ++round) {
-          for (const Job& job : plan.schedule.jobs(round, thread)) traversal.work(job);
+          float* kept = plan.kept_round(round, thread);
+          for (const Job& job : plan.schedule.jobs(round, thread)) {
+            traversal.work(job, kept);
+            if (kept != nullptr) kept += plan.kept_job_floats(job);
+          }
           team.wait();
         }
         if (!team.cancelled()) visitor.finish(thread);

@@ -21,13 +21,14 @@ int64_t Workspace::reserve(int64_t floats) {
 Workspace::Workspace(const Plan& plan) {
   const int block = plan.kernels.block, columns = plan.kernels.tile_columns, sides = plan.sides();
   const Wanted wanted = plan.wanted;
+  sides_ = sides;
   area_ = int64_t{block} * block;
   length_ = block;
   const bool bf16x2 = plan.products[0].bf16x2;
   rows_step_ = (plan.width + columns - 1) / columns * columns * (bf16x2 ? block / 2 : block);
   int64_t member = 0;  // floats of one row block, all products
   for (const auto& product : plan.products) {
-    step_.push_back(product.summed * block);
+    step_.push_back(plan.multiplies() ? product.summed * block : 0);
     member += step_.back() * sides;
   }
   for (int side = 0; side < sides; ++side) member += wanted.right(side) ? rows_step_ : 0;
@@ -43,7 +44,7 @@ Workspace::Workspace(const Plan& plan) {
   for (size_t p = 0; p < plan.products.size(); ++p) {
     left_.push_back(each_side(step_[p] * group_));
     right_.push_back(each_side(step_[p]));
-    dots_.push_back(each_side(area_));
+    dots_.push_back(each_side(plan.kept.data == nullptr ? area_ : 0));
   }
   lines_ = reserve(kLines * length_);
   if (!wanted.any()) return;

@@ -55,7 +55,11 @@ class Workspace {
   float* left_rows(int side, int member) const { return memory_ + left_rows_[side] + member * rows_step_; }
   float* right_rows(int side) const { return memory_ + right_rows_[side]; }
   Tiles& right_tiles(int side) { return right_tiles_[side]; }  // G^T . left rows, by side
-  float* dots(size_t product, int side) const { return memory_ + dots_[product][side]; }
+  float* dots(size_t product, int side) const {
+    return kept_ != nullptr ? kept_ + (static_cast<int64_t>(product) * sides_ + side) * kept_step_ : memory_ + dots_[product][side];
+  }
+  // From now on dots lie here, `step` floats for every product and side.
+  void use_kept(float* kept, int64_t step) { kept_ = kept, kept_step_ = step; }
   float* g(int side) const { return memory_ + g_[side]; }
   // G in bf16x2, for one side after the other.
   float* g_along_columns() const { return memory_ + rounded_g_; }
@@ -69,12 +73,14 @@ class Workspace {
   };
   int64_t reserve(int64_t floats);
   int64_t floats_ = 0, area_, length_, rows_step_ = 0, lines_ = 0, rounded_g_ = 0;
-  int group_ = 1;
+  int group_ = 1, sides_ = 1;
   std::vector<int64_t> step_;
   std::vector<Offsets> left_, right_, dots_;
   Offsets left_rows_{}, right_rows_{}, tiles_{}, g_{};
   Tiles right_tiles_[kSides];
   float* memory_ = nullptr;
+  float* kept_ = nullptr;
+  int64_t kept_step_ = 0;
 };
 
 // The distribution's weights on one side of a block; their columns' part lies in lines of the workspace.

@@ -24,7 +24,8 @@ class SlowerBackendWarning(RuntimeWarning):
 class Backend(Protocol):
     """The two block operations.
 
-    `forward` returns Statistics. `backward` returns the gradients that are wanted, contiguous and newly allocated,
+    `forward` returns Statistics; with `keep` a backward pass of the same problem follows, and what saves it work may be
+    in Statistics.kept. `backward` returns the gradients that are wanted, contiguous and newly allocated,
 
         dx = scale * G @ y,   dy = scale * G.T @ x,   dscale = (x * (G @ y)).sum()
 
@@ -48,7 +49,7 @@ class Backend(Protocol):
     def details(self) -> dict[str, str]:
         """What `python -m softclip_kernels.info` says of it beyond its name; safe where it cannot run."""
 
-    def forward(self, problem: Problem) -> Statistics: ...
+    def forward(self, problem: Problem, keep: bool = False) -> Statistics: ...
 
     def backward(
         self,

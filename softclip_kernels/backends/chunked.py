@@ -27,7 +27,7 @@ class ChunkedBackend:
     def details(self) -> dict[str, str]:
         return {"block": f"{BLOCK['cpu']} on CPUs, {BLOCK['cuda']} elsewhere"}
 
-    def forward(self, problem: Problem) -> Statistics:
+    def forward(self, problem: Problem, keep: bool = False) -> Statistics:
         whole = Statistics.empty(problem)
         for i, j, block, logits in _blocks(problem):
             part = dense_statistics(block, logits)

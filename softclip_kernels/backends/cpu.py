@@ -27,6 +27,8 @@ except ImportError as error:  # not built, or built for another Python
 ISA_VARIABLE = "SOFTCLIP_CPU_ISA"
 FORMER_ISA_VARIABLE = "SOFTCLIP_NATIVE_ISA"  # still read, with a DeprecationWarning, where the other is not set
 DTYPES = (torch.float32, torch.bfloat16)
+KEPT_VARIABLE = "SOFTCLIP_CPU_KEPT_MIB"
+KEPT_MIB = 20  # five eighths of the memory that the library promises to stay within
 MULTIPLY_ADDS_PER_THREAD = 4e6  # about ten times what starting a thread costs
 
 
@@ -81,7 +83,7 @@ class CpuBackend:
             return f"it computes float32 and bfloat16, not {dtype}; cast the embeddings, for example with .float()"
         return None
 
-    def forward(self, problem: Problem) -> Statistics:
+    def forward(self, problem: Problem, keep: bool = False) -> Statistics:
         call = _Call(problem)
         statistics, n, m = 1 + 2 * len(problem.teachers), problem.rows, problem.columns
         ranked = problem.row_threshold is not None
@@ -92,17 +94,20 @@ class CpuBackend:
             torch.empty(n if ranked else 0, dtype=torch.int64),
             torch.empty(m if ranked else 0, dtype=torch.int64),
         )
+        in_use, threads = level(), _threads(problem)
+        kept = _memory_to_keep(problem, call, in_use, threads) if keep else None
         self.blocks_summed_twice = _cpu.forward(
             call.problem,
-            level(),
-            _threads(problem),
+            in_use,
+            threads,
             rows=result.rows.packed.data_ptr(),
             columns=result.columns.packed.data_ptr(),
             positive_logit=result.positive_logit.data_ptr(),
             row_ranks=result.row_ranks.data_ptr(),
             column_ranks=result.column_ranks.data_ptr(),
+            kept=call.vector(kept),
         )
-        return result
+        return result._replace(kept=kept)
 
     def backward(
         self,
@@ -138,8 +143,28 @@ class CpuBackend:
             dy=dy,
             dscale=dscale,
             rounded=wanted.rounded,
+            kept=call.vector(statistics.kept),
         )
         return result
+
+
+def kept_mib() -> int:
+    """Up to how many MiB a forward pass keeps of logits that the backward pass then need not compute again: KEPT_MIB,
+    or what the environment says. Raises ValueError where that is no such number."""
+    asked = os.environ.get(KEPT_VARIABLE)
+    if asked is None:
+        return KEPT_MIB
+    if not asked.isdecimal():
+        raise ValueError(f"{KEPT_VARIABLE}={asked!r} must be a whole number of MiB; 0 keeps nothing")
+    return int(asked)
+
+
+def _memory_to_keep(problem: Problem, call: _Call, in_use: str, threads: int) -> Tensor | None:
+    floats = kept_mib() * 2**18
+    if problem.rows * problem.columns > floats:
+        return None
+    needed = _cpu.kept_floats(call.problem, in_use, threads)
+    return torch.empty(needed) if needed <= floats else None
 
 
 def _threads(problem: Problem) -> int:

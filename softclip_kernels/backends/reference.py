@@ -25,7 +25,7 @@ class ReferenceBackend:
     def details(self) -> dict[str, str]:
         return {}
 
-    def forward(self, problem: Problem) -> Statistics:
+    def forward(self, problem: Problem, keep: bool = False) -> Statistics:
         z = student_logits(problem)
         return dense_statistics(problem, (z, z.T))
 

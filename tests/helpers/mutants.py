@@ -61,7 +61,7 @@ class _TeachersWeigh:
     def __init__(self, backend: backends.Backend, weight: float) -> None:
         self._backend, self._weight, self.used = backend, weight, False
 
-    def forward(self, problem):
+    def forward(self, problem, keep=False):
         statistics = self._backend.forward(problem)
         self.used |= bool(problem.teachers)
         for direction in (statistics.rows, statistics.columns):
@@ -81,7 +81,7 @@ class _LacksPositives:
     def __init__(self, backend: backends.Backend) -> None:
         self._backend, self.used = backend, False
 
-    def forward(self, problem):
+    def forward(self, problem, keep=False):
         return self._backend.forward(problem)
 
     def backward(self, problem, statistics, gradient, wanted):

@@ -71,7 +71,7 @@ class TritonBackend:
             return {"triton": "not installed"}
         return {"triton": importlib.metadata.version("triton")} | ({"interpreter": "on"} if _interpreted() else {})
 
-    def forward(self, problem: Problem) -> Statistics:
+    def forward(self, problem: Problem, keep: bool = False) -> Statistics:
         from .softmax_forward import forward
 
         with _on(problem.x.device):
