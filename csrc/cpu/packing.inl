@@ -102,18 +102,20 @@ void pack_columns(const Matrix& m, int64_t begin, int count, uint32_t* out) {
   const auto* data = static_cast<const typename From::Stored*>(m.data) + begin * m.row_step;
   const int64_t step = kStep > 0 ? kStep : m.column_step;
   const int summed = kBf16x2 ? (count + 1) / 2 : count;
-  for (int64_t d = 0; d < m.width; d += kTileColumns) {
-    const int valid = m.width - d < kTileColumns ? static_cast<int>(m.width - d) : kTileColumns;
-    for (int k = 0; k < summed; ++k, out += kTileColumns) {
-      const auto* row = data + (kBf16x2 ? 2 * k : k) * m.row_step + d * step;
-      const bool second = kBf16x2 && 2 * k + 1 < count;
-      const auto* next = second ? row + m.row_step : row;
-      const uint32_t keep = second ? ~uint32_t{0} : 0;
+  // Row by row, as they lie in memory: every panel gets a whole line of the cache.
+  for (int k = 0; k < summed; ++k, out += kTileColumns) {
+    const auto* row = data + (kBf16x2 ? 2 * k : k) * m.row_step;
+    const bool second = kBf16x2 && 2 * k + 1 < count;
+    const auto* next = second ? row + m.row_step : row;
+    const uint32_t keep = second ? ~uint32_t{0} : 0;
+    uint32_t* to = out;
+    for (int64_t d = 0; d < m.width; d += kTileColumns, to += int64_t{summed} * kTileColumns) {
+      const int valid = m.width - d < kTileColumns ? static_cast<int>(m.width - d) : kTileColumns;
       for (int c = 0; c < valid; ++c) {
-        const uint32_t bits = From::bits(row[c * step]);
-        out[c] = kBf16x2 ? (bits >> 16) | (From::bits(next[c * step]) & keep) : bits;
+        const uint32_t bits = From::bits(row[(d + c) * step]);
+        to[c] = kBf16x2 ? (bits >> 16) | (From::bits(next[(d + c) * step]) & keep) : bits;
       }
-      for (int c = valid; c < kTileColumns; ++c) out[c] = 0;
+      for (int c = valid; c < kTileColumns; ++c) to[c] = 0;
     }
   }
 }
