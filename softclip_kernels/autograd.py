@@ -8,7 +8,7 @@
 
 Every loss of the library is a linear function of these (linear_form.py), so targets, weights and reductions are PyTorch
 outside of the kernels: `loss_parts` returns them. Where nothing is exchanged or traced and there are no linear terms,
-`ReducedLossFunction` has the statistics, the linear form and the reduction in one node of the graph, with few operators.
+`local_loss` has the statistics, the linear forms and the reduction in one node of the graph, with few operators.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import ops
 from .distributed import sharded
 from .distributed.exchange import Layout
 from .indexing import scatter_sum, take_rows
-from .linear_form import LinearForms, times
+from .linear_form import Coefficient, LinearForms
 from .problem import Problem
 from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient, Wanted
 
@@ -148,10 +148,12 @@ class LocalLossFunction(torch.autograd.Function):
             return (None,) * 5
         tensors, saved = ctx.saved_tensors[: ctx.problem_tensors], ctx.saved_tensors[ctx.problem_tensors :]
         problem, forms = Problem.of(tensors, ctx.sources), ctx.forms(saved[5:])
-        statistics = Statistics.of(*saved[:3], scalars=saved[3], kept=saved[4])
+        rows, columns, positive_logit, scalars, kept = saved[:5]
+        statistics = Statistics.of(rows, columns, positive_logit, scalars=scalars, kept=kept)
         with torch.no_grad():
             incoming = _incoming(problem, forms, gradient, ctx.shares, ctx.diagonal)
-            wanted = Wanted(*ctx.needs_input_grad[:3], rounded=True)
+            needs_x, needs_y, needs_scale, *_ = ctx.needs_input_grad
+            wanted = Wanted(needs_x, needs_y, needs_scale, rounded=True)
             given = ops.gradients_of(problem, statistics, incoming, wanted, ctx.backend)
         return *ops.without_graph(given, tensors[:3]), None, None
 
@@ -161,21 +163,22 @@ def _incoming(
 ) -> StatisticsGradient:
     """The gradient of the statistics from that of the reduced loss. Where it is one number for all, it is expanded."""
     packed: list[Tensor] = []
-    of_positives: list[Tensor] = []
-    of_row = times(shares[0], gradient)
-    of_losses = (of_row, of_row if shares[0] == shares[1] else times(shares[1], gradient))
-    for form, of_loss, length in zip(forms, of_losses, (problem.rows, problem.columns), strict=True):
-        if form is None:
-            packed.append(gradient.new_zeros(()).expand(1 + len(problem.teachers), length))
-            continue
-        own, of_dots = form.adjoint(of_loss)
-        alone = len(own) == 1
-        packed.append(own[0].expand(1, length) if alone else torch.stack([each.expand(length) for each in own]))
-        if of_dots and form is forms.columns and not diagonal and of_dots[0].dim():
-            assert problem.positive_column is not None
-            of_dots = [take_rows(of_dots[0], problem.positive_column)]
-        of_positives += of_dots
-    if not of_positives:
-        return StatisticsGradient(packed[0], packed[1], gradient.new_empty(0))
-    positive = of_positives[0] if len(of_positives) == 1 else of_positives[0] + of_positives[1]
-    return StatisticsGradient(packed[0], packed[1], (-positive).expand(problem.rows))
+    of_positives: Coefficient = 0.0
+    for form, share, length in zip(forms, shares, (problem.rows, problem.columns), strict=True):
+        own, of_dots = ([0.0] * (1 + len(problem.teachers)), []) if form is None else form.adjoint(share)
+        if len(own) == 1:
+            packed.append(_spread(gradient, own[0], (1, length)))
+        else:
+            packed.append(torch.stack([_spread(gradient, each, (length,)) for each in own]))
+        for of_dot in of_dots:
+            if isinstance(of_dot, Tensor) and form is forms.columns and not diagonal:
+                assert problem.positive_column is not None
+                of_dot = take_rows(of_dot, problem.positive_column)
+            of_positives = of_dot + of_positives
+    positives = 0 if problem.positive_column is None else problem.rows
+    return StatisticsGradient(packed[0], packed[1], _spread(gradient, -of_positives, (positives,)))
+
+
+def _spread(gradient: Tensor, coefficient: Coefficient, shape: tuple[int, ...]) -> Tensor:
+    """Their product, of this shape: (L,) or (1, L)."""
+    return (gradient * coefficient).expand(shape)

@@ -51,15 +51,15 @@ class LinearForm:
             loss = loss - times(coefficient, statistics.teacher_mean[k])
         return times(self.weight, loss)
 
-    def adjoint(self, gradient: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """From the gradient of the losses, (L,) or one number for all, those of the log-sum-exp and of every teacher's
-        mean, and those of minus the dots: each (L,) or a number."""
-        gradient = times(self.weight, gradient)
-        lse = times(self.mass, gradient)
+    def adjoint(self, share: float) -> tuple[list[Coefficient], list[Coefficient]]:
+        """What the sum of the losses times `share` changes by with each row's (column's) log-sum-exp and each teacher's
+        mean, and with minus each dot: (L,), or one number for all."""
+        share_of_each = times(self.weight, share)
+        lse = times(self.mass, share_of_each)
         if self.seen is not None:
             lse = torch.where(self.seen, lse, 0.0)
-        means = [-times(each, gradient) for each in self.means]
-        return [lse, *means], [times(each, gradient) for each in self.dots]
+        means = [-times(each, share_of_each) for each in self.means]
+        return [lse, *means], [times(each, share_of_each) for each in self.dots]
 
 
 class LinearForms(NamedTuple):

@@ -1,4 +1,4 @@
-"""How PyTorch multiplies fp32 matrices, a product that its settings do not reach, and a scope that autocast does not."""
+"""How PyTorch multiplies fp32 matrices, a product that its settings do not reach, a scope that autocast does not."""
 
 from __future__ import annotations
 

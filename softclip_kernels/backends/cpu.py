@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,9 +33,14 @@ KEPT_MIB = 20  # five eighths of the memory that the library promises to stay wi
 MULTIPLY_ADDS_PER_THREAD = 4e6  # about ten times what starting a thread costs
 
 
-def levels() -> list[str]:
+def levels() -> tuple[str, ...]:
     """The instruction-set levels that this machine can run, best first; empty where the extension was not built."""
-    return [] if _cpu is None else _cpu.levels()
+    return () if _cpu is None else _levels_of(_cpu)
+
+
+@cache
+def _levels_of(extension: Any) -> tuple[str, ...]:
+    return tuple(extension.levels())
 
 
 def why_missing() -> str | None:

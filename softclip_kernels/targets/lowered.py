@@ -128,9 +128,7 @@ class CompletedTarget:
             columns = _form(statistics.columns, hard, soft, lowered.column_weight, lowered.segments is not None)
         return LinearForms(rows, columns)
 
-    def losses(
-        self, parts: LossParts, layout: Layout, direction: str = "both"
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def losses(self, parts: LossParts, layout: Layout, direction: str = "both") -> tuple[Tensor | None, Tensor | None]:
         """Row losses (N,) and column losses (M,); None for a direction that is not asked for."""
         statistics, positive = parts.statistics, self.lowered.positive
         row_form, column_form = self.forms(statistics, direction)
