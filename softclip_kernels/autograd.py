@@ -8,7 +8,7 @@
 
 Every loss of the library is a linear function of these (linear_form.py), so targets, weights and reductions are PyTorch
 outside of the kernels: `loss_parts` returns them. Where nothing is exchanged or traced and there are no linear terms,
-`local_loss` has the statistics, the linear forms and the reduction in one node of the graph, with few operators.
+`LocalLossFunction` has the statistics, the linear forms and the reduction in one node of the graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import ops
 from .distributed import sharded
 from .distributed.exchange import Layout
 from .indexing import scatter_sum, take_rows
-from .linear_form import Coefficient, LinearForms
+from .linear_form import Coefficient, LinearForm, LinearForms
 from .problem import Problem
 from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient, Wanted
 
@@ -89,19 +89,15 @@ class LocalLoss(NamedTuple):
     forms     the losses as linear forms of the statistics, whose dots are the positives', where there are any
     shares    what a row's and what a column's loss count in the reduced loss; 0 of a direction that is not in it
     diagonal  whether row i's positive is column i, for all of them
+    learns    whether a backward pass may follow
     backend   one of backends.registered(), or "auto"
     """
 
     forms: Callable[[Statistics], LinearForms]
     shares: tuple[float, float]
     diagonal: bool
+    learns: bool
     backend: str
-
-
-def local_loss(problem: Problem, local: LocalLoss) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, 0-d, differentiable with respect to the problem's x, y and scale, and Statistics' row and column ranks,
-    which are not."""
-    return LocalLossFunction.apply(problem.x, problem.y, problem.scale, problem, local)
 
 
 def reduced(rows: Tensor | None, columns: Tensor | None, shares: tuple[float, float]) -> Tensor:
@@ -116,14 +112,15 @@ def reduced(rows: Tensor | None, columns: Tensor | None, shares: tuple[float, fl
 
 
 class LocalLossFunction(torch.autograd.Function):
-    """Statistics, linear forms and reduction as one node of the graph: a dozen nodes would cost a small batch more than
-    its kernels."""
+    """The loss, 0-d, differentiable with respect to the problem's x, y and scale, and Statistics' row and column ranks,
+    which are not. Statistics, linear forms and reduction are one node of the graph: a dozen nodes would cost a small
+    batch more than its kernels."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, problem: Problem, local: LocalLoss
     ) -> tuple[Tensor, ...]:
-        statistics = ops.statistics_of(problem, local.backend, keep=any(ctx.needs_input_grad[:3]))
+        statistics = ops.statistics_of(problem, local.backend, keep=local.learns)
         forms, positive = local.forms(statistics), statistics.positive_logit
         rows = columns = None
         if forms.rows is not None:
@@ -162,23 +159,28 @@ def _incoming(
     problem: Problem, forms: LinearForms, gradient: Tensor, shares: tuple[float, float], diagonal: bool
 ) -> StatisticsGradient:
     """The gradient of the statistics from that of the reduced loss. Where it is one number for all, it is expanded."""
-    packed: list[Tensor] = []
-    of_positives: Coefficient = 0.0
-    for form, share, length in zip(forms, shares, (problem.rows, problem.columns), strict=True):
-        own, of_dots = ([0.0] * (1 + len(problem.teachers)), []) if form is None else form.adjoint(share)
-        if len(own) == 1:
-            packed.append(_spread(gradient, own[0], (1, length)))
-        else:
-            packed.append(torch.stack([_spread(gradient, each, (length,)) for each in own]))
-        for of_dot in of_dots:
-            if isinstance(of_dot, Tensor) and form is forms.columns and not diagonal:
-                assert problem.positive_column is not None
-                of_dot = take_rows(of_dot, problem.positive_column)
-            of_positives = of_dot + of_positives
-    positives = 0 if problem.positive_column is None else problem.rows
-    return StatisticsGradient(packed[0], packed[1], _spread(gradient, -of_positives, (positives,)))
+    rows, of_row_dots = _adjoint(forms.rows, shares[0], len(problem.teachers))
+    columns, of_column_dots = _adjoint(forms.columns, shares[1], len(problem.teachers))
+    of_rows = _spread(gradient, rows, problem.rows)
+    if problem.rows == problem.columns and all(isinstance(each, float) for each in rows + columns) and rows == columns:
+        of_columns = of_rows
+    else:
+        of_columns = _spread(gradient, columns, problem.columns)
+    if problem.positive_column is None:
+        return StatisticsGradient(of_rows, of_columns, gradient.new_empty(0))
+    if not diagonal:
+        column = problem.positive_column
+        of_column_dots = [take_rows(each, column) if isinstance(each, Tensor) else each for each in of_column_dots]
+    less = -sum([*of_row_dots, *of_column_dots])
+    return StatisticsGradient(of_rows, of_columns, (gradient * less).expand(problem.rows))
 
 
-def _spread(gradient: Tensor, coefficient: Coefficient, shape: tuple[int, ...]) -> Tensor:
-    """Their product, of this shape: (L,) or (1, L)."""
-    return (gradient * coefficient).expand(shape)
+def _adjoint(form: LinearForm | None, share: float, teachers: int) -> tuple[list[Coefficient], list[Coefficient]]:
+    return ([0.0] * (1 + teachers), []) if form is None else form.adjoint(share)
+
+
+def _spread(gradient: Tensor, coefficients: Sequence[Coefficient], length: int) -> Tensor:
+    """Their products, (len(coefficients), length)."""
+    if len(coefficients) == 1:
+        return (gradient * coefficients[0]).expand(1, length)
+    return torch.stack([(gradient * each).expand(length) for each in coefficients])

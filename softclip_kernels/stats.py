@@ -94,9 +94,10 @@ class Statistics(NamedTuple):
     def tensors(self) -> tuple[Tensor, ...]:
         """As operators return them, of shapes that do not depend on the backend: (1 + 2K, N), (1 + 2K, M), (N,), (N,),
         (M,), (max(1, K), 8). `of` takes them back."""
-        rows, columns, positive_logit, row_ranks, column_ranks, scalars, _ = self
+        rows, columns, positive_logit, *ranks, scalars, _ = self
         if len(scalars) == 0:
             scalars = scalars.new_zeros(max(1, len(rows.packed) // 2), SCALARS)
+        row_ranks, column_ranks = (each if len(each) else each.new_empty(0) for each in ranks)  # no two the same
         return rows.packed, columns.packed, positive_logit, row_ranks, column_ranks, scalars
 
     @staticmethod
@@ -125,15 +126,12 @@ class Statistics(NamedTuple):
     ) -> Statistics:
         """Without ranks where none are counted or a backward pass has no use for them, without scalars where none are
         known."""
-        return Statistics(
-            SoftmaxStatistics(rows),
-            SoftmaxStatistics(columns),
-            positive_logit,
-            rows.new_empty(0, dtype=torch.int64) if row_ranks is None else row_ranks,
-            rows.new_empty(0, dtype=torch.int64) if column_ranks is None else column_ranks,
-            rows.new_empty(0, SCALARS) if scalars is None else scalars,
-            kept,
-        )
+        if row_ranks is None or column_ranks is None:
+            row_ranks = column_ranks = rows.new_empty(0, dtype=torch.int64)
+        if scalars is None:
+            scalars = rows.new_empty(0, SCALARS)
+        both = SoftmaxStatistics(rows), SoftmaxStatistics(columns)
+        return Statistics(*both, positive_logit, row_ranks, column_ranks, scalars, kept)
 
 
 class StatisticsGradient(NamedTuple):

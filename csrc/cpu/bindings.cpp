@@ -11,6 +11,7 @@
 
 #include "levels.h"
 #include "operations.h"
+#include "schedule.h"
 #include "team.h"
 
 namespace py = pybind11;
@@ -64,9 +65,9 @@ PYBIND11_MODULE(_cpu, module) {
 
   py::class_<Teacher>(module, "Teacher")
       .def(py::init(
-               [](int source, double scale, const Matrix* x, const Matrix* y, Address row_bias, Address column_bias) {
+               [](int source, Address scale, const Matrix* x, const Matrix* y, Address row_bias, Address column_bias) {
                  return Teacher{static_cast<Source>(source),
-                                scale,
+                                scale ? *pointer<const float>(scale) : 1.0,
                                 x ? *x : Matrix{},
                                 y ? *y : Matrix{},
                                 pointer<const float>(row_bias),
@@ -76,12 +77,12 @@ PYBIND11_MODULE(_cpu, module) {
            py::arg("column_bias"));
 
   py::class_<Problem>(module, "Problem")
-      .def(py::init([](const Matrix& x, const Matrix& y, double scale, Address positive_column, Address row_segment,
+      .def(py::init([](const Matrix& x, const Matrix& y, Address scale, Address positive_column, Address row_segment,
                        Address column_segment, std::vector<Teacher> teachers, Address row_threshold,
                        Address column_threshold) {
              return Problem{x,
                             y,
-                            scale,
+                            *pointer<const float>(scale),
                             pointer<const int64_t>(positive_column),
                             pointer<const int32_t>(row_segment),
                             pointer<const int32_t>(column_segment),
@@ -134,9 +135,8 @@ PYBIND11_MODULE(_cpu, module) {
                            {pointer<void>(dx), rounded ? problem.x.dtype : Dtype::float32},
                            {pointer<void>(dy), rounded ? problem.y.dtype : Dtype::float32},
                            pointer<float>(dscale)};
-        interruptible([&](const Poll& poll) {
-          return backward(kernels, problem, in, threads, poll, pointer<float>(kept));
-        });
+        interruptible(
+            [&](const Poll& poll) { return backward(kernels, problem, in, threads, poll, pointer<float>(kept)); });
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
       py::arg("positive_logit"), py::arg("grad_rows"), py::arg("grad_columns"), py::arg("grad_positive"), py::arg("dx"),
@@ -150,6 +150,25 @@ PYBIND11_MODULE(_cpu, module) {
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"),
       "How many floats a forward takes as `kept`, for a backward that need not multiply again.");
+
+  module.def(
+      "schedule",
+      [](int64_t rows, int64_t columns, int threads, bool mirrored) {
+        const Schedule schedule(rows, columns, threads, mirrored);
+        std::vector<std::vector<std::vector<py::tuple>>> rounds(schedule.rounds());
+        for (int round = 0; round < schedule.rounds(); ++round) {
+          for (int thread = 0; thread < threads; ++thread) {
+            auto& jobs = rounds[round].emplace_back();
+            for (const Job& job : schedule.jobs(round, thread)) {
+              jobs.push_back(
+                  py::make_tuple(job.row_begin, job.row_end, job.column_begin, job.column_end, job.triangle));
+            }
+          }
+        }
+        return rounds;
+      },
+      py::arg("rows"), py::arg("columns"), py::arg("threads"), py::arg("mirrored"),
+      "By round, by thread: its jobs (row begin, row end, column begin, column end, triangle). For tests.");
 
   module.def(
       "peak",

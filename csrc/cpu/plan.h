@@ -98,13 +98,11 @@ struct Plan {
   // Whether the visited blocks' dots are multiplied, and not those that a forward kept.
   bool multiplies() const { return kept.data == nullptr || !wanted.any(); }
   // The student's dots have no reader after the first, so that G may take their place.
-  bool gradient_in_place() const {
-    return kept.data == nullptr && distributions.size() == (shares_student ? 2u : 1u);
-  }
+  bool gradient_in_place() const { return kept.data == nullptr && distributions.size() == (shares_student ? 2u : 1u); }
   // Floats of one kept block, for one product and side, and of all blocks of a job.
   int64_t kept_block_floats(int rows) const;
   int64_t kept_job_floats(const Job& job) const;
-  int64_t kept_floats() const;                    // with the header
+  int64_t kept_floats() const;                     // with the header
   float* kept_round(int round, int thread) const;  // the first of the jobs' blocks, null where nothing is kept
 
  private:

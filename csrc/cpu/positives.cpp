@@ -22,9 +22,7 @@ double teacher_logit(const Plan& plan, const Workspace& workspace, size_t teache
   }
 }
 
-double probability(double logit, float log_sum_exp) {
-  return logit == -INFINITY ? 0 : std::exp(logit - log_sum_exp);
-}
+double probability(double logit, float log_sum_exp) { return logit == -INFINITY ? 0 : std::exp(logit - log_sum_exp); }
 
 double with_bias(double logit, const float* bias, int64_t i) { return bias == nullptr ? logit : logit + bias[i]; }
 

@@ -44,8 +44,8 @@ struct Exponentials {
   }
 };
 
-// The sum G . y, which becomes the gradient of x, or G^T . x, that of y. In float32: in the outgoing gradient where that
-// is float32, else in memory of its own.
+// The sum G . y, which becomes the gradient of x, or G^T . x, that of y. In float32: in the outgoing gradient where
+// that is float32, else in memory of its own.
 class Sum {
  public:
   Sum(const Matrix& operand, const Outgoing& out, bool wanted) : operand_(operand), out_(out), wanted_(wanted) {

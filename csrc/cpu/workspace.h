@@ -56,7 +56,8 @@ class Workspace {
   float* right_rows(int side) const { return memory_ + right_rows_[side]; }
   Tiles& right_tiles(int side) { return right_tiles_[side]; }  // G^T . left rows, by side
   float* dots(size_t product, int side) const {
-    return kept_ != nullptr ? kept_ + (static_cast<int64_t>(product) * sides_ + side) * kept_step_ : memory_ + dots_[product][side];
+    return kept_ != nullptr ? kept_ + (static_cast<int64_t>(product) * sides_ + side) * kept_step_
+                            : memory_ + dots_[product][side];
   }
   // From now on dots lie here, `step` floats for every product and side.
   void use_kept(float* kept, int64_t step) { kept_ = kept, kept_step_ = step; }

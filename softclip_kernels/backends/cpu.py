@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem, Source, TeacherOperand
-from ..stats import InputGradients, Statistics, StatisticsGradient, Wanted
+from ..stats import SCALARS, InputGradients, Statistics, StatisticsGradient, Wanted
 
 _cpu: Any = None
 _MISSING: str | None = None
@@ -30,7 +30,7 @@ FORMER_ISA_VARIABLE = "SOFTCLIP_NATIVE_ISA"  # still read, with a DeprecationWar
 DTYPES = (torch.float32, torch.bfloat16)
 KEPT_VARIABLE = "SOFTCLIP_CPU_KEPT_MIB"
 KEPT_MIB = 20  # five eighths of the memory that the library promises to stay within
-MULTIPLY_ADDS_PER_THREAD = 4e6  # about ten times what starting a thread costs
+MULTIPLY_ADDS_PER_THREAD = 8e6  # about as long as it takes to start a thread, up to 0.2 ms on a virtual machine
 
 
 def levels() -> tuple[str, ...]:
@@ -69,6 +69,9 @@ def peak(name: str, threads: int, bfloat16: bool) -> float:
     return _cpu.peak(name, threads, bfloat16, 10_000_000)
 
 
+_NO_RANKS, _NO_SCALARS = torch.empty(0, dtype=torch.int64), torch.empty(0, SCALARS)
+
+
 class CpuBackend:
     name = "cpu"
     device: str | None = "cpu"
@@ -97,8 +100,9 @@ class CpuBackend:
             torch.empty(statistics, n),
             torch.empty(statistics, m),
             torch.empty(n if problem.positive_column is not None else 0),
-            torch.empty(n if ranked else 0, dtype=torch.int64),
-            torch.empty(m if ranked else 0, dtype=torch.int64),
+            torch.empty(n, dtype=torch.int64) if ranked else _NO_RANKS,
+            torch.empty(m, dtype=torch.int64) if ranked else _NO_RANKS,
+            _NO_SCALARS,
         )
         in_use, threads = level(), _threads(problem)
         kept = _memory_to_keep(problem, call, in_use, threads) if keep else None
@@ -197,7 +201,7 @@ class _Call:
         self.problem = _cpu.Problem(
             x=self._matrix(problem.x),
             y=self._matrix(problem.y),
-            scale=problem.scale.item(),
+            scale=self.vector(problem.scale),
             positive_column=self.vector(problem.positive_column, torch.int64),
             row_segment=self.vector(row_segment, torch.int32),
             column_segment=self.vector(column_segment, torch.int32),
@@ -235,7 +239,7 @@ class _Call:
         assert own == (teacher.x is not None) == (teacher.y is not None)
         return _cpu.Teacher(
             source=int(teacher.source),
-            scale=1.0 if teacher.scale is None else teacher.scale.item(),
+            scale=self.vector(teacher.scale),
             x=self._matrix(teacher.x) if teacher.x is not None else None,
             y=self._matrix(teacher.y) if teacher.y is not None else None,
             row_bias=self.vector(teacher.row_bias),

@@ -1,8 +1,9 @@
 """The softmax contrastive loss, as functions; `module` has it as a module.
 
 One call runs, in order: checks and the agreement between ranks (`agreement.make_layout`), the target's `lower` and
-`complete`, `autograd.loss_parts` (the custom operator, `backends.select`, a kernel; over ranks, block by block),
-`CompletedTarget.losses`, the reduction.
+`complete`, and `autograd.LocalLossFunction`: `backends.select`, a kernel, the target's linear forms, the reduction. Over
+ranks, traced, not reduced or with linear terms it is `autograd.loss_parts` (the custom operator, `backends.select`, a
+kernel; over ranks, block by block), `CompletedTarget.losses`, the reduction.
 """
 
 from __future__ import annotations
@@ -256,9 +257,10 @@ def _loss(
             forms=lambda statistics: target.forms(statistics, request.direction),
             shares=shares,
             diagonal=positive is not None and positive.diagonal,
+            learns=request.learns,
             backend=request.backend,
         )
-        return autograd.local_loss(problem, local)
+        return autograd.LocalLossFunction.apply(problem.x, problem.y, problem.scale, problem, local)
     parts = autograd.loss_parts(problem, target.linear_terms(), layout, request.backend)
     ranks = parts.statistics.row_ranks, parts.statistics.column_ranks
     rows, columns = target.losses(parts, layout, request.direction)
@@ -275,7 +277,7 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
     layout = agreement.make_layout(x, y, exchange, request.check)
     checks.not_empty(layout.n, layout.m)
     scale = _as_scale(request.logit_scale, layout)
-    context = Context(x.detach(), y.detach(), scale.detach(), layout, request.backend, request.direction)
+    context = Context((x, y, scale), layout, request.backend, request.direction)
 
     def lower() -> LoweredTarget:
         lowered = request.lower(context)

@@ -16,16 +16,26 @@ Coefficients = Coefficient | tuple[Coefficient, Coefficient]
 
 @dataclass(frozen=True)
 class Context:
-    """What lowering may look at, detached: x (N, D) and y (M, D), this rank's rows and columns, scale 0-d. `direction`:
-    whose losses are asked for, as softclip_loss takes it."""
+    """What lowering may look at: x (N, D) and y (M, D), this rank's rows and columns, and scale, 0-d; the properties
+    are detached. `direction`: whose losses are asked for, as softclip_loss takes it."""
 
-    x: Tensor
-    y: Tensor
-    scale: Tensor
+    operands: tuple[Tensor, Tensor, Tensor]  # x, y, scale
     layout: Layout
     backend: str = "auto"
     direction: str = "both"
     segments: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def x(self) -> Tensor:
+        return self.operands[0].detach()
+
+    @property
+    def y(self) -> Tensor:
+        return self.operands[1].detach()
+
+    @property
+    def scale(self) -> Tensor:
+        return self.operands[2].detach()
 
     def row_vector(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a per-row tensor given for its own rows or for all."""

@@ -23,7 +23,7 @@ def lowered_problem(name: str, backend: str, n: int = 20, d: int = 6) -> Problem
     dtype = torch.float64 if backend in ("reference", "chunked") else torch.float32
     x, y = (unit_rows(n, d, seed=seed, dtype=dtype) for seed in (0, 1))
     scale = torch.tensor(10.0, dtype=dtype)
-    context = Context(x, y, scale, make_layout(x, y, None), backend)
+    context = Context((x, y, scale), make_layout(x, y, None), backend)
     return ALL_TARGETS[name](n, n).lower(context).complete(context).lowered.problem(x, y, scale)
 
 

@@ -166,7 +166,7 @@ def test_sinkhorn_marginals(n, d, scale):
     x, y, scale = batch(n, d, scale)
 
     def column_error(iterations):
-        context = Context(x, y, scale, make_layout(x, y, None))
+        context = Context((x, y, scale), make_layout(x, y, None))
         (term,) = SelfTeacher(normalise=Sinkhorn(iterations)).lower(context).complete(context).lowered.teachers
         plan = (scale * x @ y.T + term.row_potential[:, None] + term.column_potential[None, :]).exp()
         torch.testing.assert_close(plan.sum(1), torch.ones(n, dtype=torch.float64))
@@ -180,7 +180,7 @@ def test_sinkhorn_marginals(n, d, scale):
 
 def test_swapped_column_normalised_teacher_has_other_mass():
     x, y, scale = batch(40, 8, 10.0)
-    context = Context(x, y, scale, make_layout(x, y, None))
+    context = Context((x, y, scale), make_layout(x, y, None))
     lowered = SelfTeacher(swap="paired", normalise="column").lower(context)
     plan = (scale * x @ y.T).T
     mass = plan.softmax(0).sum(1)
