@@ -1,9 +1,9 @@
 """The softmax contrastive loss, as functions; `module` has it as a module.
 
 One call runs, in order: checks and the agreement between ranks (`agreement.make_layout`), the target's `lower` and
-`complete`, and `autograd.LocalLossFunction`: `backends.select`, a kernel, the target's linear forms, the reduction. Over
-ranks, traced, not reduced or with linear terms it is `autograd.loss_parts` (the custom operator, `backends.select`, a
-kernel; over ranks, block by block), `CompletedTarget.losses`, the reduction.
+`complete`, and `autograd.LocalLossFunction`: `backends.select`, a kernel, the target's linear forms, the reduction.
+Over ranks, traced, not reduced or with linear terms it is `autograd.loss_parts` (the custom operator,
+`backends.select`, a kernel; over ranks, block by block), `CompletedTarget.losses`, the reduction.
 """
 
 from __future__ import annotations
