@@ -25,7 +25,7 @@ from .distributed.exchange import Layout
 from .indexing import scatter_sum, take_rows
 from .linear_form import Coefficient, LinearForm, LinearForms
 from .problem import Problem
-from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient, Wanted
+from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient
 
 
 def loss_parts(problem: Problem, terms: Sequence[LinearTerm], layout: Layout, backend: str = "auto") -> LossParts:
@@ -149,9 +149,7 @@ class LocalLossFunction(torch.autograd.Function):
         statistics = Statistics.of(rows, columns, positive_logit, scalars=scalars, kept=kept)
         with torch.no_grad():
             incoming = _incoming(problem, forms, gradient, ctx.shares, ctx.diagonal)
-            needs_x, needs_y, needs_scale, *_ = ctx.needs_input_grad
-            wanted = Wanted(needs_x, needs_y, needs_scale, rounded=True)
-            given = ops.gradients_of(problem, statistics, incoming, wanted, ctx.backend)
+            given = ops.gradients_of(problem, statistics, incoming, ctx.needs_input_grad[:3], ctx.backend)
         return *ops.without_graph(given, tensors[:3]), None, None
 
 

@@ -32,7 +32,8 @@ def times(a: Coefficient, b: Coefficient) -> Coefficient:
 class LinearForm:
     """loss_i = weight_i * (mass_i * lse_i - sum_t dots[t]_i * dot_ti - sum_k means[k]_i * teacher_mean_ki)
 
-    seen  (L,) bool: where it is False nothing is seen at all, and the log-sum-exp of -inf counts as 0; None: everywhere
+    seen  (L,) bool: where it is False nothing is seen at all, the log-sum-exp is -inf, and the mass must be 0; None:
+          something is seen everywhere
     """
 
     mass: Coefficient
@@ -55,11 +56,8 @@ class LinearForm:
         """What the sum of the losses times `share` changes by with each row's (column's) log-sum-exp and each teacher's
         mean, and with minus each dot: (L,), or one number for all."""
         share_of_each = times(self.weight, share)
-        lse = times(self.mass, share_of_each)
-        if self.seen is not None:
-            lse = torch.where(self.seen, lse, 0.0)
         means = [-times(each, share_of_each) for each in self.means]
-        return [lse, *means], [times(each, share_of_each) for each in self.dots]
+        return [times(self.mass, share_of_each), *means], [times(each, share_of_each) for each in self.dots]
 
 
 class LinearForms(NamedTuple):

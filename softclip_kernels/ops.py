@@ -98,15 +98,16 @@ def statistics_of(problem: Problem, backend: str, keep: bool) -> Statistics:
 
 
 def gradients_of(
-    problem: Problem, statistics: Statistics, gradient: StatisticsGradient, wanted: Wanted, backend: str
+    problem: Problem, statistics: Statistics, gradient: StatisticsGradient, needed: Sequence[bool], backend: str
 ) -> tuple[Tensor | None, ...]:
-    """The backward operator's, or the backend's where nothing watches; None for one that is not wanted."""
+    """The backward operator's, or the backend's where nothing watches: rounded gradients of x, y and scale where they
+    are needed, else None."""
+    x, y, scale = needed
     if not _watched(problem):
-        return block_backward(problem, statistics, gradient, wanted, backend)
+        return block_backward(problem, statistics, gradient, Wanted(x, y, scale, rounded=True), backend)
     known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
-    needed = (wanted.x, wanted.y, wanted.scale)
     arguments = (*pack(problem.tensors(), problem.sources()), backend, *known, *gradient)
-    results = backward(*arguments, [*needed, wanted.rounded])
+    results = backward(*arguments, [*needed, True])
     return tuple(result if needs else None for result, needs in zip(results, needed, strict=True))
 
 

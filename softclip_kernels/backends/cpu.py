@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from functools import cache
 from typing import Any
 
 import torch
@@ -33,14 +32,9 @@ KEPT_MIB = 20  # five eighths of the memory that the library promises to stay wi
 MULTIPLY_ADDS_PER_THREAD = 8e6  # about as long as it takes to start a thread, up to 0.2 ms on a virtual machine
 
 
-def levels() -> tuple[str, ...]:
+def levels() -> list[str]:
     """The instruction-set levels that this machine can run, best first; empty where the extension was not built."""
-    return () if _cpu is None else _levels_of(_cpu)
-
-
-@cache
-def _levels_of(extension: Any) -> tuple[str, ...]:
-    return tuple(extension.levels())
+    return [] if _cpu is None else _cpu.levels()
 
 
 def why_missing() -> str | None:

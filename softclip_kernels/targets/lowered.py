@@ -157,7 +157,10 @@ def _form(
     mass: Coefficient = 0.0
     for part in (*(times(coefficient, total) for coefficient, total in hard), *means):
         mass = mass + part
-    seen = statistics.lse.detach() != -torch.inf if segmented else None
+    seen = None
+    if segmented:
+        seen = statistics.lse.detach() != -torch.inf
+        mass = seen.to(statistics.lse.dtype) * mass
     dots = tuple(coefficient for coefficient, _ in hard)
     return LinearForm(mass, dots, means, 1.0 if weight is None else weight, seen)
 

@@ -28,7 +28,7 @@ def forms():
     for mass, dot, mean, weight in itertools.product((1.0, 0.3, vector(1)), repeat=4):
         for dots, means in (((), ()), ((dot,), ()), ((), (mean,)), ((dot, 0.7), (mean, dot))):
             yield LinearForm(mass, dots, means, weight, None)
-            yield LinearForm(mass, dots, means, weight, seen)
+            yield LinearForm(mass * seen.double(), dots, means, weight, seen)
 
 
 def test_the_adjoint_is_autograds():
