@@ -383,6 +383,24 @@ def test_nan_and_infinity_come_back(level, dtype):
         assert statistics.rows.lse[6:].isfinite().all()
 
 
+@pytest.mark.parametrize("n", (9, 233, 250))
+def test_a_batch_of_nan_leaves_nothing_to_the_next(level, n):
+    """Memory is kept between calls, and vectors are read past a ragged block's end."""
+    x = unit_rows(n, 8, dtype=torch.float32)
+    teachers = (TeacherOperand(Source.TRANSPOSED), TeacherOperand(Source.TRANSPOSED, torch.tensor(0.7)))
+    problem = Problem(x, x.flip(0), torch.tensor(9.0), torch.arange(n), teachers=teachers)
+    full = torch.full((240, 8), torch.nan)
+
+    def results():
+        statistics = CPU.forward(problem)
+        return *statistics.tensors(), *CPU.backward(problem, statistics, ones_for(problem), Wanted())
+
+    before = results()
+    wrong = Problem(full, full, torch.tensor(9.0), teachers=teachers)
+    CPU.backward(wrong, CPU.forward(wrong), ones_for(wrong), MATRICES)
+    assert all(torch.equal(*pair) for pair in zip(results(), before, strict=True))
+
+
 def test_a_row_that_sees_nothing_contributes_nothing(level):
     """A row that sees no column: log-sum-exp -inf, mean 0, no gradient."""
     n = 40
