@@ -28,7 +28,7 @@ check() {
 
 check "AddressSanitizer and UndefinedBehaviorSanitizer" libasan.so \
   "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined" \
-  tests/backends/test_cpu.py tests/backends/test_cpu_process.py \
+  tests/backends/test_cpu.py tests/backends/test_cpu_kept.py tests/backends/test_cpu_process.py \
   -k "not cannot_be_had"  # it limits the address space, which the sanitizer needs
-check "ThreadSanitizer" libtsan.so "-fsanitize=thread" tests/backends/test_cpu.py \
-  -k "threads_change or more_threads or float32_against"
+check "ThreadSanitizer" libtsan.so "-fsanitize=thread" tests/backends/test_cpu.py tests/backends/test_cpu_kept.py \
+  -k "threads_change or more_threads or float32_against or a_backward_takes"
