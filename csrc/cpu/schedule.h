@@ -28,8 +28,7 @@ class Schedule {
   int rounds() const;
   std::vector<Job> jobs(int round, int thread) const;
   int64_t most_rows() const;  // of a job
-  // What the thread works on in round 0, and in no round another one at the same time: each row and each column is one
-  // thread's.
+  // Rows and columns divided as round 0 divides them: nobody else touches a thread's before that round's end.
   Range own_rows(int thread) const;
   Range own_columns(int thread) const;
 

@@ -26,29 +26,10 @@ from softclip_kernels.testing import (
     unit_rows,
 )
 
-LEVELS = cpu.levels()
 pytestmark = needs_cpu_kernels
 
 CPU, REFERENCE = (registered()[name] for name in ("cpu", "reference"))
 MATRICES = Wanted(scale=False)  # what the kernels compute; the scale's is a sum of PyTorch's
-
-
-@pytest.fixture(params=LEVELS)
-def level(request, monkeypatch):
-    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """Sets the number of threads for problems of any size, without touching PyTorch's own."""
-
-    def set_threads(count):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-        monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
-
-    set_threads(2)
-    return set_threads
 
 
 def random_problem(n, m, d, dtype=torch.float32, *, scale=14.3, norm=1.0, width=24, seed=0):

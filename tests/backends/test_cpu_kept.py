@@ -19,23 +19,6 @@ CPU = registered()["cpu"]
 MIB = 2**20
 
 
-@pytest.fixture(params=cpu.levels())
-def level(request, monkeypatch):
-    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads(monkeypatch):
-    """Sets the number of threads for problems of any size, without touching PyTorch's own."""
-
-    def set_threads(count):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-        monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
-
-    return set_threads
-
-
 def results(name, n, dtype, mib, monkeypatch):
     """Loss and gradients with this limit, twice from one graph."""
     monkeypatch.setenv(cpu.KEPT_VARIABLE, str(mib))

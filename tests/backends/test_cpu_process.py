@@ -26,13 +26,6 @@ pytestmark = needs_cpu_kernels
 CPU = registered()["cpu"]
 
 
-@pytest.fixture
-def threads(monkeypatch):
-    """Two threads for problems of any size, without touching PyTorch's own."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
-
-
 def run_python(code):
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, preexec_fn=signals.restore)

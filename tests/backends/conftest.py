@@ -1,0 +1,27 @@
+"""What the tests of the CPU kernels share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from softclip_kernels.backends import cpu
+
+
+@pytest.fixture(params=cpu.levels())
+def level(request, monkeypatch):
+    """Every instruction-set level of this machine."""
+    monkeypatch.setenv(cpu.ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Sets the number of threads, at first two, for problems of any size, without touching PyTorch's own."""
+
+    def set_threads(count):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+        monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
+
+    set_threads(2)
+    return set_threads
