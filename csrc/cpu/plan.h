@@ -102,8 +102,8 @@ struct Plan {
   bool multiplies() const { return kept.data == nullptr || !wanted.any(); }
   // The student's dots have no reader after the first, so that G may take their place.
   bool gradient_in_place() const { return kept.data == nullptr && distributions.size() == (shares_student ? 2u : 1u); }
-  // How many rows and columns the blocks of a job have, but for the last: as even as whole register tiles allow, for the
-  // products of a thin last block would move more memory than they compute. At most kBlock.
+  // How many rows and columns the blocks of a job have, but for the last: as even as whole register tiles allow, for
+  // the products of a thin last block would move more memory than they compute. At most kBlock.
   int block_rows(const Job& job) const;
   int block_columns(const Job& job) const;
   // Floats of one kept block, for one product and side, and of all blocks of a job.
