@@ -41,12 +41,6 @@ Bias bias_of(const float* bias, int64_t length, int block) {
   return result;
 }
 
-// The length of as many even parts as parts of at most `most` would be, in whole tiles.
-int even_step(int64_t length, int most, int tile) {
-  const int64_t parts = std::max<int64_t>(1, blocks(length, most));
-  return static_cast<int>(std::max<int64_t>(1, blocks(blocks(length, parts), tile)) * tile);
-}
-
 Distribution unbiased(int product, bool transposed, double scale) {
   const double factor = scale * kLog2E;
   const float high = static_cast<float>(factor);
@@ -88,26 +82,15 @@ Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in,
   }
 }
 
-int Plan::block_rows(const Job& job) const {
-  // A triangle's rows and columns are cut at the same places.
-  const int tile = job.triangle ? kernels.tile_columns : kernels.tile_rows;
-  return even_step(job.row_end - job.row_begin, kernels.block, tile);
-}
-
-int Plan::block_columns(const Job& job) const {
-  return even_step(job.column_end - job.column_begin, kernels.block, kernels.tile_columns);
-}
-
 int64_t Plan::kept_block_floats(int rows) const {
   const int tile = kernels.tile_rows;  // the products write whole tiles
   return int64_t{(rows + tile - 1) / tile * tile} * kernels.block;
 }
 
 int64_t Plan::kept_job_floats(const Job& job) const {
-  const int64_t rows = job.row_end - job.row_begin, columns = job.column_end - job.column_begin;
-  const int step = block_rows(job);
-  const int64_t of_rows = rows / step * kept_block_floats(step) + kept_block_floats(static_cast<int>(rows % step));
-  return of_rows * blocks(columns, block_columns(job)) * sides() * static_cast<int64_t>(products.size());
+  const int64_t column_blocks = (job.column_end - job.column_begin + kernels.block - 1) / kernels.block;
+  const int rows = static_cast<int>(job.row_end - job.row_begin);
+  return kept_block_floats(rows) * column_blocks * sides() * static_cast<int64_t>(products.size());
 }
 
 int64_t Plan::kept_floats_before(int last_round, int last_thread) const {

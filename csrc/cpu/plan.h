@@ -19,9 +19,6 @@ constexpr double kLn2 = 0.69314718055994530942, kLog2E = 1.4426950408889634074;
 // places. An index `side` says which of the two is meant.
 enum Side : int { kDirect = 0, kMirror = 1, kSides = 2 };
 
-// How many parts of this size cover the length.
-constexpr int64_t blocks(int64_t length, int64_t size) { return (length + size - 1) / size; }
-
 constexpr int opposite(int side) { return kMirror - side; }
 
 // dots = left[I] . right[J]^T; by side (x, y) and (y, x).
@@ -102,10 +99,6 @@ struct Plan {
   bool multiplies() const { return kept.data == nullptr || !wanted.any(); }
   // The student's dots have no reader after the first, so that G may take their place.
   bool gradient_in_place() const { return kept.data == nullptr && distributions.size() == (shares_student ? 2u : 1u); }
-  // How many rows and columns the blocks of a job have, but for the last: as even as whole register tiles allow, for
-  // the products of a thin last block would move more memory than they compute. At most kBlock.
-  int block_rows(const Job& job) const;
-  int block_columns(const Job& job) const;
   // Floats of one kept block, for one product and side, and of all blocks of a job.
   int64_t kept_block_floats(int rows) const;
   int64_t kept_job_floats(const Job& job) const;

@@ -35,29 +35,22 @@ class Traversal {
       : plan_(plan), workspace_(workspace), visitor_(visitor), team_(team) {}
 
   void work(const Job& job, float* kept) const {
-    const int row_step = plan_.block_rows(job), column_step = plan_.block_columns(job);
-    const int64_t group = int64_t{row_step} * workspace_.group();
-    const int64_t column_blocks = blocks(job.column_end - job.column_begin, column_step);
-    const auto member = [&](int64_t row, int64_t first) { return static_cast<int>((row - first) / row_step); };
-    const auto size = [](int64_t begin, int64_t end, int step) {
-      return static_cast<int>(std::min<int64_t>(step, end - begin));
-    };
+    const int64_t block = plan_.kernels.block, group = block * workspace_.group();
+    const int64_t column_blocks = (job.column_end - job.column_begin + block - 1) / block;
     for (int64_t first = job.row_begin; first < job.row_end; first += group) {
       const int64_t last = std::min(first + group, job.row_end);
-      for (int64_t row = first; row < last; row += row_step) {
-        pack_rows(row, size(row, last, row_step), member(row, first));
-      }
-      for (int64_t column = job.triangle ? first : job.column_begin; column < job.column_end; column += column_step) {
-        const int columns = size(column, job.column_end, column_step);
+      for (int64_t row = first; row < last; row += block) pack_rows(row, size(row, last), member(row, first));
+      for (int64_t column = job.triangle ? first : job.column_begin; column < job.column_end; column += block) {
+        const int columns = size(column, job.column_end);
         pack_columns(column, columns);
-        for (int64_t row = first; row < last && !(job.triangle && row > column); row += row_step) {
+        for (int64_t row = first; row < last && !(job.triangle && row > column); row += block) {
           if (team_.cancelled()) return;
           const bool diagonal = job.triangle && row == column;
-          const int rows = size(row, last, row_step);
+          const int rows = size(row, last);
           if (kept != nullptr) {
             const int64_t step = plan_.kept_block_floats(rows), areas = int64_t{plan_.sides()} * plan_.products.size();
-            const int64_t above = member(row, job.row_begin) * plan_.kept_block_floats(row_step) * column_blocks;
-            const int64_t before = (column - job.column_begin) / column_step * step;
+            const int64_t above = (row - job.row_begin) * block * column_blocks;
+            const int64_t before = (column - job.column_begin) / block * step;
             workspace_.use_kept(kept + (above + before) * areas, step);
           }
           visit(member(row, first), {row, column, rows, columns, plan_.mirrored && !diagonal});
@@ -68,6 +61,11 @@ class Traversal {
   }
 
  private:
+  int size(int64_t begin, int64_t end) const {
+    return static_cast<int>(std::min<int64_t>(plan_.kernels.block, end - begin));
+  }
+  int member(int64_t row, int64_t first) const { return static_cast<int>((row - first) / plan_.kernels.block); }
+
   void pack_rows(int64_t row, int rows, int member) const {
     const Kernels& kernels = plan_.kernels;
     for (int side = 0; side < plan_.sides(); ++side) {

@@ -32,9 +32,10 @@ Workspace::Workspace(const Plan& plan) {
     member += step_.back() * sides;
   }
   for (int side = 0; side < sides; ++side) member += wanted.right(side) ? rows_step_ : 0;
-  const int64_t blocks_of_job = std::max<int64_t>(1, blocks(plan.schedule.most_rows(), block));
+  const int64_t rows = plan.schedule.most_rows();
+  const int64_t blocks = std::max<int64_t>(1, (rows + block - 1) / block);
   const int64_t budget = std::min(kGroupBytes, kAllGroupsBytes / plan.threads) / static_cast<int64_t>(sizeof(float));
-  group_ = static_cast<int>(std::clamp<int64_t>(budget / std::max<int64_t>(member, 1), 1, blocks_of_job));
+  group_ = static_cast<int>(std::clamp<int64_t>(budget / std::max<int64_t>(member, 1), 1, blocks));
   const auto each_side = [&](int64_t floats) {
     Offsets offsets{};
     for (int side = 0; side < sides; ++side) offsets.side[side] = reserve(floats);
