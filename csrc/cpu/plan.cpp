@@ -93,20 +93,16 @@ int64_t Plan::kept_job_floats(const Job& job) const {
   return kept_block_floats(rows) * column_blocks * sides() * static_cast<int64_t>(products.size());
 }
 
-int64_t Plan::kept_floats_before(int last_round, int last_thread) const {
-  int64_t floats = Kept::kHeaderFloats;
-  for (int round = 0; round <= last_round; ++round) {
-    for (int thread = 0; thread < (round < last_round ? threads : last_thread); ++thread) {
-      for (const Job& job : schedule.jobs(round, thread)) floats += kept_job_floats(job);
+std::vector<int64_t> Plan::kept_offsets() const {
+  std::vector<int64_t> offsets{Kept::kHeaderFloats};
+  for (int round = 0; round < schedule.rounds(); ++round) {
+    for (int thread = 0; thread < threads; ++thread) {
+      int64_t end = offsets.back();
+      for (const Job& job : schedule.jobs(round, thread)) end += kept_job_floats(job);
+      offsets.push_back(end);
     }
   }
-  return floats;
-}
-
-int64_t Plan::kept_floats() const { return kept_floats_before(schedule.rounds(), 0); }
-
-float* Plan::kept_round(int round, int thread) const {
-  return kept.data == nullptr ? nullptr : kept.data + kept_floats_before(round, thread);
+  return offsets;
 }
 
 }  // namespace softclip

@@ -102,11 +102,8 @@ struct Plan {
   // Floats of one kept block, for one product and side, and of all blocks of a job.
   int64_t kept_block_floats(int rows) const;
   int64_t kept_job_floats(const Job& job) const;
-  int64_t kept_floats() const;                     // with the header
-  float* kept_round(int round, int thread) const;  // the first of the jobs' blocks, null where nothing is kept
-
- private:
-  int64_t kept_floats_before(int round, int thread) const;
+  // Where the blocks of every thread in every round begin, and last where all end; in floats.
+  std::vector<int64_t> kept_offsets() const;
 };
 
 }  // namespace softclip

@@ -190,7 +190,7 @@ bool forward(const Kernels& kernels, const Problem& problem, const Statistics& o
 }
 
 int64_t kept_floats(const Kernels& kernels, const Problem& problem, int threads) {
-  return Plan(kernels, problem, threads, {false, false}).kept_floats();
+  return Plan(kernels, problem, threads, {false, false}).kept_offsets().back();
 }
 
 }  // namespace softclip

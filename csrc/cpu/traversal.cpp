@@ -132,6 +132,7 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
     workspace.attach(memory);
     memory += each;
   }
+  const std::vector<int64_t> kept_offsets = plan.kept.data == nullptr ? std::vector<int64_t>{} : plan.kept_offsets();
   Team team(plan.threads, poll);
   team.run(
       [&](int thread) {
@@ -139,7 +140,8 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
         const Traversal traversal(plan, workspaces[thread], visitor, team);
         visitor.start(thread);
         for (int round = 0; round < plan.schedule.rounds(); ++round) {
-          float* kept = plan.kept_round(round, thread);
+          float* kept =
+              plan.kept.data == nullptr ? nullptr : plan.kept.data + kept_offsets[round * plan.threads + thread];
           for (const Job& job : plan.schedule.jobs(round, thread)) {
             traversal.work(job, kept);
             if (kept != nullptr) kept += plan.kept_job_floats(job);
