@@ -22,7 +22,7 @@ from torch import Tensor
 from . import ops
 from .distributed import sharded
 from .distributed.exchange import Layout
-from .indexing import scatter_sum, take_rows
+from .indexing import take_rows
 from .linear_form import Coefficient, LinearForm, LinearForms
 from .problem import Problem
 from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient
@@ -87,6 +87,7 @@ class LocalLoss(NamedTuple):
     """A reduced loss of one process, without linear terms.
 
     forms     the losses as linear forms of the statistics, whose dots are the positives', where there are any
+    losses    row losses (N,) and column losses (M,) of these forms, None for a direction that is not in the loss
     shares    what a row's and what a column's loss count in the reduced loss; 0 of a direction that is not in it
     diagonal  whether row i's positive is column i, for all of them
     learns    whether a backward pass may follow
@@ -94,6 +95,7 @@ class LocalLoss(NamedTuple):
     """
 
     forms: Callable[[Statistics], LinearForms]
+    losses: Callable[[LinearForms, LossParts], tuple[Tensor | None, Tensor | None]]
     shares: tuple[float, float]
     diagonal: bool
     learns: bool
@@ -121,14 +123,8 @@ class LocalLossFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, problem: Problem, local: LocalLoss
     ) -> tuple[Tensor, ...]:
         statistics = ops.statistics_of(problem, local.backend, keep=local.learns)
-        forms, positive = local.forms(statistics), statistics.positive_logit
-        rows = columns = None
-        if forms.rows is not None:
-            rows = forms.rows.losses(statistics.rows, [positive] if forms.rows.dots else [])
-        if forms.columns is not None:
-            if problem.positive_column is not None and not local.diagonal:
-                positive = scatter_sum(problem.columns, problem.positive_column, positive)
-            columns = forms.columns.losses(statistics.columns, [positive] if forms.columns.dots else [])
+        forms = local.forms(statistics)
+        rows, columns = local.losses(forms, LossParts(statistics, (), ()))
         coefficients, ctx.forms = forms.kept()
         known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
         tensors, ctx.sources = problem.tensors(), problem.sources()

@@ -255,6 +255,7 @@ def _loss(
         positive = target.lowered.positive
         local = autograd.LocalLoss(
             forms=lambda statistics: target.forms(statistics, request.direction),
+            losses=lambda forms, parts: target.losses(forms, parts, layout),
             shares=shares,
             diagonal=positive is not None and positive.diagonal,
             learns=request.learns,
@@ -263,7 +264,7 @@ def _loss(
         return autograd.LocalLossFunction.apply(problem.x, problem.y, problem.scale, problem, local)
     parts = autograd.loss_parts(problem, target.linear_terms(), layout, request.backend)
     ranks = parts.statistics.row_ranks, parts.statistics.column_ranks
-    rows, columns = target.losses(parts, layout, request.direction)
+    rows, columns = target.losses(target.forms(parts.statistics, request.direction), parts, layout)
     if shares is not None:
         return autograd.reduced(rows, columns, shares), *ranks
     nothing = parts.statistics.positive_logit.new_empty(0)

@@ -128,10 +128,10 @@ class CompletedTarget:
             columns = _form(statistics.columns, hard, soft, lowered.column_weight, lowered.segments is not None)
         return LinearForms(rows, columns)
 
-    def losses(self, parts: LossParts, layout: Layout, direction: str = "both") -> tuple[Tensor | None, Tensor | None]:
-        """Row losses (N,) and column losses (M,); None for a direction that is not asked for."""
+    def losses(self, forms: LinearForms, parts: LossParts, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
+        """Row losses (N,) and column losses (M,) of the forms; None for a direction that they lack."""
         statistics, positive = parts.statistics, self.lowered.positive
-        row_form, column_form = self.forms(statistics, direction)
+        row_form, column_form = forms
         rows = columns = None
         if row_form is not None:
             dots = [] if positive is None else [statistics.positive_logit]
