@@ -4,12 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <cstdlib>
 #include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "levels.h"
+#include "openmp.h"
 #include "operations.h"
 #include "schedule.h"
 #include "team.h"
@@ -170,6 +172,19 @@ PYBIND11_MODULE(_cpu, module) {
       py::arg("rows"), py::arg("columns"), py::arg("threads"), py::arg("mirrored"),
       "By round, by thread: its jobs (row begin, row end, column begin, column end, triangle). For tests.");
 
+  module.def("borrow_threads", &borrow_threads, py::arg("allowed"),
+             "Whether calls work on PyTorch's threads where they can be had, instead of new ones each time.");
+
+  module.def("can_borrow_threads", &can_borrow_threads);
+
+  module.def(
+      "environment",
+      [](const std::string& name) -> py::object {
+        const char* value = std::getenv(name.c_str());
+        return value == nullptr ? py::object(py::none()) : py::str(value);
+      },
+      py::arg("name"), "os.environ.get(name), which takes ten times as long.");
+
   module.def(
       "peak",
       [](const std::string& level, int threads, bool bfloat16, int64_t repeats) {
@@ -180,7 +195,7 @@ PYBIND11_MODULE(_cpu, module) {
         Team team(threads, [] { return true; });
         std::vector<double> operations(threads);
         const auto start = std::chrono::steady_clock::now();
-        team.run([&](int thread) { operations[thread] = multiply_registers(repeats); }, false);
+        team.run([&](int thread) { operations[thread] = multiply_registers(repeats); });
         const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
         return std::accumulate(operations.begin(), operations.end(), 0.0) / seconds.count();
       },

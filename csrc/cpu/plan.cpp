@@ -6,17 +6,9 @@
 namespace softclip {
 namespace {
 
-constexpr double kLongCall = 1e9;  // multiply-adds: about 20 ms of one core
-
 bool any_transposed(const Problem& problem) {
   return std::any_of(problem.teachers.begin(), problem.teachers.end(),
                      [](const Teacher& teacher) { return teacher.source == Source::transposed; });
-}
-
-double multiply_adds(const Problem& problem) {
-  double width = static_cast<double>(problem.x.width);
-  for (const auto& teacher : problem.teachers) width += static_cast<double>(teacher.x.width);
-  return static_cast<double>(problem.x.rows) * static_cast<double>(problem.y.rows) * (width + 16);
 }
 
 // Every thread needs a row and a column of its own, or two where blocks are visited with their mirrors.
@@ -59,7 +51,6 @@ Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in,
       mirrored(any_transposed(problem)),
       threads(useful_threads(problem, threads_in, mirrored)),
       schedule(rows, columns, threads, mirrored),
-      long_call(multiply_adds(problem) > kLongCall),
       kept(kept_in) {
   products.push_back(product_of(kernels, problem.x, problem.y));
   distributions.push_back(unbiased(0, false, problem.scale));

@@ -82,7 +82,6 @@ struct Plan {
   const bool mirrored;  // blocks are visited with their mirrors
   const int threads;
   const Schedule schedule;
-  bool long_call;                           // worth leaving the calling thread free to poll
   std::vector<Product> products;            // the student's first
   std::vector<Distribution> distributions;  // the student's, then teacher k's at 1 + k
   // The first distribution of a teacher that is the student itself on the transposed logits: no bias, no segments, the

@@ -1,13 +1,15 @@
 #include "team.h"
 
-#include <chrono>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "openmp.h"
+
 namespace softclip {
 namespace {
 
+constexpr std::chrono::milliseconds kBetweenPolls{100};
 // Looks before a thread sleeps: about 20 µs. To wake a sleeping thread costs more, and threads with equal work arrive
 // together; longer waits leave the core to others.
 constexpr int kLooks = 1000;
@@ -20,14 +22,39 @@ void pause() {
 #endif
 }
 
-template <class Condition>
-void look(const Condition& condition) {
-  for (int looks = 0; looks < kLooks && !condition(); ++looks) pause();
-}
-
 }  // namespace
 
 bool Team::cancelled() const { return cancelled_.load(std::memory_order_relaxed); }
+
+void Team::cancel() { cancelled_.store(true, std::memory_order_relaxed); }
+
+void Team::poll() {
+  if (cancelled()) return;
+  const auto now = Clock::now();
+  if (now - polled_ < kBetweenPolls) return;
+  polled_ = now;
+  if (!poll_()) cancel();
+}
+
+bool Team::stopped(int thread) {
+  if (thread == 0) poll();
+  return cancelled();
+}
+
+template <class Condition>
+void Team::until(std::condition_variable& changed, bool calling, const Condition& condition) {
+  for (int looks = 0; looks < kLooks; ++looks) {
+    if (condition()) return;
+    pause();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (!calling) return changed.wait(lock, condition);
+  while (!changed.wait_for(lock, kBetweenPolls, condition)) {
+    lock.unlock();
+    poll();
+    lock.lock();
+  }
+}
 
 void Team::release() {
   waiting_ = 0;
@@ -35,7 +62,7 @@ void Team::release() {
   arrived_.notify_all();
 }
 
-void Team::wait() {
+void Team::wait(int thread) {
   if (threads_ == 1) return;
   unsigned generation;
   {
@@ -43,17 +70,13 @@ void Team::wait() {
     generation = generation_.load(std::memory_order_relaxed);
     if (++waiting_ == running_.load(std::memory_order_relaxed)) return release();
   }
-  const auto released = [&] { return generation_.load(std::memory_order_acquire) != generation; };
-  look(released);
-  if (released()) return;
-  std::unique_lock<std::mutex> lock(mutex_);
-  arrived_.wait(lock, released);
+  until(arrived_, thread == 0, [&] { return generation_.load(std::memory_order_acquire) != generation; });
 }
 
 void Team::leave(std::exception_ptr error) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (error != nullptr) {
-    cancelled_.store(true, std::memory_order_relaxed);
+    cancel();
     if (error_ == nullptr) error_ = std::move(error);
   }
   const int running = running_.fetch_sub(1, std::memory_order_release) - 1;
@@ -61,9 +84,10 @@ void Team::leave(std::exception_ptr error) {
   finished_.notify_all();
 }
 
-void Team::run(const std::function<void(int)>& work, bool long_call) {
-  if (threads_ == 1 && !long_call) return work(0);
-  const auto body = [&](int thread) {
+void Team::run(const std::function<void(int)>& work) {
+  polled_ = Clock::now();
+  if (threads_ == 1) return work(0);
+  const std::function<void(int)> body = [&](int thread) {
     std::exception_ptr error;
     try {
       work(thread);
@@ -73,25 +97,20 @@ void Team::run(const std::function<void(int)>& work, bool long_call) {
     leave(std::move(error));
   };
   running_ = threads_;
-  std::vector<std::thread> workers;
-  workers.reserve(threads_);
-  const int own = long_call ? 0 : 1;  // what the calling thread does itself
-  try {
-    for (int thread = own; thread < threads_; ++thread) workers.emplace_back(body, thread);
-    if (own > 0) body(0);
-  } catch (...) {  // the system refused a thread: those that started find the team cancelled
-    for (int absent = static_cast<int>(workers.size()); absent < threads_; ++absent) leave(std::current_exception());
+  if (!run_on_borrowed_threads(threads_, body)) {
+    std::vector<std::thread> workers;
+    workers.reserve(threads_ - 1);
+    try {
+      for (int thread = 1; thread < threads_; ++thread) workers.emplace_back(body, thread);
+    } catch (...) {  // the system refused a thread: those that started find the team cancelled
+      for (int absent = static_cast<int>(workers.size()) + 1; absent < threads_; ++absent) {
+        leave(std::current_exception());
+      }
+    }
+    body(0);
+    until(finished_, true, [&] { return running_.load(std::memory_order_acquire) == 0; });
+    for (auto& worker : workers) worker.join();
   }
-  const auto finished = [&] { return running_.load(std::memory_order_acquire) == 0; };
-  if (own > 0) look(finished);
-  std::unique_lock<std::mutex> lock(mutex_);
-  while (!finished_.wait_for(lock, std::chrono::milliseconds(100), finished)) {
-    lock.unlock();
-    if (!cancelled() && !poll_()) cancelled_.store(true, std::memory_order_relaxed);
-    lock.lock();
-  }
-  lock.unlock();
-  for (auto& worker : workers) worker.join();
   if (error_ != nullptr) std::rethrow_exception(error_);
 }
 

@@ -1,8 +1,9 @@
-// A team of threads for one call, with a barrier and a cancel flag. Threads live as long as the call: nothing survives
-// into a forked child, and no runtime library has to agree with PyTorch's about fork or about thread counts.
+// A team of threads for one call, with a barrier and a cancel flag. The calling thread is one of them; the others are
+// PyTorch's (openmp.h), or where those cannot be had, new ones that end with the call.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <exception>
 #include <functional>
@@ -13,21 +14,32 @@ namespace softclip {
 
 class Team {
  public:
-  // `poll` runs on the calling thread about ten times a second while others work, and returns false to cancel.
+  // `poll` runs on the calling thread about ten times a second, and returns false to cancel.
   Team(int threads, std::function<bool()> poll) : threads_(threads), poll_(std::move(poll)) {}
 
+  // Calls work(0) .. work(threads - 1) concurrently, work(0) on the calling thread. What one of them throws cancels the
+  // others and is thrown again here.
+  void run(const std::function<void(int)>& work);
+
+  // For work(thread): whether to stop, asked between any two things that take long.
+  bool stopped(int thread);
+  void wait(int thread);  // until every thread of the team has come here
   bool cancelled() const;
-  void wait();  // until every thread of the team has come here
-  // Calls work(0) .. work(threads - 1) concurrently, one of them on the calling thread, unless it is a `long_call`,
-  // during which that is free to poll. What one of them throws cancels the others and is thrown again here.
-  void run(const std::function<void(int)>& work, bool long_call);
 
  private:
+  using Clock = std::chrono::steady_clock;
+
+  void cancel();
+  void poll();
   void release();  // everyone from wait(); holding the mutex
   void leave(std::exception_ptr error);
+  // Sleeps until `condition`, looking first; the calling thread polls meanwhile.
+  template <class Condition>
+  void until(std::condition_variable& changed, bool calling, const Condition& condition);
 
   const int threads_;
   const std::function<bool()> poll_;
+  Clock::time_point polled_;  // last, or the start
   std::atomic<bool> cancelled_{false};
   std::mutex mutex_;
   std::condition_variable arrived_, finished_;

@@ -31,8 +31,8 @@ void transpose(const float* from, float* to, int size, int length) {
 // One thread's way.
 class Traversal {
  public:
-  Traversal(const Plan& plan, Workspace& workspace, Visitor& visitor, const Team& team)
-      : plan_(plan), workspace_(workspace), visitor_(visitor), team_(team) {}
+  Traversal(const Plan& plan, Workspace& workspace, Visitor& visitor, Team& team, int thread)
+      : plan_(plan), workspace_(workspace), visitor_(visitor), team_(team), thread_(thread) {}
 
   void work(const Job& job, float* kept) const {
     const int64_t block = plan_.kernels.block, group = block * workspace_.group();
@@ -44,7 +44,7 @@ class Traversal {
         const int columns = size(column, job.column_end);
         pack_columns(column, columns);
         for (int64_t row = first; row < last && !(job.triangle && row > column); row += block) {
-          if (team_.cancelled()) return;
+          if (team_.stopped(thread_)) return;
           const bool diagonal = job.triangle && row == column;
           const int rows = size(row, last);
           if (kept != nullptr) {
@@ -116,7 +116,8 @@ class Traversal {
   const Plan& plan_;
   Workspace& workspace_;
   Visitor& visitor_;
-  const Team& team_;
+  Team& team_;
+  const int thread_;
 };
 
 }  // namespace
@@ -134,23 +135,20 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
   }
   const std::vector<int64_t> kept_offsets = plan.kept.data == nullptr ? std::vector<int64_t>{} : plan.kept_offsets();
   Team team(plan.threads, poll);
-  team.run(
-      [&](int thread) {
-        const FlushDenormals flush;
-        const Traversal traversal(plan, workspaces[thread], visitor, team);
-        visitor.start(thread);
-        for (int round = 0; round < plan.schedule.rounds(); ++round) {
-          float* kept =
-              plan.kept.data == nullptr ? nullptr : plan.kept.data + kept_offsets[round * plan.threads + thread];
-          for (const Job& job : plan.schedule.jobs(round, thread)) {
-            traversal.work(job, kept);
-            if (kept != nullptr) kept += plan.kept_job_floats(job);
-          }
-          team.wait();
-        }
-        if (!team.cancelled()) visitor.finish(thread);
-      },
-      plan.long_call);
+  team.run([&](int thread) {
+    const FlushDenormals flush;
+    const Traversal traversal(plan, workspaces[thread], visitor, team, thread);
+    visitor.start(thread);
+    for (int round = 0; round < plan.schedule.rounds(); ++round) {
+      float* kept = plan.kept.data == nullptr ? nullptr : plan.kept.data + kept_offsets[round * plan.threads + thread];
+      for (const Job& job : plan.schedule.jobs(round, thread)) {
+        traversal.work(job, kept);
+        if (kept != nullptr) kept += plan.kept_job_floats(job);
+      }
+      team.wait(thread);
+    }
+    if (!team.cancelled()) visitor.finish(thread);
+  });
   return !team.cancelled();
 }
 

@@ -1,13 +1,13 @@
 """The CPU backend: blocked kernels in C++ (csrc/), for float32 and bfloat16.
 
 The instruction-set level is chosen at run time, the best that the machine has; the environment variable
-SOFTCLIP_CPU_ISA forces one of `levels()`.
+SOFTCLIP_CPU_ISA forces one of `levels()`. Calls work on PyTorch's own threads where these can be had;
+SOFTCLIP_CPU_THREADS=own gives every call new ones.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from typing import Any
 
@@ -29,7 +29,10 @@ FORMER_ISA_VARIABLE = "SOFTCLIP_NATIVE_ISA"  # still read, with a DeprecationWar
 DTYPES = (torch.float32, torch.bfloat16)
 KEPT_VARIABLE = "SOFTCLIP_CPU_KEPT_MIB"
 KEPT_MIB = 20  # five eighths of the memory that the library promises to stay within
-MULTIPLY_ADDS_PER_THREAD = 8e6  # about as long as it takes to start a thread, up to 0.2 ms on a virtual machine
+THREADS_VARIABLE = "SOFTCLIP_CPU_THREADS"
+THREADS = ("shared", "own")  # PyTorch's; new ones for each call
+# That a further thread is worth: one of PyTorch's that is awake, and a new one, which takes up to 0.2 ms to start.
+MULTIPLY_ADDS_PER_THREAD = {"shared": 2e6, "own": 8e6}
 
 
 def levels() -> list[str]:
@@ -45,9 +48,9 @@ def why_missing() -> str | None:
 def level() -> str:
     """The level in use. Raises ValueError when the environment asks for one that this machine does not have."""
     available = levels()
-    variable, asked = ISA_VARIABLE, os.environ.get(ISA_VARIABLE)
+    variable, asked = ISA_VARIABLE, _cpu.environment(ISA_VARIABLE)
     if asked is None:
-        variable, asked = FORMER_ISA_VARIABLE, os.environ.get(FORMER_ISA_VARIABLE)
+        variable, asked = FORMER_ISA_VARIABLE, _cpu.environment(FORMER_ISA_VARIABLE)
         if asked is None:
             return available[0]
         message = f"{variable} is now called {ISA_VARIABLE}; the former name goes with the next release"
@@ -55,6 +58,16 @@ def level() -> str:
     if asked not in available:
         raise ValueError(f"{variable}={asked!r} is not possible on this machine; allowed: {', '.join(available)}")
     return asked
+
+
+def threads_in_use() -> str:
+    """One of THREADS: "shared" where PyTorch's can be had and the environment does not say otherwise. Raises ValueError
+    where that says anything else."""
+    asked = _cpu.environment(THREADS_VARIABLE) or THREADS[0]
+    if asked not in THREADS:
+        raise ValueError(f"{THREADS_VARIABLE}={asked!r} is not known; allowed: {', '.join(THREADS)}")
+    _cpu.borrow_threads(asked == "shared")
+    return "shared" if _cpu.can_borrow_threads() else "own"
 
 
 def peak(name: str, threads: int, bfloat16: bool) -> float:
@@ -72,13 +85,14 @@ class CpuBackend:
     blocks_summed_twice = 0  # by the last forward, because a term had outgrown the references in force; for tests
 
     def details(self) -> dict[str, str]:
-        """The instruction-set level in use and those that could be; empty where the extension was not built."""
-        return {"level": level(), "levels": " ".join(levels())} if levels() else {}
+        """The instruction-set level in use, those that could be, and whose threads calls work on; empty where the
+        extension was not built."""
+        return {"level": level(), "levels": " ".join(levels()), "threads": threads_in_use()} if levels() else {}
 
     def why_not(self, problem: Problem) -> str | None:
         if _cpu is None:
             return _MISSING
-        level()  # a wrong SOFTCLIP_CPU_ISA is an error, not a reason for another backend
+        level(), threads_in_use()  # a wrong environment is an error, not a reason for another backend
         if problem.x.device.type != "cpu":
             return f"it computes on the CPU, not on {problem.x.device}"
         if problem.x.dtype not in DTYPES:
@@ -155,7 +169,7 @@ class CpuBackend:
 def kept_mib() -> int:
     """Up to how many MiB a forward pass keeps of logits that the backward pass then need not compute again: KEPT_MIB,
     or what the environment says. Raises ValueError where that is no such number."""
-    asked = os.environ.get(KEPT_VARIABLE)
+    asked = _cpu.environment(KEPT_VARIABLE)
     if asked is None:
         return KEPT_MIB
     if not asked.isdecimal():
@@ -175,7 +189,7 @@ def _threads(problem: Problem) -> int:
     """As many as PyTorch uses, but no more than the work is worth."""
     widths = [problem.x.shape[1]] + [teacher.x.shape[1] for teacher in problem.teachers if teacher.x is not None]
     work = problem.rows * problem.columns * (sum(widths) + 16)
-    return max(1, min(torch.get_num_threads(), int(work / MULTIPLY_ADDS_PER_THREAD)))
+    return max(1, min(torch.get_num_threads(), int(work / MULTIPLY_ADDS_PER_THREAD[threads_in_use()])))
 
 
 class _Call:

@@ -21,7 +21,7 @@ def threads(monkeypatch):
 
     def set_threads(count):
         monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-        monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
+        monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", dict.fromkeys(cpu.THREADS, 1))
 
     set_threads(2)
     return set_threads

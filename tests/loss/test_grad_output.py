@@ -43,7 +43,7 @@ def target(request):
 def case(request, monkeypatch):
     """A backend and a dtype; the one of C++ kernels with two threads."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", dict.fromkeys(cpu.THREADS, 1))
     return request.param
 
 

@@ -21,7 +21,7 @@ if cpu.levels():
 
 def first_difference(backend: str, dtype: str, name: str) -> int | None:
     """The first call whose bits are others than call 0's."""
-    cpu.MULTIPLY_ADDS_PER_THREAD = 1  # as many threads as PyTorch, for problems of any size
+    cpu.MULTIPLY_ADDS_PER_THREAD = dict.fromkeys(cpu.THREADS, 1)  # as many threads as PyTorch, for problems of any size
     chunked.BLOCK["cpu"] = BLOCK
     x, y = (unit_rows(N, D, seed=seed, dtype=getattr(torch, dtype)) for seed in (0, 1))
     target, scale = ALL_TARGETS[name](N, N), torch.tensor(14.3)
@@ -37,7 +37,7 @@ def first_difference(backend: str, dtype: str, name: str) -> int | None:
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_one_thread(case, monkeypatch):
-    monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", 1)
+    monkeypatch.setattr(cpu, "MULTIPLY_ADDS_PER_THREAD", dict.fromkeys(cpu.THREADS, 1))
     monkeypatch.setitem(chunked.BLOCK, "cpu", BLOCK)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
