@@ -60,14 +60,28 @@ struct Statistics {
   int64_t *row_ranks, *column_ranks;      // (N,), (M,), or null
 };
 
-// A gradient that comes in, (distributions, length), with steps in elements: those of an expanded number are 0.
-struct Incoming {
-  const float* data;
-  int64_t distribution_step, step;
+// A number for every row or column: number * data[i * step], or one for all.
+struct Coefficient {
+  const float* data = nullptr;  // null: 1
+  int64_t step = 0;
+  double number = 1;
 
-  float at(size_t distribution, int64_t i) const {
-    return data[static_cast<int64_t>(distribution) * distribution_step + i * step];
+  double at(int64_t i) const { return data == nullptr ? number : number * data[i * step]; }
+};
+
+// One direction's losses, linear in its statistics, as softclip_kernels/linear_form.py has them:
+// weight * (mass * log-sum-exp - dot * positive's logit - sum_k mean_k * teacher's mean_k). Of a backward it is that of
+// which the loss is the sum, so that these are the gradients.
+struct LinearForm {
+  Coefficient mass, dot, weight;
+  std::vector<Coefficient> means;  // K
+  bool segmented = false;          // a row may see nothing: its log-sum-exp is -inf, and counts 0
+
+  // With respect to the log-sum-exp and then each teacher's mean; to the positive's logit.
+  double gradient(size_t distribution, int64_t i) const {
+    return weight.at(i) * (distribution == 0 ? mass.at(i) : -means[distribution - 1].at(i));
   }
+  double positive_gradient(int64_t i) const { return -weight.at(i) * dot.at(i); }
 };
 
 // A gradient that goes out, (rows, D) contiguous, of undefined contents before. Null: not wanted.
@@ -80,8 +94,7 @@ struct Outgoing {
 struct Gradients {
   PackedStatistics<const float> rows, columns;  // of the forward
   const float* positive_logit;                  // (N,) of the forward, or null without positives
-  Incoming grad_rows, grad_columns;             // (1 + K, N), (1 + K, M)
-  Incoming grad_positive;                       // (1, N)
+  LinearForm row_form, column_form;             // a row's positive counts along both, also along its column
   Outgoing dx, dy;
   float* dscale;  // one number, or null: not wanted
 };

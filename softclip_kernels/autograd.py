@@ -22,8 +22,7 @@ from torch import Tensor
 from . import ops
 from .distributed import sharded
 from .distributed.exchange import Layout
-from .indexing import take_rows
-from .linear_form import Coefficient, LinearForm, LinearForms
+from .linear_form import LinearForms, ReducedGradient
 from .problem import Problem
 from .stats import ColumnBlock, LinearTerm, LossParts, Statistics, StatisticsGradient
 
@@ -122,9 +121,16 @@ class LocalLossFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, problem: Problem, local: LocalLoss
     ) -> tuple[Tensor, ...]:
-        statistics = ops.statistics_of(problem, local.backend, keep=local.learns)
+        backend = ops.unwatched(problem, local.backend)
+        statistics = (
+            ops.statistics_of(problem, local.backend) if backend is None else backend.forward(problem, local.learns)
+        )
         forms = local.forms(statistics)
-        rows, columns = local.losses(forms, LossParts(statistics, (), ()))
+        if (reduce := getattr(backend, "reduced", None)) is not None:
+            loss = reduce(problem, statistics, forms, local.shares)
+        else:
+            rows, columns = local.losses(forms, LossParts(statistics, (), ()))
+            loss = reduced(rows, columns, local.shares)
         coefficients, ctx.forms = forms.kept()
         known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
         tensors, ctx.sources = problem.tensors(), problem.sources()
@@ -133,7 +139,7 @@ class LocalLossFunction(torch.autograd.Function):
         ctx.shares, ctx.diagonal, ctx.backend = local.shares, local.diagonal, local.backend
         ctx.set_materialize_grads(False)  # of the ranks
         ctx.mark_non_differentiable(statistics.row_ranks, statistics.column_ranks)
-        return reduced(rows, columns, local.shares), statistics.row_ranks, statistics.column_ranks
+        return loss, statistics.row_ranks, statistics.column_ranks
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -144,37 +150,6 @@ class LocalLossFunction(torch.autograd.Function):
         rows, columns, positive_logit, scalars, kept = saved[:5]
         statistics = Statistics.of(rows, columns, positive_logit, scalars=scalars, kept=kept)
         with torch.no_grad():
-            incoming = _incoming(problem, forms, gradient, ctx.shares, ctx.diagonal)
+            incoming = ReducedGradient(forms, ctx.shares, ctx.diagonal, gradient)
             given = ops.gradients_of(problem, statistics, incoming, ctx.needs_input_grad[:3], ctx.backend)
         return *ops.without_graph(given, tensors[:3]), None, None
-
-
-def _incoming(
-    problem: Problem, forms: LinearForms, gradient: Tensor, shares: tuple[float, float], diagonal: bool
-) -> StatisticsGradient:
-    """The gradient of the statistics from that of the reduced loss. Where it is one number for all, it is expanded."""
-    rows, of_row_dots = _adjoint(forms.rows, shares[0], len(problem.teachers))
-    columns, of_column_dots = _adjoint(forms.columns, shares[1], len(problem.teachers))
-    of_rows = _spread(gradient, rows, problem.rows)
-    if problem.rows == problem.columns and all(isinstance(each, float) for each in rows + columns) and rows == columns:
-        of_columns = of_rows
-    else:
-        of_columns = _spread(gradient, columns, problem.columns)
-    if problem.positive_column is None:
-        return StatisticsGradient(of_rows, of_columns, gradient.new_empty(0))
-    if not diagonal:
-        column = problem.positive_column
-        of_column_dots = [take_rows(each, column) if isinstance(each, Tensor) else each for each in of_column_dots]
-    less = -sum([*of_row_dots, *of_column_dots])
-    return StatisticsGradient(of_rows, of_columns, (gradient * less).expand(problem.rows))
-
-
-def _adjoint(form: LinearForm | None, share: float, teachers: int) -> tuple[list[Coefficient], list[Coefficient]]:
-    return ([0.0] * (1 + teachers), []) if form is None else form.adjoint(share)
-
-
-def _spread(gradient: Tensor, coefficients: Sequence[Coefficient], length: int) -> Tensor:
-    """Their products, (len(coefficients), length)."""
-    if len(coefficients) == 1:
-        return (gradient * coefficients[0]).expand(1, length)
-    return torch.stack([(gradient * each).expand(length) for each in coefficients])

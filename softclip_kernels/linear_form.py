@@ -12,7 +12,9 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .stats import SoftmaxStatistics
+from .indexing import take_rows
+from .problem import Problem
+from .stats import SoftmaxStatistics, StatisticsGradient
 
 Coefficient = Tensor | float
 
@@ -26,6 +28,13 @@ def times(a: Coefficient, b: Coefficient) -> Coefficient:
     if not isinstance(a, Tensor) and a == 1:
         return b
     return a if not isinstance(b, Tensor) and b == 1 else a * b
+
+
+def plus(a: Coefficient, b: Coefficient) -> Coefficient:
+    """`a + b`; the other one itself where one is the number 0."""
+    if not isinstance(a, Tensor) and a == 0:
+        return b
+    return a if not isinstance(b, Tensor) and b == 0 else a + b
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,8 @@ class LinearForms(NamedTuple):
     def kept(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], LinearForms]]:
         """Every tensor, for save_for_backward, and what makes the forms again of them, which holds none."""
         flat = [_flat(form) for form in self]
+        if not any(isinstance(each, Tensor) for one in flat for each in one):
+            return [], lambda tensors: self
         hollow = [[Tensor if isinstance(each, Tensor) else each for each in one] for one in flat]
         dots = [0 if form is None else len(form.dots) for form in self]
 
@@ -78,6 +89,46 @@ class LinearForms(NamedTuple):
             return LinearForms(*(_of(one, count) for one, count in zip(filled, dots, strict=True)))
 
         return [each for one in flat for each in one if isinstance(each, Tensor)], restored
+
+
+class ReducedGradient(NamedTuple):
+    """The gradient of Statistics from that of a reduced loss, not multiplied out.
+
+    forms      the losses as linear forms of the statistics, whose dots are the positives', where there are any
+    shares     what a row's and what a column's loss count in the reduced loss; 0 of a direction that is not in it
+    diagonal   whether row i's positive is column i, for all of them
+    of_loss    the reduced loss's own gradient, 0-d
+    """
+
+    forms: LinearForms
+    shares: tuple[float, float]
+    diagonal: bool
+    of_loss: Tensor
+
+    def multiplied(self, problem: Problem) -> StatisticsGradient:
+        """Where it is one number for all rows, it is expanded."""
+        gradient = self.of_loss
+        rows, of_row_dots = _adjoint(self.forms.rows, self.shares[0], len(problem.teachers))
+        columns, of_column_dots = _adjoint(self.forms.columns, self.shares[1], len(problem.teachers))
+        of_rows, of_columns = _spread(gradient, rows, problem.rows), _spread(gradient, columns, problem.columns)
+        if problem.positive_column is None:
+            return StatisticsGradient(of_rows, of_columns, gradient.new_empty(0))
+        if not self.diagonal:
+            column = problem.positive_column
+            of_column_dots = [take_rows(each, column) if isinstance(each, Tensor) else each for each in of_column_dots]
+        less = -sum([*of_row_dots, *of_column_dots])
+        return StatisticsGradient(of_rows, of_columns, (gradient * less).expand(problem.rows))
+
+
+def _adjoint(form: LinearForm | None, share: float, teachers: int) -> tuple[list[Coefficient], list[Coefficient]]:
+    return ([0.0] * (1 + teachers), []) if form is None else form.adjoint(share)
+
+
+def _spread(gradient: Tensor, coefficients: Sequence[Coefficient], length: int) -> Tensor:
+    """Their products, (len(coefficients), length)."""
+    if len(coefficients) == 1:
+        return (gradient * coefficients[0]).expand(1, length)
+    return torch.stack([(gradient * each).expand(length) for each in coefficients])
 
 
 def _flat(form: LinearForm | None) -> list[Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backends
+from .linear_form import ReducedGradient
 from .precision import without_autocast
 from .problem import PROBLEM_TENSORS, Problem
 from .stats import InputGradients, Statistics, StatisticsGradient, Wanted
@@ -88,25 +89,32 @@ forward = torch.ops.softclip.forward.default
 backward = torch.ops.softclip.backward.default
 
 
-def statistics_of(problem: Problem, backend: str, keep: bool) -> Statistics:
-    """The forward operator's. Where nothing watches, the backend without the operator: the dispatcher and what it makes
-    of the arguments cost a small batch as much as its kernel, and an operator cannot `keep` what only one backend
-    makes use of."""
-    if _watched(problem):
-        return Statistics.of(*forward(*pack(problem.tensors(), problem.sources()), backend))
-    return backends.select(backend, problem).forward(problem, keep)
+def unwatched(problem: Problem, name: str) -> backends.Backend | None:
+    """The backend where nothing watches, to be called without the operators: the dispatcher and what it makes of the
+    arguments cost a small batch as much as its kernel, and an operator has neither what a forward keeps nor a backend's
+    own `reduced`. None where something does."""
+    return None if _watched(problem) else backends.select(name, problem)
+
+
+def statistics_of(problem: Problem, backend: str) -> Statistics:
+    """The forward operator's."""
+    return Statistics.of(*forward(*pack(problem.tensors(), problem.sources()), backend))
 
 
 def gradients_of(
-    problem: Problem, statistics: Statistics, gradient: StatisticsGradient, needed: Sequence[bool], backend: str
+    problem: Problem, statistics: Statistics, gradient: ReducedGradient, needed: Sequence[bool], backend: str
 ) -> tuple[Tensor | None, ...]:
     """The backward operator's, or the backend's where nothing watches: rounded gradients of x, y and scale where they
     are needed, else None."""
     x, y, scale = needed
-    if not _watched(problem):
-        return block_backward(problem, statistics, gradient, Wanted(x, y, scale, rounded=True), backend)
+    if (direct := unwatched(problem, backend)) is not None:
+        wanted = Wanted(x, y, scale, rounded=True)
+        with without_autocast(problem.x.device.type):
+            if (backward_of_reduced := getattr(direct, "backward_of_reduced", None)) is not None:
+                return backward_of_reduced(problem, statistics, gradient, wanted)
+            return direct.backward(problem, statistics, gradient.multiplied(problem), wanted)
     known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
-    arguments = (*pack(problem.tensors(), problem.sources()), backend, *known, *gradient)
+    arguments = (*pack(problem.tensors(), problem.sources()), backend, *known, *gradient.multiplied(problem))
     results = backward(*arguments, [*needed, True])
     return tuple(result if needs else None for result, needs in zip(results, needed, strict=True))
 

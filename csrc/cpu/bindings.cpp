@@ -8,9 +8,11 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "levels.h"
+#include "linear_form.h"
 #include "openmp.h"
 #include "operations.h"
 #include "schedule.h"
@@ -33,6 +35,19 @@ const Kernels& kernels_of(const std::string& name) {
     if (name == level.name) return *level.kernels;
   }
   throw std::invalid_argument("instruction set '" + name + "' is not supported on this machine");
+}
+
+// (address or 0, step, number)
+using PyCoefficient = std::tuple<Address, int64_t, double>;
+
+Coefficient coefficient(const PyCoefficient& given) {
+  return {pointer<const float>(std::get<0>(given)), std::get<1>(given), std::get<2>(given)};
+}
+
+std::vector<Coefficient> coefficients(const std::vector<PyCoefficient>& given) {
+  std::vector<Coefficient> result;
+  for (const PyCoefficient& each : given) result.push_back(coefficient(each));
+  return result;
 }
 
 // Runs an operation without the GIL, looking for Ctrl-C now and then.
@@ -79,8 +94,8 @@ PYBIND11_MODULE(_cpu, module) {
            py::arg("column_bias"));
 
   py::class_<Problem>(module, "Problem")
-      .def(py::init([](const Matrix& x, const Matrix& y, Address scale, Address positive_column, Address row_segment,
-                       Address column_segment, std::vector<Teacher> teachers, Address row_threshold,
+      .def(py::init([](const Matrix& x, const Matrix& y, Address scale, std::vector<Teacher> teachers,
+                       Address positive_column, Address row_segment, Address column_segment, Address row_threshold,
                        Address column_threshold) {
              return Problem{x,
                             y,
@@ -92,15 +107,16 @@ PYBIND11_MODULE(_cpu, module) {
                             pointer<const float>(row_threshold),
                             pointer<const float>(column_threshold)};
            }),
-           py::kw_only(), py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("positive_column"),
-           py::arg("row_segment"), py::arg("column_segment"), py::arg("teachers"), py::arg("row_threshold"),
-           py::arg("column_threshold"));
+           py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("teachers"), py::kw_only(), py::arg("positive_column"),
+           py::arg("row_segment"), py::arg("column_segment"), py::arg("row_threshold"), py::arg("column_threshold"));
 
-  py::class_<Incoming>(module, "Incoming")
-      .def(py::init([](Address data, int64_t distribution_step, int64_t step) {
-             return Incoming{pointer<const float>(data), distribution_step, step};
+  py::class_<LinearForm>(module, "LinearForm")
+      .def(py::init([](const PyCoefficient& mass, const PyCoefficient& dot, const PyCoefficient& weight,
+                       const std::vector<PyCoefficient>& means, bool segmented) {
+             return LinearForm{coefficient(mass), coefficient(dot), coefficient(weight), coefficients(means),
+                               segmented};
            }),
-           py::arg("data"), py::arg("distribution_step"), py::arg("step"));
+           py::arg("mass"), py::arg("dot"), py::arg("weight"), py::arg("means"), py::arg("segmented"));
 
   module.def(
       "forward",
@@ -125,15 +141,14 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "backward",
       [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
-         Address positive_logit, const Incoming& grad_rows, const Incoming& grad_columns, const Incoming& grad_positive,
-         Address dx, Address dy, Address dscale, bool rounded, Address kept) {
+         Address positive_logit, const LinearForm& row_form, const LinearForm& column_form, Address dx, Address dy,
+         Address dscale, bool rounded, Address kept) {
         const Kernels& kernels = kernels_of(level);
         const Gradients in{{pointer<const float>(rows), problem.x.rows},
                            {pointer<const float>(columns), problem.y.rows},
                            pointer<const float>(positive_logit),
-                           grad_rows,
-                           grad_columns,
-                           grad_positive,
+                           row_form,
+                           column_form,
                            {pointer<void>(dx), rounded ? problem.x.dtype : Dtype::float32},
                            {pointer<void>(dy), rounded ? problem.y.dtype : Dtype::float32},
                            pointer<float>(dscale)};
@@ -141,9 +156,19 @@ PYBIND11_MODULE(_cpu, module) {
             [&](const Poll& poll) { return backward(kernels, problem, in, threads, poll, pointer<float>(kept)); });
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
-      py::arg("positive_logit"), py::arg("grad_rows"), py::arg("grad_columns"), py::arg("grad_positive"), py::arg("dx"),
-      py::arg("dy"), py::arg("dscale"), py::arg("rounded"), py::arg("kept"),
+      py::arg("positive_logit"), py::arg("row_form"), py::arg("column_form"), py::arg("dx"), py::arg("dy"),
+      py::arg("dscale"), py::arg("rounded"), py::arg("kept"),
       "`rounded`: dx and dy have the dtypes of x and y, else float32. An address of 0: not wanted.");
+
+  module.def(
+      "sum_of_losses",
+      [](const LinearForm& form, Address statistics, int64_t length, Address positive_logit, Address along,
+         int64_t positives) {
+        return sum_of_losses(form, {pointer<const float>(statistics), length},
+                             {pointer<const float>(positive_logit), pointer<const int64_t>(along), positives});
+      },
+      py::arg("form"), py::arg("statistics"), py::arg("length"), py::arg("positive_logit"), py::arg("along"),
+      py::arg("positives"));
 
   module.def(
       "kept_floats",

@@ -11,9 +11,9 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// What a compiler makes of `#pragma omp parallel`, as GCC's libgomp has it and LLVM's and Intel's copies of it. Looked up
-// by name in what the process has loaded, with the outcome that the dynamic linker came to for PyTorch: to link a library
-// of our own choice could give the process a second pool.
+// What a compiler makes of `#pragma omp parallel`, as GCC's libgomp has it and LLVM's and Intel's copies of it. Looked
+// up by name in what the process has loaded, with the outcome that the dynamic linker came to for PyTorch: to link a
+// library of our own choice could give the process a second pool.
 struct OpenMP {
   void (*parallel)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
   int (*thread)();
@@ -35,9 +35,9 @@ struct OpenMP {
   }
 };
 
-// OpenMP's threads wait for milliseconds without sleeping. Where other processes want the cores as well, theirs and ours
-// take them from each other that way. So after a call in which a thread came this late, calls have threads of their
-// own for a while, which sleep. (One of OpenMP's that slept comes within 0.2 ms.)
+// OpenMP's threads wait for milliseconds without sleeping. Where other processes want the cores as well, theirs and
+// ours take them from each other that way. So after a call in which a thread came this late, calls have threads of
+// their own for a while, which sleep. (One of OpenMP's that slept comes within 0.2 ms.)
 constexpr std::chrono::milliseconds kLate{1}, kAlone{1000};
 
 std::atomic<bool> allowed{true}, forked{false};

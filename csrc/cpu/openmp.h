@@ -1,5 +1,5 @@
-// The threads that PyTorch computes with, borrowed: OpenMP keeps them awake for a while after each use, where to start a
-// thread takes up to 0.2 ms, and a second pool beside it would fight with it for the same cores.
+// The threads that PyTorch computes with, borrowed: OpenMP keeps them awake for a while after each use, where to start
+// a thread takes up to 0.2 ms, and a second pool beside it would fight with it for the same cores.
 #pragma once
 
 #include <functional>

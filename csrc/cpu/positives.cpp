@@ -33,18 +33,19 @@ double positive_gradient(const Plan& plan, const Gradients& in, const Workspace&
                          int64_t at) {
   const Problem& problem = plan.problem;
   const int64_t column = problem.positive_column[row];
-  double total = in.grad_positive.at(0, row);
+  double total = in.row_form.positive_gradient(row) + in.column_form.positive_gradient(column);
   if (problem.row_segment != nullptr && problem.row_segment[row] != problem.column_segment[column]) return total;
   const double z = in.positive_logit[row];
-  total += in.grad_rows.at(0, row) * probability(z, in.rows.log_sum_exp()[row]);
-  total += in.grad_columns.at(0, column) * probability(z, in.columns.log_sum_exp()[column]);
+  total += in.row_form.gradient(0, row) * probability(z, in.rows.log_sum_exp()[row]);
+  total += in.column_form.gradient(0, column) * probability(z, in.columns.log_sum_exp()[column]);
   for (size_t k = 0; k < problem.teachers.size(); ++k) {
     const Teacher& teacher = problem.teachers[k];
     const double t = teacher_logit(plan, workspace, k, side, at, z);
     const double along_row = with_bias(t, teacher.column_bias, column);
     const double along_column = with_bias(t, teacher.row_bias, row);
-    total += in.grad_rows.at(1 + k, row) * probability(along_row, in.rows.teacher_log_sum_exp(k)[row]);
-    total += in.grad_columns.at(1 + k, column) * probability(along_column, in.columns.teacher_log_sum_exp(k)[column]);
+    total += in.row_form.gradient(1 + k, row) * probability(along_row, in.rows.teacher_log_sum_exp(k)[row]);
+    total +=
+        in.column_form.gradient(1 + k, column) * probability(along_column, in.columns.teacher_log_sum_exp(k)[column]);
   }
   return total;
 }

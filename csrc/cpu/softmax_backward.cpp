@@ -17,29 +17,29 @@ namespace {
 // Along one direction: coefficient * 2^(w - reference) = gradient * e^(z - log-sum-exp), the reference a whole number.
 // (length + kBlock,) each, for reads of whole vectors past the end.
 struct Exponentials {
-  Exponentials(const float* log_sum_exp, const Incoming& gradient, size_t distribution, int64_t length, int block)
+  Exponentials(const float* log_sum_exp, const LinearForm& form, size_t distribution, int64_t length, int block)
       : reference(length + block, 0.0f), coefficient(length + block, 0.0f) {
     for (int64_t i = 0; i < length; ++i) {
       if (log_sum_exp[i] != -INFINITY) reference[i] = static_cast<float>(std::nearbyint(log_sum_exp[i] * kLog2E));
     }
-    set(log_sum_exp, gradient, distribution, length);
+    set(log_sum_exp, form, distribution, length);
   }
 
   // With another's references, for exponentials that have them.
-  Exponentials(const Exponentials& other, const float* log_sum_exp, const Incoming& gradient, size_t distribution,
+  Exponentials(const Exponentials& other, const float* log_sum_exp, const LinearForm& form, size_t distribution,
                int64_t length)
       : reference(other.reference), coefficient(other.coefficient.size(), 0.0f) {
-    set(log_sum_exp, gradient, distribution, length);
+    set(log_sum_exp, form, distribution, length);
   }
 
   std::vector<float> reference, coefficient;
 
  private:
-  void set(const float* log_sum_exp, const Incoming& gradient, size_t distribution, int64_t length) {
+  void set(const float* log_sum_exp, const LinearForm& form, size_t distribution, int64_t length) {
     for (int64_t i = 0; i < length; ++i) {
       if (log_sum_exp[i] == -INFINITY) continue;  // everything is excluded
       const double to_reference = std::exp2(reference[i] - log_sum_exp[i] * kLog2E);
-      coefficient[i] = static_cast<float>(gradient.at(distribution, i) * to_reference);
+      coefficient[i] = static_cast<float>(form.gradient(distribution, i) * to_reference);
     }
   }
 };
@@ -105,14 +105,14 @@ class Backward final : public Visitor {
       const float* row_log_sum_exp = log_sum_exp(in.rows, q);
       const float* column_log_sum_exp = log_sum_exp(in.columns, q);
       if (q == plan.shares_student) {  // its exponentials along rows are the student's along columns
-        const Exponentials rows(columns_[0], row_log_sum_exp, in.grad_rows, q, plan.rows);
-        const Exponentials columns(rows_[0], column_log_sum_exp, in.grad_columns, q, plan.columns);
+        const Exponentials rows(columns_[0], row_log_sum_exp, in.row_form, q, plan.rows);
+        const Exponentials columns(rows_[0], column_log_sum_exp, in.column_form, q, plan.columns);
         rows_.push_back(rows);
         columns_.push_back(columns);
         continue;
       }
-      rows_.emplace_back(row_log_sum_exp, in.grad_rows, q, plan.rows, block);
-      columns_.emplace_back(column_log_sum_exp, in.grad_columns, q, plan.columns, block);
+      rows_.emplace_back(row_log_sum_exp, in.row_form, q, plan.rows, block);
+      columns_.emplace_back(column_log_sum_exp, in.column_form, q, plan.columns, block);
     }
   }
 

@@ -38,6 +38,12 @@ class Backend(Protocol):
     plus gradient.positive_logit at every row's positive. G is 0 at excluded pairs. The softmaxes come from
     `statistics`, which may stem from a larger problem than this block. A product that no wanted gradient takes is not
     made. Kernels of low precision leave the positives' entries of G out, and finish.py adds them in full precision.
+
+    A backend whose kernels take linear forms (linear_form.py) has two operations more, which are then called in the
+    place of a dozen operators of PyTorch:
+
+        reduced(problem, statistics, forms, shares)                    the sum of the losses times their shares, 0-d
+        backward_of_reduced(problem, statistics, gradient, wanted)     backward, of a ReducedGradient
     """
 
     name: str

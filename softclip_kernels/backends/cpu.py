@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linear_form import Coefficient, LinearForm, LinearForms, ReducedGradient
 from ..problem import Problem, Source, TeacherOperand
 from ..stats import SCALARS, InputGradients, Statistics, StatisticsGradient, Wanted
 
@@ -35,9 +36,12 @@ THREADS = ("shared", "own")  # PyTorch's; new ones for each call
 MULTIPLY_ADDS_PER_THREAD = {"shared": 2e6, "own": 8e6}
 
 
+_LEVELS: list[str] = [] if _cpu is None else _cpu.levels()
+
+
 def levels() -> list[str]:
     """The instruction-set levels that this machine can run, best first; empty where the extension was not built."""
-    return [] if _cpu is None else _cpu.levels()
+    return list(_LEVELS)
 
 
 def why_missing() -> str | None:
@@ -47,16 +51,15 @@ def why_missing() -> str | None:
 
 def level() -> str:
     """The level in use. Raises ValueError when the environment asks for one that this machine does not have."""
-    available = levels()
     variable, asked = ISA_VARIABLE, _cpu.environment(ISA_VARIABLE)
     if asked is None:
         variable, asked = FORMER_ISA_VARIABLE, _cpu.environment(FORMER_ISA_VARIABLE)
         if asked is None:
-            return available[0]
+            return _LEVELS[0]
         message = f"{variable} is now called {ISA_VARIABLE}; the former name goes with the next release"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
-    if asked not in available:
-        raise ValueError(f"{variable}={asked!r} is not possible on this machine; allowed: {', '.join(available)}")
+    if asked not in _LEVELS:
+        raise ValueError(f"{variable}={asked!r} is not possible on this machine; allowed: {', '.join(_LEVELS)}")
     return asked
 
 
@@ -76,6 +79,7 @@ def peak(name: str, threads: int, bfloat16: bool) -> float:
     return _cpu.peak(name, threads, bfloat16, 10_000_000)
 
 
+_ZERO = 0, 0, 0.0  # a coefficient
 _NO_RANKS, _NO_SCALARS = torch.empty(0, dtype=torch.int64), torch.empty(0, SCALARS)
 
 
@@ -127,6 +131,26 @@ class CpuBackend:
         )
         return result._replace(kept=kept)
 
+    def reduced(
+        self, problem: Problem, statistics: Statistics, forms: LinearForms, shares: tuple[float, float]
+    ) -> Tensor:
+        addresses, k, total = _Addresses(), len(problem.teachers), 0.0
+        positive_logit = None if problem.positive_column is None else statistics.positive_logit
+        for form, share, direction, along in (
+            (forms.rows, shares[0], statistics.rows.packed, None),
+            (forms.columns, shares[1], statistics.columns.packed, problem.positive_column),
+        ):
+            if form is not None:
+                total += _cpu.sum_of_losses(
+                    addresses.linear_form(form, share, k),
+                    statistics=addresses.vector(direction),
+                    length=direction.shape[1],
+                    positive_logit=addresses.vector(positive_logit),
+                    along=addresses.vector(along, torch.int64),
+                    positives=problem.rows,
+                )
+        return torch.scalar_tensor(total, dtype=torch.float32)
+
     def backward(
         self,
         problem: Problem,
@@ -134,12 +158,40 @@ class CpuBackend:
         gradient: StatisticsGradient,
         wanted: Wanted,
     ) -> InputGradients:
+        n, m, k = problem.rows, problem.columns, len(problem.teachers)
+        assert gradient.rows.shape == (1 + k, n) and gradient.columns.shape == (1 + k, m)
+        positive: tuple[Tensor, ...] = ()
+        if problem.positive_column is not None:
+            _assert_lengths(n, gradient.positive_logit)
+            positive = (gradient.positive_logit.neg(),)
+        # The linear forms whose gradient it is.
+        forms = LinearForms(
+            LinearForm(gradient.rows[0], positive, tuple(gradient.rows[1:].neg())),
+            LinearForm(gradient.columns[0], (), tuple(gradient.columns[1:].neg())),
+        )
+        return self._backward(problem, statistics, forms, (1.0, 1.0), wanted)
+
+    def backward_of_reduced(
+        self, problem: Problem, statistics: Statistics, gradient: ReducedGradient, wanted: Wanted
+    ) -> InputGradients:
+        of_loss = gradient.of_loss.item()
+        rows, columns = gradient.shares
+        return self._backward(problem, statistics, gradient.forms, (of_loss * rows, of_loss * columns), wanted)
+
+    def _backward(
+        self,
+        problem: Problem,
+        statistics: Statistics,
+        forms: LinearForms,
+        shares: tuple[float, float],
+        wanted: Wanted,
+    ) -> InputGradients:
+        """Of the sum of the forms' losses times their shares."""
         call = _Call(problem)
         n, m, k = problem.rows, problem.columns, len(problem.teachers)
-        assert statistics.rows.packed.shape == (1 + 2 * k, n) and gradient.rows.shape == (1 + k, n)
-        assert statistics.columns.packed.shape == (1 + 2 * k, m) and gradient.columns.shape == (1 + k, m)
+        assert statistics.rows.packed.shape == (1 + 2 * k, n) and statistics.columns.packed.shape == (1 + 2 * k, m)
         if problem.positive_column is not None:
-            _assert_lengths(n, statistics.positive_logit, gradient.positive_logit)
+            _assert_lengths(n, statistics.positive_logit)
         dtype = problem.x.dtype if wanted.rounded else torch.float32
         result = InputGradients(
             torch.empty(problem.x.shape, dtype=dtype) if wanted.x else None,
@@ -154,9 +206,8 @@ class CpuBackend:
             rows=call.vector(statistics.rows.packed),
             columns=call.vector(statistics.columns.packed),
             positive_logit=call.vector(statistics.positive_logit),
-            grad_rows=call.incoming(gradient.rows),
-            grad_columns=call.incoming(gradient.columns),
-            grad_positive=call.incoming(gradient.positive_logit),
+            row_form=call.linear_form(forms.rows, shares[0], k),
+            column_form=call.linear_form(forms.columns, shares[1], k),
             dx=dx,
             dy=dy,
             dscale=dscale,
@@ -192,10 +243,45 @@ def _threads(problem: Problem) -> int:
     return max(1, min(torch.get_num_threads(), int(work / MULTIPLY_ADDS_PER_THREAD[threads_in_use()])))
 
 
-class _Call:
-    """A Problem as addresses, and what must stay alive while they are used."""
+class _Addresses:
+    """Addresses of tensors, and what must stay alive while they are used."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def vector(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
+        """The address of a contiguous copy, or of the tensor itself where it is that already; 0 for None."""
+        if tensor is None:
+            return 0
+        if tensor.dtype is not dtype or tensor.is_neg() or not tensor.is_contiguous():
+            tensor = tensor.detach().to(dtype).resolve_neg().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def linear_form(self, form: LinearForm | None, share: float, teachers: int) -> Any:
+        """Its losses times `share`; None: 0."""
+        if form is None:
+            form, share = LinearForm(0.0, (), (0.0,) * teachers), 0.0
+        dot = self._coefficient(form.dots[0]) if form.dots else _ZERO
+        means = [self._coefficient(each) for each in form.means]
+        weight = self._coefficient(form.weight, share)
+        return _cpu.LinearForm(self._coefficient(form.mass), dot, weight, means, form.seen is not None)
+
+    def _coefficient(self, value: Coefficient, factor: float = 1.0) -> tuple[int, int, float]:
+        """(address or 0, step, number) of the value times the factor."""
+        if not isinstance(value, Tensor):
+            return 0, 0, value * factor
+        if value.dtype != torch.float32 or value.is_neg():
+            value = value.detach().float().resolve_neg()
+        self._kept.append(value)
+        return value.data_ptr(), value.stride(0) if value.dim() else 0, factor
+
+
+class _Call(_Addresses):
+    """A Problem as addresses."""
 
     def __init__(self, problem: Problem) -> None:
+        super().__init__()
         n, m = problem.rows, problem.columns
         assert problem.x.shape[1] == problem.y.shape[1]
         _assert_lengths(n, problem.positive_column, problem.row_segment, problem.row_threshold)
@@ -204,35 +290,18 @@ class _Call:
             assert teacher.source != Source.TRANSPOSED or n == m, f"a transposed teacher in {n} rows, {m} columns"
             _assert_lengths(n, teacher.x, teacher.row_bias)
             _assert_lengths(m, teacher.y, teacher.column_bias)
-        self._kept: list[Tensor] = []
         row_segment, column_segment = _compact_segments(problem)
         self.problem = _cpu.Problem(
-            x=self._matrix(problem.x),
-            y=self._matrix(problem.y),
-            scale=self.vector(problem.scale),
+            self._matrix(problem.x),
+            self._matrix(problem.y),
+            self.vector(problem.scale),
+            [self._teacher(teacher) for teacher in problem.teachers],
             positive_column=self.vector(problem.positive_column, torch.int64),
             row_segment=self.vector(row_segment, torch.int32),
             column_segment=self.vector(column_segment, torch.int32),
-            teachers=[self._teacher(teacher) for teacher in problem.teachers],
             row_threshold=self.vector(problem.row_threshold),
             column_threshold=self.vector(problem.column_threshold),
         )
-
-    def vector(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int:
-        """The address of a contiguous copy, or of the tensor itself where it is that already; 0 for None."""
-        if tensor is None:
-            return 0
-        if tensor.dtype != dtype or tensor.is_neg() or not tensor.is_contiguous():
-            tensor = tensor.detach().to(dtype).resolve_neg().contiguous()
-        self._kept.append(tensor)
-        return tensor.data_ptr()
-
-    def incoming(self, gradient: Tensor) -> Any:
-        """A gradient ([distributions,] length) of any strides: those of an expanded number are 0."""
-        if gradient.dtype != torch.float32 or gradient.is_neg():
-            gradient = gradient.detach().float().resolve_neg()
-        self._kept.append(gradient)
-        return _cpu.Incoming(gradient.data_ptr(), *(0, *gradient.stride())[-2:])
 
     def _matrix(self, tensor: Tensor) -> Any:
         if tensor.is_neg():  # in its memory are the signs of another tensor
@@ -240,7 +309,7 @@ class _Call:
         if tensor.dtype not in DTYPES:  # a teacher in float16 or float64 multiplies in float32, as in every backend
             tensor = tensor.detach().float()
         self._kept.append(tensor)
-        return _cpu.Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride(), bfloat16=tensor.dtype == torch.bfloat16)
+        return _cpu.Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride(), tensor.dtype is torch.bfloat16)
 
     def _teacher(self, teacher: TeacherOperand) -> Any:
         own = teacher.source == Source.EMBEDDINGS
@@ -258,7 +327,7 @@ class _Call:
 def _assert_lengths(length: int, *tensors: Tensor | None) -> None:
     """C++ code reads as many elements as it is told, whatever lies there."""
     for tensor in tensors:
-        assert tensor is None or len(tensor) == length, f"{tuple(tensor.shape)}, not {length}"
+        assert tensor is None or tensor.shape[0] == length, f"{tuple(tensor.shape)}, not {length}"
 
 
 def _compact_segments(problem: Problem) -> tuple[Tensor | None, Tensor | None]:

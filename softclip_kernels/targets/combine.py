@@ -33,7 +33,8 @@ class Mix(Target):
 
     def lower(self, context: Context) -> LoweredTarget:
         rows, columns = context.coefficients("alpha", self.alpha)
-        hard = self.hard.lower(context).scaled(1 - rows, 1 - columns)
+        of_hard = 1 - rows
+        hard = self.hard.lower(context).scaled(of_hard, of_hard if columns is rows else 1 - columns)
         return hard.plus(self.soft.lower(context).scaled(rows, columns))
 
 

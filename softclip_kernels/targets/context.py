@@ -61,10 +61,10 @@ class Context:
         if isinstance(value, Tensor) and value.dim():
             checks.square(f"one tensor as {name}", self.layout.n, self.layout.m)
         rows, columns = value if isinstance(value, tuple) else (value, value)
-        return (
-            self._number_or(self.row_vector, f"{name} of the rows", rows),
-            self._number_or(self.column_vector, f"{name} of the columns", columns),
-        )
+        of_rows = self._number_or(self.row_vector, f"{name} of the rows", rows)
+        if rows is columns and self.layout.exchange is None and self.layout.n == self.layout.m:
+            return of_rows, of_rows
+        return of_rows, self._number_or(self.column_vector, f"{name} of the columns", columns)
 
     def _number_or(self, vector: Callable[[str, Tensor], Tensor], name: str, value: Tensor | float) -> Coefficient:
         if not isinstance(value, Tensor):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..distributed.exchange import Layout
-from ..linear_form import Coefficient, LinearForm, LinearForms, times
+from ..linear_form import Coefficient, LinearForm, LinearForms, plus, times
 from ..problem import Problem
 from ..stats import LossParts, SoftmaxStatistics, Statistics
 from .context import Context
@@ -151,12 +151,12 @@ def _form(
 ) -> LinearForm:
     """One direction's, from hard terms' coefficients and sums, and teachers' coefficients and potentials."""
     means = tuple(
-        _teacher_mass(coefficient, potential, statistics.teacher_lse[k])
+        coefficient if potential is None else _teacher_mass(coefficient, potential, statistics.teacher_lse[k])
         for k, (coefficient, potential) in enumerate(soft)
     )
     mass: Coefficient = 0.0
     for part in (*(times(coefficient, total) for coefficient, total in hard), *means):
-        mass = mass + part
+        mass = plus(mass, part)
     seen = None
     if segmented:
         seen = statistics.lse.detach() != -torch.inf
@@ -165,5 +165,5 @@ def _form(
     return LinearForm(mass, dots, means, 1.0 if weight is None else weight, seen)
 
 
-def _teacher_mass(coefficient: Coefficient, potential: Tensor | None, log_sum_exp: Tensor) -> Coefficient:
-    return coefficient if potential is None else times(coefficient, (log_sum_exp.detach() + potential).exp())
+def _teacher_mass(coefficient: Coefficient, potential: Tensor, log_sum_exp: Tensor) -> Tensor:
+    return times(coefficient, (log_sum_exp.detach() + potential).exp())

@@ -76,8 +76,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), cpu.threads_in_use())
 
 
 def test_threads_that_get_no_core_are_given_back():
-    """Two threads on one core: while OpenMP's wait they keep the core from whoever works, so own ones, which sleep, take
-    their place for a while."""
+    """Two threads on one core: OpenMP's keep it from each other while they wait, so own ones, which sleep, take their
+    place for a while."""
     code = """
 loss()
 given = operands(1500, 1500, 64, dtype=torch.float32)
