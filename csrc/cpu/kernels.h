@@ -3,7 +3,8 @@
 //
 // Legend: a block is at most kBlock rows by kBlock columns of the similarity matrix (the other letters are in
 // problem.h). "Dots" are x_i . y_j without the scale. Exponentials are powers of two: with w = factor * dot,
-// factor = scale / ln 2, e^z = 2^w. G is the gradient with respect to the dots.
+// factor = scale / ln 2, e^z = 2^w. G is the gradient with respect to the dots. A row of dots is a step long, which
+// holds whole register tiles of columns: tiles are stored and vectors read past the block's end.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,8 @@ constexpr float kEmpty = -1e29f;     // a maximum below this has seen excluded e
 // that joins the exponent and a factor; the whole number of excluded columns, and of those past the block's end, is
 // kExcluded.
 struct Weights {
-  const float* dots;         // (rows, kBlock)
+  const float* dots;  // (rows, dots_step)
+  int64_t dots_step;
   float factor, factor_low;  // their sum is the factor in more than fp32
   int rows, columns;
   const float* column_exponent;  // (kBlock,) for sums along rows
@@ -35,7 +37,7 @@ struct Weights {
 // row_reference_i), row_dot_i the same times other_ij.
 struct BlockSums {
   const float *row_reference, *column_reference;
-  const float* other;  // (rows, kBlock) dots, or null: no dot sums
+  const float* other;  // dots of the same step, or null: no dot sums
   float *row_sum, *column_sum, *row_dot, *column_dot;
 };
 
@@ -47,16 +49,18 @@ struct Coefficients {
 // A block, or its mirror (plan.h), for a student and the teacher that shares its exponentials: G comes from the
 // student's own exponentials and, for the teacher, from those of the other of the two, with their references.
 struct MirroredGradient {
-  const float* dots;  // (rows, kBlock)
+  const float* dots;  // (rows, dots_step)
+  int64_t dots_step;
   Coefficients student, teacher;
-  float* g;  // may be the dots
+  float* g;  // (rows, kBlock); may be the dots, where these have that step
 };
 
 // Matrix products for one kind of operand element of 4 bytes: a float, or two bf16 that follow one another along the
 // summed dimension (bf16x2). Operands are panels; `summed` counts elements.
 struct ProductKernels {
-  // dots (rows, kBlock) = left . right.
-  void (*multiply)(const void* left, const void* right, int64_t summed, int rows, int columns, float* dots);
+  // dots (rows, dots_step), in whole register tiles, = left . right.
+  void (*multiply)(const void* left, const void* right, int64_t summed, int rows, int columns, float* dots,
+                   int64_t dots_step);
   // out (rows, width), contiguous, += G . right. G (rows, kBlock floats), or bf16x2 along its columns.
   void (*add_product)(const void* g, const void* right, int rows, int columns, int64_t width, float* out);
   // G^T . right (columns, width), stored in tiles or added to them: (ceil(width / tile_columns), kBlock, tile_columns).
@@ -94,7 +98,8 @@ struct Kernels {
 
   void (*maxima)(const Weights&, float* row_maximum, float* column_maximum);  // of w + bias, below kEmpty: none
   void (*accumulate)(const Weights&, const BlockSums&);
-  void (*gradient)(const Weights&, const Coefficients&, bool add, float* g);  // g (rows, kBlock) may be the dots
+  // g (rows, kBlock) may be the dots, where these have that step.
+  void (*gradient)(const Weights&, const Coefficients&, bool add, float* g);
   void (*mirrored_gradient)(const MirroredGradient& block, const MirroredGradient& mirror, float factor,
                             float factor_low, int rows, int columns);
   // How many scale * dot exceed the thresholds, among the pairs that Weights does not exclude; counts are floats.

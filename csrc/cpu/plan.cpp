@@ -39,6 +39,9 @@ Distribution unbiased(int product, bool transposed, double scale) {
   return {product, transposed, high, static_cast<float>(factor - high), false, {}, {}};
 }
 
+// `length` rows or columns up to whole register tiles, as the products write them.
+int64_t whole_tiles(int64_t length, int tile) { return (length + tile - 1) / tile * tile; }
+
 }  // namespace
 
 Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in, Wanted wanted_in, Kept kept_in)
@@ -73,15 +76,22 @@ Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in,
   }
 }
 
-int64_t Plan::kept_block_floats(int rows) const {
-  const int tile = kernels.tile_rows;  // the products write whole tiles
-  return int64_t{(rows + tile - 1) / tile * tile} * kernels.block;
+// The mirror of a block, which is laid out transposed, has the same shape.
+KeptBlock Plan::kept_block(const Job& job, const Block& block) const {
+  const int64_t rows = whole_tiles(block.rows, kernels.tile_rows);
+  const int64_t step = whole_tiles(block.columns, kernels.tile_columns);
+  const int64_t before = block.column - job.first_column(block.row);  // whole blocks, and so whole tiles
+  return {kept_floats_above(job, block.row) + rows * before * kept_areas(), rows * step, step};
 }
 
-int64_t Plan::kept_job_floats(const Job& job) const {
-  const int64_t column_blocks = (job.column_end - job.column_begin + kernels.block - 1) / kernels.block;
-  const int rows = static_cast<int>(job.row_end - job.row_begin);
-  return kept_block_floats(rows) * column_blocks * sides() * static_cast<int64_t>(products.size());
+int64_t Plan::kept_floats_above(const Job& job, int64_t row) const {
+  int64_t floats = 0;
+  for (int64_t above = job.row_begin; above < row; above += kernels.block) {
+    const int64_t rows = std::min<int64_t>(kernels.block, job.row_end - above);
+    const int64_t columns = job.column_end - job.first_column(above);
+    floats += whole_tiles(rows, kernels.tile_rows) * whole_tiles(columns, kernels.tile_columns);
+  }
+  return floats * kept_areas();
 }
 
 std::vector<int64_t> Plan::kept_offsets() const {
@@ -89,7 +99,7 @@ std::vector<int64_t> Plan::kept_offsets() const {
   for (int round = 0; round < schedule.rounds(); ++round) {
     for (int thread = 0; thread < threads; ++thread) {
       int64_t end = offsets.back();
-      for (const Job& job : schedule.jobs(round, thread)) end += kept_job_floats(job);
+      for (const Job& job : schedule.jobs(round, thread)) end += kept_floats_above(job, job.row_end);
       offsets.push_back(end);
     }
   }

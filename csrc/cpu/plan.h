@@ -60,16 +60,26 @@ struct Wanted {
 };
 
 // Where the dots of small problems lie from the forward to the backward, of undefined contents until a forward has been
-// there: all blocks of a job side by side, in the order of the rounds and the threads. The header says what the layout
-// depends on; a backward takes these threads, and computes the dots again where the rest does not fit.
+// there: the blocks of a job that are visited, side by side, in the order of the rounds and the threads. Of each block
+// no more than the whole register tiles that cover it, in one such area for every product and side. The header says
+// what the layout depends on; a backward takes these threads, and computes the dots again where the rest does not fit.
 struct Kept {
   struct Header {
-    int32_t threads, block;
+    int32_t threads, block, tile_rows, tile_columns;
+    bool fits(const Kernels& kernels) const {
+      return block == kernels.block && tile_rows == kernels.tile_rows && tile_columns == kernels.tile_columns;
+    }
   };
   static constexpr int64_t kHeaderFloats = 16;  // a cache line
 
   float* data = nullptr;  // null: nothing is kept
   Header& header() const { return *reinterpret_cast<Header*>(data); }
+};
+
+// Where the dots of one block lie among those of its job, in floats: `area` of them for each product and side, `step`
+// from one row to the next.
+struct KeptBlock {
+  int64_t begin, area, step;
 };
 
 struct Plan {
@@ -98,9 +108,10 @@ struct Plan {
   bool multiplies() const { return kept.data == nullptr || !wanted.any(); }
   // The student's dots have no reader after the first, so that G may take their place.
   bool gradient_in_place() const { return kept.data == nullptr && distributions.size() == (shares_student ? 2u : 1u); }
-  // Floats of one kept block, for one product and side, and of all blocks of a job.
-  int64_t kept_block_floats(int rows) const;
-  int64_t kept_job_floats(const Job& job) const;
+  int64_t kept_areas() const { return sides() * static_cast<int64_t>(products.size()); }
+  KeptBlock kept_block(const Job& job, const Block& block) const;
+  // Floats of a job's blocks whose rows begin before `row`, all products and sides.
+  int64_t kept_floats_above(const Job& job, int64_t row) const;
   // Where the blocks of every thread in every round begin, and last where all end; in floats.
   std::vector<int64_t> kept_offsets() const;
 };

@@ -10,18 +10,17 @@
 namespace softclip {
 
 // Calls found(row, at) for every row of the problem whose positive lies in the block, seen from a side: `at` is the
-// positive's place in that side's dots and G.
+// positive's place in that side's dots or G, whichever has this step from one row to the next.
 template <class Found>
-void each_positive(const Plan& plan, const Block& block, int side, const Found& found) {
+void each_positive(const Plan& plan, const Block& block, int side, int64_t step, const Found& found) {
   const int64_t* positive_column = plan.problem.positive_column;
   if (positive_column == nullptr) return;
   const bool direct = side == kDirect;  // the mirror has the problem's rows as its columns
-  const int64_t length = plan.kernels.block;
   const int64_t row = direct ? block.row : block.column, rows = direct ? block.rows : block.columns;
   const int64_t column = direct ? block.column : block.row, columns = direct ? block.columns : block.rows;
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t j = positive_column[row + i] - column;
-    if (j >= 0 && j < columns) found(row + i, direct ? i * length + j : j * length + i);
+    if (j >= 0 && j < columns) found(row + i, direct ? i * step + j : j * step + i);
   }
 }
 

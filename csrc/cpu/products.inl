@@ -60,12 +60,13 @@ SOFTCLIP_INLINE void tile(const float* left, const float* right, int64_t summed,
 
 // One right panel stays in the first cache while all left panels pass.
 template <class Element>
-void multiply(const void* left, const void* right, int64_t summed, int rows, int columns, float* dots) {
+void multiply(const void* left, const void* right, int64_t summed, int rows, int columns, float* dots,
+              int64_t dots_step) {
   const auto *lefts = static_cast<const float*>(left), *rights = static_cast<const float*>(right);
   for (int j = 0; j < columns; j += kTileColumns) {
     for (int i = 0; i < rows; i += kTileRows) {
-      tile<Element, kTileRows, 1, false>(lefts + i * summed, rights + j * summed, summed,
-                                         dots + int64_t{i} * kBlock + j, kBlock);
+      tile<Element, kTileRows, 1, false>(lefts + i * summed, rights + j * summed, summed, dots + i * dots_step + j,
+                                         dots_step);
     }
   }
 }

@@ -12,6 +12,8 @@ namespace softclip {
 struct Job {
   int64_t row_begin, row_end, column_begin, column_end;
   bool triangle;
+  // Of the blocks in the row of blocks that begins here.
+  int64_t first_column(int64_t row) const { return triangle ? row : column_begin; }
 };
 
 // Of rows or of columns.

@@ -27,7 +27,7 @@ void maxima_of(const Weights& w, float* row_maximum, float* column_maximum) {
   const Vector factor = broadcast(w.factor), excluded = broadcast(kExcluded);
   for (int j = 0; j < w.columns; j += kLanes) store(column_maximum + j, excluded);
   for (int i = 0; i < w.rows; ++i) {
-    const float* dots = w.dots + int64_t{i} * kBlock;
+    const float* dots = w.dots + i * w.dots_step;
     const Vector row_exponent = broadcast(kBias ? w.row_exponent[i] : 0);
     Vector row = excluded;
     for (int j = 0; j < w.columns; j += kLanes) {
@@ -48,7 +48,7 @@ void accumulate_of(const Weights& w, const BlockSums& s) {
     if (kDots) store(s.column_dot + j, broadcast(0));
   }
   for (int i = 0; i < w.rows; ++i) {
-    const int64_t at = int64_t{i} * kBlock;
+    const int64_t at = i * w.dots_step;
     const Vector row_reference = broadcast(s.row_reference[i]);
     const Vector row_exponent = broadcast(kBias ? w.row_exponent[i] : 0);
     const Vector row_factor = broadcast(kBias ? w.row_factor[i] : 1);
@@ -77,20 +77,21 @@ template <bool kBias, bool kMask, bool kAdd>
 void gradient_of(const Weights& w, const Coefficients& c, float* g) {
   const Vector factor = broadcast(w.factor), factor_low = broadcast(w.factor_low), excluded = broadcast(kExcluded);
   for (int i = 0; i < w.rows; ++i) {
-    const int64_t at = int64_t{i} * kBlock;
+    const float* dots = w.dots + i * w.dots_step;
+    float* g_row = g + int64_t{i} * kBlock;
     const Vector row_reference = broadcast(c.row_reference[i]), row = broadcast(c.row[i]);
     const Vector row_exponent = broadcast(kBias ? w.row_exponent[i] : 0);
     const Vector row_factor = broadcast(kBias ? w.row_factor[i] : 1);
     for (int j = 0; j < w.columns; j += kLanes) {
-      Power power = power_of_two(load(w.dots + at + j), factor, factor_low);
+      Power power = power_of_two(load(dots + j), factor, factor_low);
       if (kMask) power.exponent = where_equal(w.column_segment + j, w.row_segment[i], power.exponent, excluded);
       Vector along_row = scale_by_power(power.fraction, power.exponent + load(w.column_exponent + j) - row_reference);
       const Vector column_exponent = kBias ? power.exponent + row_exponent : power.exponent;
       Vector along_column = scale_by_power(power.fraction, column_exponent - load(c.column_reference + j));
       if (kBias) along_row = along_row * load(w.column_factor + j), along_column = along_column * row_factor;
       Vector result = along_column * load(c.column + j);
-      if (kAdd) result = result + load(g + at + j);
-      store(g + at + j, multiply_add(along_row, row, result));
+      if (kAdd) result = result + load(g_row + j);
+      store(g_row + j, multiply_add(along_row, row, result));
     }
   }
 }
@@ -100,6 +101,7 @@ void mirrored_gradient(const MirroredGradient& block, const MirroredGradient& mi
                        float factor_rest, int rows, int columns) {
   const Vector factor = broadcast(factor_high), factor_low = broadcast(factor_rest);
   for (int i = 0; i < rows; ++i) {
+    const float *dots = block.dots + i * block.dots_step, *mirror_dots = mirror.dots + i * mirror.dots_step;
     const int64_t at = int64_t{i} * kBlock;
     const Vector row_reference = broadcast(block.student.row_reference[i]), row = broadcast(block.student.row[i]);
     const Vector teacher_row = broadcast(block.teacher.row[i]);
@@ -107,8 +109,8 @@ void mirrored_gradient(const MirroredGradient& block, const MirroredGradient& mi
     const Vector mirror_row = broadcast(mirror.student.row[i]);
     const Vector mirror_teacher_row = broadcast(mirror.teacher.row[i]);
     for (int j = 0; j < columns; j += kLanes) {
-      const Power power = power_of_two(load(block.dots + at + j), factor, factor_low);
-      const Power mirror_power = power_of_two(load(mirror.dots + at + j), factor, factor_low);
+      const Power power = power_of_two(load(dots + j), factor, factor_low);
+      const Power mirror_power = power_of_two(load(mirror_dots + j), factor, factor_low);
       // The probabilities along the row (p) and along the column (q).
       const Vector p = scale_by_power(power.fraction, power.exponent - row_reference);
       const Vector q = scale_by_power(power.fraction, power.exponent - load(block.student.column_reference + j));
@@ -161,11 +163,12 @@ void count_above(const Weights& w, float scale, const float* row_threshold, cons
   const Vector empty = broadcast(kEmpty);
   for (int j = 0; j < w.columns; j += kLanes) store(column_count + j, broadcast(0));
   for (int i = 0; i < w.rows; ++i) {
+    const float* dots = w.dots + i * w.dots_step;
     const Vector threshold = maximum(broadcast(row_threshold[i]), empty);  // excluded pairs lie below -inf, too
     Vector count = broadcast(0);
     for (int j = 0; j < w.columns; j += kLanes) {
       // Columns past the block's end have an exponent of kExcluded: below every threshold.
-      Vector z = load(w.dots + int64_t{i} * kBlock + j) * broadcast(scale) + load(w.column_exponent + j);
+      Vector z = load(dots + j) * broadcast(scale) + load(w.column_exponent + j);
       if (w.row_segment != nullptr) z = where_equal(w.column_segment + j, w.row_segment[i], z, broadcast(kExcluded));
       count = count + one_where_above(z, threshold);
       store(column_count + j, load(column_count + j) + one_where_above(z, maximum(load(column_threshold + j), empty)));

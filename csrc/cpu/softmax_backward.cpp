@@ -139,7 +139,7 @@ class Backward final : public Visitor {
         if (q != plan_.shares_student) form_gradient(workspace, block, side, q);
       }
       float* g = workspace.g(side);
-      each_positive(plan_, block, side, [g](int64_t, int64_t at) { g[at] = 0; });
+      each_positive(plan_, block, side, plan_.kernels.block, [g](int64_t, int64_t at) { g[at] = 0; });
     }
     for (int side = 0; side < block.sides(); ++side) {
       add_products(workspace, member, block, side);
@@ -190,8 +190,8 @@ class Backward final : public Visitor {
   void form_both(const Workspace& workspace, const Block& block, size_t teacher) const {
     MirroredGradient sides[kSides];
     for (int side = 0; side < kSides; ++side) {
-      sides[side] = {workspace.dots(0, side), coefficients(block, side, 0), coefficients(block, side, teacher),
-                     workspace.g(side)};
+      sides[side] = {workspace.dots(0, side), workspace.dots_step(), coefficients(block, side, 0),
+                     coefficients(block, side, teacher), workspace.g(side)};
     }
     const Distribution& student = plan_.distributions[0];
     plan_.kernels.mirrored_gradient(sides[kDirect], sides[kMirror], student.factor, student.factor_low, block.rows,
@@ -223,14 +223,14 @@ class Backward final : public Visitor {
 
   // Before G takes the place of the dots.
   void take_positives(const Workspace& workspace, const Block& block, int side) {
-    each_positive(plan_, block, side, [&](int64_t row, int64_t at) {
+    each_positive(plan_, block, side, workspace.dots_step(), [&](int64_t row, int64_t at) {
       positive_[row] = static_cast<float>(positive_gradient(plan_, in_, workspace, side, row, at));
     });
   }
 
   void add_positives(const Block& block, int side) const {
     const Problem& problem = plan_.problem;
-    each_positive(plan_, block, side, [&](int64_t row, int64_t) {
+    each_positive(plan_, block, side, plan_.kernels.block, [&](int64_t row, int64_t) {
       const int64_t column = problem.positive_column[row];
       if (gx_.wanted()) plan_.kernels.add_row(problem.y, column, positive_[row], gx_.row(row));
       if (gy_.wanted()) plan_.kernels.add_row(problem.x, row, positive_[row], gy_.row(column));
@@ -254,7 +254,7 @@ bool backward(const Kernels& kernels, const Problem& problem, const Gradients& i
   const Wanted wanted{in.dx.data != nullptr || (in.dscale != nullptr && in.dy.data == nullptr), in.dy.data != nullptr};
   if (!wanted.any()) return true;
   Kept kept{kept_data};
-  if (kept_data != nullptr && kept.header().block != kernels.block) kept = {};  // of another instruction set
+  if (kept_data != nullptr && !kept.header().fits(kernels)) kept = {};  // of another instruction set
   const Plan plan(kernels, problem, kept.data != nullptr ? kept.header().threads : threads, wanted, kept);
   Backward state(plan, in);
   if (!traverse(plan, poll, state)) return false;

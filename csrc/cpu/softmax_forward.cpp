@@ -149,7 +149,7 @@ class Forward final : public Visitor {
 
   void take_positives(const Workspace& workspace, const Block& block, int side) const {
     const float* dots = workspace.dots(0, side);
-    each_positive(plan_, block, side, [&](int64_t row, int64_t at) {
+    each_positive(plan_, block, side, workspace.dots_step(), [&](int64_t row, int64_t at) {
       out_.positive_logit[row] = static_cast<float>(plan_.problem.scale * dots[at]);
     });
   }
@@ -181,7 +181,7 @@ class Forward final : public Visitor {
 bool forward(const Kernels& kernels, const Problem& problem, const Statistics& out, int threads, const Poll& poll,
              int64_t* summed_twice, float* kept) {
   const Plan plan(kernels, problem, threads, {false, false}, {kept});
-  if (kept != nullptr) plan.kept.header() = {plan.threads, kernels.block};
+  if (kept != nullptr) plan.kept.header() = {plan.threads, kernels.block, kernels.tile_rows, kernels.tile_columns};
   Forward state(plan, out);
   if (!traverse(plan, poll, state)) return false;
   state.finish();

@@ -14,14 +14,14 @@ constexpr size_t kApart = 4096;          // no two threads' memory in one page
 
 constexpr int kPatch = 16;  // square patches of whole cache lines
 
-// Of `size` rows and columns, `length` from row to row. Whole patches of columns are written, with zeros past the end:
-// vectors are read across it.
-void transpose(const float* from, float* to, int size, int length) {
+// Of `size` rows and columns, `step` from row to row. Whole patches of columns are written, or all of the step, with
+// zeros past the end: vectors are read across it.
+void transpose(const float* from, float* to, int size, int64_t step) {
   for (int i = 0; i < size; i += kPatch) {
     for (int j = 0; j < size; j += kPatch) {
       for (int k = i; k < i + kPatch && k < size; ++k) {
-        for (int m = j; m < j + kPatch && m < length; ++m) {
-          to[int64_t{k} * length + m] = m < size ? from[int64_t{m} * length + k] : 0.0f;
+        for (int m = j; m < j + kPatch && m < step; ++m) {
+          to[k * step + m] = m < size ? from[m * step + k] : 0.0f;
         }
       }
     }
@@ -36,24 +36,18 @@ class Traversal {
 
   void work(const Job& job, float* kept) const {
     const int64_t block = plan_.kernels.block, group = block * workspace_.group();
-    const int64_t column_blocks = (job.column_end - job.column_begin + block - 1) / block;
     for (int64_t first = job.row_begin; first < job.row_end; first += group) {
       const int64_t last = std::min(first + group, job.row_end);
       for (int64_t row = first; row < last; row += block) pack_rows(row, size(row, last), member(row, first));
-      for (int64_t column = job.triangle ? first : job.column_begin; column < job.column_end; column += block) {
+      for (int64_t column = job.first_column(first); column < job.column_end; column += block) {
         const int columns = size(column, job.column_end);
         pack_columns(column, columns);
         for (int64_t row = first; row < last && !(job.triangle && row > column); row += block) {
           if (team_.stopped(thread_)) return;
           const bool diagonal = job.triangle && row == column;
-          const int rows = size(row, last);
-          if (kept != nullptr) {
-            const int64_t step = plan_.kept_block_floats(rows), areas = int64_t{plan_.sides()} * plan_.products.size();
-            const int64_t above = (row - job.row_begin) * block * column_blocks;
-            const int64_t before = (column - job.column_begin) / block * step;
-            workspace_.use_kept(kept + (above + before) * areas, step);
-          }
-          visit(member(row, first), {row, column, rows, columns, plan_.mirrored && !diagonal});
+          const Block visited{row, column, size(row, last), columns, plan_.mirrored && !diagonal};
+          if (kept != nullptr) workspace_.use_kept(kept, plan_.kept_block(job, visited));
+          visit(member(row, first), visited);
         }
         visitor_.columns_done(workspace_, column, columns);
       }
@@ -103,12 +97,13 @@ class Traversal {
     for (int side = 0; side < plan_.sides(); ++side) {
       for (size_t p = 0; p < plan_.products.size(); ++p) {
         if (side == kMirror && !block.with_mirror) {  // on the diagonal
-          transpose(workspace_.dots(p, kDirect), workspace_.dots(p, kMirror), block.rows, plan_.kernels.block);
+          transpose(workspace_.dots(p, kDirect), workspace_.dots(p, kMirror), block.rows, workspace_.dots_step());
           continue;
         }
         const Product& product = plan_.products[p];
         plan_.product_kernels(product).multiply(workspace_.left(p, side, member), workspace_.right(p, side),
-                                                product.summed, block.rows, block.columns, workspace_.dots(p, side));
+                                                product.summed, block.rows, block.columns, workspace_.dots(p, side),
+                                                workspace_.dots_step());
       }
     }
   }
@@ -143,7 +138,7 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
       float* kept = plan.kept.data == nullptr ? nullptr : plan.kept.data + kept_offsets[round * plan.threads + thread];
       for (const Job& job : plan.schedule.jobs(round, thread)) {
         traversal.work(job, kept);
-        if (kept != nullptr) kept += plan.kept_job_floats(job);
+        if (kept != nullptr) kept += plan.kept_floats_above(job, job.row_end);
       }
       team.wait(thread);
     }

@@ -24,6 +24,7 @@ Workspace::Workspace(const Plan& plan) {
   sides_ = sides;
   area_ = int64_t{block} * block;
   length_ = block;
+  dots_step_ = block;
   const bool bf16x2 = plan.products[0].bf16x2;
   rows_step_ = (plan.width + columns - 1) / columns * columns * (bf16x2 ? block / 2 : block);
   int64_t member = 0;  // floats of one row block, all products
@@ -71,6 +72,7 @@ Weights weights(const Plan& plan, const Workspace& workspace, const Distribution
   const Bias& column_bias = direct ? distribution.column_bias : distribution.row_bias;
   Weights result{};
   result.dots = workspace.dots(distribution.product, distribution.transposed ? opposite(side) : side);
+  result.dots_step = workspace.dots_step();
   result.factor = distribution.factor;
   result.factor_low = distribution.factor_low;
   result.rows = block.rows;

@@ -56,11 +56,16 @@ class Workspace {
   float* right_rows(int side) const { return memory_ + right_rows_[side]; }
   Tiles& right_tiles(int side) { return right_tiles_[side]; }  // G^T . left rows, by side
   float* dots(size_t product, int side) const {
-    return kept_ != nullptr ? kept_ + (static_cast<int64_t>(product) * sides_ + side) * kept_step_
+    return kept_ != nullptr ? kept_ + (static_cast<int64_t>(product) * sides_ + side) * kept_area_
                             : memory_ + dots_[product][side];
   }
-  // From now on dots lie here, `step` floats for every product and side.
-  void use_kept(float* kept, int64_t step) { kept_ = kept, kept_step_ = step; }
+  int64_t dots_step() const { return dots_step_; }  // floats from one row of dots to the next
+  // From now on dots lie where this block has its place among those of a job.
+  void use_kept(float* of_job, const KeptBlock& block) {
+    kept_ = of_job + block.begin;
+    kept_area_ = block.area;
+    dots_step_ = block.step;
+  }
   float* g(int side) const { return memory_ + g_[side]; }
   // G in bf16x2, for one side after the other.
   float* g_along_columns() const { return memory_ + rounded_g_; }
@@ -81,7 +86,7 @@ class Workspace {
   Tiles right_tiles_[kSides];
   float* memory_ = nullptr;
   float* kept_ = nullptr;
-  int64_t kept_step_ = 0;
+  int64_t kept_area_ = 0, dots_step_;
 };
 
 // The distribution's weights on one side of a block; their columns' part lies in lines of the workspace.

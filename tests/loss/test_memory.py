@@ -48,11 +48,8 @@ def cpu_formula(n: int, width: int, target: str, pairs: bool) -> int:
 
 
 def kept_formula(n: int, block: int, sides: int, products: int) -> int:
-    """Groups of rows meet groups of columns, a mirror with its block."""
-    groups = sides * THREADS
-    jobs = groups * (groups + 1) // 2 if sides == 2 else groups**2
-    rows = n // groups
-    kept = 4 * jobs * sides * products * rows * -(-rows // block) * block
+    """All logits, and those of the blocks on the diagonal twice where they are their own mirrors."""
+    kept = 4 * products * n * (n + (sides - 1) * block)
     return kept if kept <= cpu.KEPT_MIB * MIB else 0
 
 
