@@ -101,11 +101,11 @@ cpu._Call._matrix = lambda call, tensor: packed(call, tensor.clone())
 ALL_PAIRS = """
 import torch
 from softclip_kernels.backends import cpu
-backward = cpu.CpuBackend.backward
+backward = cpu.CpuBackend._backward
 def with_a_mask(backend, problem, *arguments):
     mask = torch.ones(problem.rows, problem.columns, dtype=torch.bool)
     return backward(backend, problem, *arguments)
-cpu.CpuBackend.backward = with_a_mask
+cpu.CpuBackend._backward = with_a_mask
 """
 
 
