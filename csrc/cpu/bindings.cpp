@@ -16,6 +16,7 @@
 #include "openmp.h"
 #include "operations.h"
 #include "schedule.h"
+#include "stopwatch.h"
 #include "team.h"
 
 namespace py = pybind11;
@@ -209,6 +210,10 @@ PYBIND11_MODULE(_cpu, module) {
         return value == nullptr ? py::object(py::none()) : py::str(value);
       },
       py::arg("name"), "os.environ.get(name), which takes ten times as long.");
+
+  module.def("stopwatch", &Stopwatch::measure, py::arg("on"),
+             "Seconds that threads spent in packing, products, softmax, waiting and passes, since the last time that "
+             "this was called; whether the next calls are measured.");
 
   module.def(
       "peak",

@@ -141,9 +141,12 @@ class Backward final : public Visitor {
       float* g = workspace.g(side);
       each_positive(plan_, block, side, plan_.kernels.block, [g](int64_t, int64_t at) { g[at] = 0; });
     }
+    workspace.stopwatch().lap(kSoftmax);
     for (int side = 0; side < block.sides(); ++side) {
       add_products(workspace, member, block, side);
+      workspace.stopwatch().lap(kProducts);
       add_positives(block, side);
+      workspace.stopwatch().lap(kSoftmax);
     }
   }
 

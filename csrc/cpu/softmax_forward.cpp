@@ -90,6 +90,7 @@ class Forward final : public Visitor {
       take_positives(workspace, block, side);
       if (plan_.problem.row_threshold != nullptr) count(workspace, block, side);
     }
+    workspace.stopwatch().lap(kSoftmax);
   }
 
   void finish() const {

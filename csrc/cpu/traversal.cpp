@@ -39,9 +39,11 @@ class Traversal {
     for (int64_t first = job.row_begin; first < job.row_end; first += group) {
       const int64_t last = std::min(first + group, job.row_end);
       for (int64_t row = first; row < last; row += block) pack_rows(row, size(row, last), member(row, first));
+      workspace_.stopwatch().lap(kPacking);
       for (int64_t column = job.first_column(first); column < job.column_end; column += block) {
         const int columns = size(column, job.column_end);
         pack_columns(column, columns);
+        workspace_.stopwatch().lap(kPacking);
         for (int64_t row = first; row < last && !(job.triangle && row > column); row += block) {
           if (team_.stopped(thread_)) return;
           const bool diagonal = job.triangle && row == column;
@@ -50,6 +52,7 @@ class Traversal {
           visit(member(row, first), visited);
         }
         visitor_.columns_done(workspace_, column, columns);
+        workspace_.stopwatch().lap(kProducts);
       }
     }
   }
@@ -90,6 +93,7 @@ class Traversal {
 
   void visit(int member, const Block& block) const {
     if (plan_.multiplies()) multiply(member, block);
+    workspace_.stopwatch().lap(kProducts);
     visitor_.block(workspace_, member, block);
   }
 
@@ -133,7 +137,10 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
   team.run([&](int thread) {
     const FlushDenormals flush;
     const Traversal traversal(plan, workspaces[thread], visitor, team, thread);
+    Stopwatch& stopwatch = workspaces[thread].stopwatch();
+    stopwatch.lap(kWaiting);
     visitor.start(thread);
+    stopwatch.lap(kPasses);
     for (int round = 0; round < plan.schedule.rounds(); ++round) {
       float* kept = plan.kept.data == nullptr ? nullptr : plan.kept.data + kept_offsets[round * plan.threads + thread];
       for (const Job& job : plan.schedule.jobs(round, thread)) {
@@ -141,8 +148,11 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
         if (kept != nullptr) kept += plan.kept_floats_above(job, job.row_end);
       }
       team.wait(thread);
+      stopwatch.lap(kWaiting);
     }
     if (!team.cancelled()) visitor.finish(thread);
+    stopwatch.lap(kPasses);
+    stopwatch.hand_in();
   });
   return !team.cancelled();
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "stopwatch.h"
 
 namespace softclip {
 
@@ -71,6 +72,7 @@ class Workspace {
   float* g_along_columns() const { return memory_ + rounded_g_; }
   float* g_along_rows() const { return g_along_columns() + area_ / 2; }
   float* line(Line line) const { return memory_ + lines_ + line * length_; }
+  Stopwatch& stopwatch() { return stopwatch_; }
 
  private:
   struct Offsets {
@@ -84,6 +86,7 @@ class Workspace {
   std::vector<Offsets> left_, right_, dots_;
   Offsets left_rows_{}, right_rows_{}, tiles_{}, g_{};
   Tiles right_tiles_[kSides];
+  Stopwatch stopwatch_;
   float* memory_ = nullptr;
   float* kept_ = nullptr;
   int64_t kept_area_ = 0, dots_step_;

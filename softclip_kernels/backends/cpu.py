@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,6 +78,19 @@ def peak(name: str, threads: int, bfloat16: bool) -> float:
     """Floating-point operations a second of multiply-adds on registers alone, at this level: what a matrix product
     cannot exceed. Takes some tenths of a second. For benchmarks."""
     return _cpu.peak(name, threads, bfloat16, 10_000_000)
+
+
+PARTS = ("packing", "products", "softmax", "waiting", "passes")  # of csrc/cpu/stopwatch.h
+
+
+def parts(run: Callable[[], object]) -> dict[str, float]:
+    """Seconds that the threads of all native calls of `run` spent in each of PARTS. For benchmarks."""
+    _cpu.stopwatch(True)
+    try:
+        run()
+    finally:
+        seconds = _cpu.stopwatch(False)
+    return dict(zip(PARTS, seconds, strict=True))
 
 
 _ZERO = 0, 0, 0.0  # a coefficient
