@@ -39,13 +39,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7, help="of the interleaved timings (default: 7)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: PyTorch's")
     parser.add_argument("--long", action="store_true", help="also N = 32768 and 65536")
-    parser.add_argument("--sizes", type=int, nargs="+", help="of small (default: 32 to 2048) and parts (128 to 4096)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=list(SIZES), help="of small and parts (default: 32 to 2048)"
+    )
     parser.add_argument("--limit", type=float, default=10.0, help="seconds a call of small may take (default: 10)")
     parser.add_argument("--plot", action="store_true", help="measure nothing, and show what the record holds")
     parser.add_argument("--record", type=Path, help="that is shown (default: this machine's)")
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="their folder (default: docs/)")
     options = parser.parse_args(arguments)
-    if min(*(options.sizes or SIZES), options.n, options.d, options.rounds, options.threads) < 1 or options.limit <= 0:
+    if min(*options.sizes, options.n, options.d, options.rounds, options.threads) < 1 or options.limit <= 0:
         parser.error("--sizes, --n, --d, --rounds and --threads must be at least 1, and --limit above 0")
     return options
 
@@ -62,10 +64,10 @@ def main(arguments: Sequence[str]) -> None:
     n, d, rounds = options.n, options.d, options.rounds
     runs: dict[str, Callable[[], list[Row]]] = {
         "speed": lambda: speed(n, d, rounds),
-        "small": lambda: small_batches(options.sizes or SIZES, d, rounds, options.limit),
+        "small": lambda: small_batches(options.sizes, d, rounds, options.limit),
         "frozen": lambda: frozen(n, d, rounds),
         "peak": lambda: peak(n, (256, 512, 768, 1024), rounds),
-        "parts": lambda: parts_table.parts(options.sizes or parts_table.SIZES, d, rounds),
+        "parts": lambda: parts_table.parts(options.sizes, d, rounds),
         "memory": lambda: memory(2 * n, d),
         "growth": lambda: growth((n, 2 * n, *((4 * n, 8 * n) if options.long else ())), d, 3),
     }

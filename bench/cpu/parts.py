@@ -26,7 +26,6 @@ from softclip_kernels.backends import cpu
 from .. import Row, problems
 from ..problems import Case
 
-SIZES = (128, 256, 512, 1024, 4096)
 LOSSES = ("hard", "psd")
 DTYPES = torch.float32, torch.bfloat16
 PRODUCTS = {"forward": 2, "backward": 4}  # multiples of N² D floating-point operations

@@ -12,7 +12,7 @@ namespace {
 constexpr std::chrono::milliseconds kBetweenPolls{100};
 // Looks before a thread sleeps: about 20 µs. To wake a sleeping thread costs more, and threads with equal work arrive
 // together; longer waits leave the core to others.
-constexpr int kLooks = 1000;
+constexpr int kLooks = 5000;
 
 void pause() {
 #if defined(__x86_64__)
