@@ -10,8 +10,8 @@ namespace softclip {
 namespace {
 
 constexpr std::chrono::milliseconds kBetweenPolls{100};
-// Looks before a thread sleeps: about 20 µs. To wake a sleeping thread costs more, and threads with equal work arrive
-// together; longer waits leave the core to others.
+// Looks before a thread sleeps: about 100 µs. To wake a sleeping thread costs as much, and threads with equal work
+// arrive within less; longer waits leave the core to others.
 constexpr int kLooks = 5000;
 
 void pause() {
