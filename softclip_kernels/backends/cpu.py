@@ -156,7 +156,7 @@ class CpuBackend:
         ):
             if form is not None:
                 total += _cpu.sum_of_losses(
-                    addresses.linear_form(form, share, k),
+                    addresses.linear_form(form, share, k, direction.shape[1]),
                     statistics=addresses.vector(direction),
                     length=direction.shape[1],
                     positive_logit=addresses.vector(positive_logit),
@@ -220,8 +220,8 @@ class CpuBackend:
             rows=call.vector(statistics.rows.packed),
             columns=call.vector(statistics.columns.packed),
             positive_logit=call.vector(statistics.positive_logit),
-            row_form=call.linear_form(forms.rows, shares[0], k),
-            column_form=call.linear_form(forms.columns, shares[1], k),
+            row_form=call.linear_form(forms.rows, shares[0], k, n),
+            column_form=call.linear_form(forms.columns, shares[1], k, m),
             dx=dx,
             dy=dy,
             dscale=dscale,
@@ -272,19 +272,21 @@ class _Addresses:
         self._kept.append(tensor)
         return tensor.data_ptr()
 
-    def linear_form(self, form: LinearForm | None, share: float, teachers: int) -> Any:
-        """Its losses times `share`; None: 0."""
+    def linear_form(self, form: LinearForm | None, share: float, teachers: int, length: int) -> Any:
+        """Its losses, of so many rows or columns, times `share`; None: 0."""
         if form is None:
             form, share = LinearForm(0.0, (), (0.0,) * teachers), 0.0
-        dot = self._coefficient(form.dots[0]) if form.dots else _ZERO
-        means = [self._coefficient(each) for each in form.means]
-        weight = self._coefficient(form.weight, share)
-        return _cpu.LinearForm(self._coefficient(form.mass), dot, weight, means, form.seen is not None)
+        assert len(form.means) == teachers and len(form.dots) <= 1
+        dot = self._coefficient(form.dots[0], length) if form.dots else _ZERO
+        means = [self._coefficient(each, length) for each in form.means]
+        weight = self._coefficient(form.weight, length, share)
+        return _cpu.LinearForm(self._coefficient(form.mass, length), dot, weight, means, form.seen is not None)
 
-    def _coefficient(self, value: Coefficient, factor: float = 1.0) -> tuple[int, int, float]:
+    def _coefficient(self, value: Coefficient, length: int, factor: float = 1.0) -> tuple[int, int, float]:
         """(address or 0, step, number) of the value times the factor."""
         if not isinstance(value, Tensor):
             return 0, 0, value * factor
+        assert value.dim() == 0 or value.shape[0] == length, f"{tuple(value.shape)}, not {length}"
         if value.dtype != torch.float32 or value.is_neg():
             value = value.detach().float().resolve_neg()
         self._kept.append(value)
