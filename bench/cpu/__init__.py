@@ -5,9 +5,10 @@ python -m bench cpu --long      also N = 32768 and 65536 (together about a quart
 python -m bench cpu --only peak memory
 python -m bench cpu --only small --sizes 32 128 256 512 1024 2048 4096 8192
 python -m bench cpu --only parts   where the time of the native calls goes
+python -m bench cpu --only two     two processes at once on the same cores
 python -m bench cpu --plot      draw docs/cpu_time.png and fill in docs/performance.md from the record
 
-Rows go to bench/results/cpu/. large.py and small.py say what their tables hold.
+Rows go to bench/results/cpu/. large.py, small.py, parts.py and two.py say what their tables hold.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from softclip_kernels.backends import cpu
 
 from .. import ROOT, Row
 from ..records import Record, table
-from . import page, plot
+from . import page, plot, two
 from . import parts as parts_table
 from .large import frozen, growth, memory, peak, speed
 from .small import SIZES, small_batches
 
 LABELS = ("table", "contender", "loss", "dtype", "pass", "n", "d", "scale", "threads")
-TABLES = ("speed", "small", "frozen", "peak", "parts", "memory", "growth")
+TABLES = ("speed", "small", "frozen", "peak", "parts", "memory", "growth", "two")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -43,12 +44,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--sizes", type=int, nargs="+", default=list(SIZES), help="of small and parts (default: 32 to 2048)"
     )
     parser.add_argument("--limit", type=float, default=10.0, help="seconds a call of small may take (default: 10)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a stretch of two (default: 2)")
     parser.add_argument("--plot", action="store_true", help="measure nothing, and show what the record holds")
     parser.add_argument("--record", type=Path, help="that is shown (default: this machine's)")
     parser.add_argument("--pictures", type=Path, default=ROOT / "docs", help="their folder (default: docs/)")
     options = parser.parse_args(arguments)
     if min(*options.sizes, options.n, options.d, options.rounds, options.threads) < 1 or options.limit <= 0:
         parser.error("--sizes, --n, --d, --rounds and --threads must be at least 1, and --limit above 0")
+    if options.seconds <= 0:
+        parser.error("--seconds must be above 0")
     return options
 
 
@@ -70,6 +74,7 @@ def main(arguments: Sequence[str]) -> None:
         "parts": lambda: parts_table.parts(options.sizes, d, rounds),
         "memory": lambda: memory(2 * n, d),
         "growth": lambda: growth((n, 2 * n, *((4 * n, 8 * n) if options.long else ())), d, 3),
+        "two": lambda: two.two_at_once(two.SIZES, d, rounds, two.Stretch(options.seconds)),
     }
     print(f"{record.machine}, level {cpu.level()}\n{record.environment}")
     for part in options.only:
