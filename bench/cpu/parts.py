@@ -6,9 +6,10 @@ softmax    exponentials and their sums, G, the positives
 waiting    for the other threads, and until they start
 passes     gradients cleared before the first block, scaled and rounded after the last
 
-"GFLOP/s" counts the products that no way of computing it does without, 2 N² D of a forward pass and 4 N² D of a
-backward pass, which makes the logits again (2 N² D) where they were not kept. Its share of the peak is of that of
-multiply-adds on registers alone in the same rounds.
+"working" is how many threads a call had, "ms" how long they worked. "GFLOP/s" counts the products that no way of
+computing it does without, 2 N² D of a forward pass and 4 N² D of a backward pass, which makes the logits again (2 N² D)
+where they were not kept. Its share of the peak is of what multiply-adds on registers alone reach on as many threads in
+the same rounds.
 """
 
 from __future__ import annotations
@@ -44,33 +45,33 @@ def parts(sizes: Sequence[int], d: int, rounds: int) -> list[Row]:
 
 def measure(case: Case, rounds: int) -> list[Row]:
     operands, fused = case.operands(), case.fused("cpu")
-    threads, peaks = torch.get_num_threads(), list[float]()
+    most, peaks = torch.get_num_threads(), list[float]()
     seconds: dict[str, dict[str, float]] = {each: dict.fromkeys(cpu.PARTS, 0.0) for each in PRODUCTS}
+    threads = dict.fromkeys(PRODUCTS, 0)
     start, calls = time.perf_counter(), 0
     _both(fused, operands)
     repeats = max(1, int(LONG_ENOUGH / (time.perf_counter() - start)))
     for _ in range(rounds):
-        peaks.append(cpu.peak(cpu.level(), threads, case.dtype == torch.bfloat16))
+        peaks.append(cpu.peak(cpu.level(), most, case.dtype == torch.bfloat16))
         for _ in range(repeats):
             calls += 1
-            for name, found in zip(PRODUCTS, _both(fused, operands), strict=True):
+            for name, (found, count) in zip(PRODUCTS, _both(fused, operands), strict=True):
+                threads[name] += count
                 for part, one in found.items():
                     seconds[name][part] += one
     rows: list[Row] = []
     for name, found in seconds.items():
-        whole = sum(found.values())
-        rate = PRODUCTS[name] * case.n**2 * case.d * calls * threads / whole
+        whole, used = sum(found.values()), threads[name] / calls
+        rate = PRODUCTS[name] * case.n**2 * case.d * calls * used / whole
         shares = {part: one / whole for part, one in found.items()}
-        peak = statistics.median(peaks)
-        row: Row = {**case.labels(), "pass": name, "thread ms": whole / calls * 1e3, **shares}
+        peak = statistics.median(peaks) / most * used
+        row: Row = {**case.labels(), "pass": name, "working": used, "ms": whole / calls / used * 1e3, **shares}
         rows.append(row | {"GFLOP/s": rate / 1e9, "peak GFLOP/s": peak / 1e9, "share": rate / peak})
     return rows
 
 
-def _both(
-    fused: Callable[..., Tensor], operands: tuple[Tensor, Tensor, Tensor]
-) -> tuple[dict[str, float], dict[str, float]]:
+def _both(fused: Callable[..., Tensor], operands: tuple[Tensor, Tensor, Tensor]) -> list[tuple[dict[str, float], int]]:
     """The parts of a forward and of its backward pass."""
     losses: list[Tensor] = []
-    forward = cpu.parts(lambda: losses.append(fused(*operands)))
-    return forward, cpu.parts(lambda: torch.autograd.grad(losses[0], operands))
+    passes = (lambda: losses.append(fused(*operands)), lambda: torch.autograd.grad(losses[0], operands))
+    return [cpu.parts(run) for run in passes]

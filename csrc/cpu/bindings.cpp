@@ -211,9 +211,15 @@ PYBIND11_MODULE(_cpu, module) {
       },
       py::arg("name"), "os.environ.get(name), which takes ten times as long.");
 
-  module.def("stopwatch", &Stopwatch::measure, py::arg("on"),
-             "Seconds that threads spent in packing, products, softmax, waiting and passes, since the last time that "
-             "this was called; whether the next calls are measured.");
+  module.def(
+      "stopwatch",
+      [](bool on) {
+        const Stopwatch::Total total = Stopwatch::measure(on);
+        return py::make_tuple(total.seconds, total.threads);
+      },
+      py::arg("on"),
+      "Seconds that threads spent in packing, products, softmax, waiting and passes, and how many threads, since "
+      "the last time that this was called. on: whether the next calls are measured.");
 
   module.def(
       "peak",

@@ -8,7 +8,7 @@ namespace {
 
 std::atomic<bool> asked_for{false};
 std::mutex mutex;
-Stopwatch::Seconds total{};  // holding the mutex
+Stopwatch::Total total;  // holding the mutex
 
 }  // namespace
 
@@ -17,14 +17,15 @@ bool Stopwatch::asked() { return asked_for.load(std::memory_order_relaxed); }
 void Stopwatch::hand_in() const {
   if (!running_) return;
   std::lock_guard<std::mutex> lock(mutex);
-  for (int part = 0; part < kParts; ++part) total[part] += seconds_[part];
+  for (int part = 0; part < kParts; ++part) total.seconds[part] += seconds_[part];
+  ++total.threads;
 }
 
-Stopwatch::Seconds Stopwatch::measure(bool on) {
+Stopwatch::Total Stopwatch::measure(bool on) {
   std::lock_guard<std::mutex> lock(mutex);
   asked_for.store(on, std::memory_order_relaxed);
-  const Seconds until_now = total;
-  total.fill(0);
+  const Total until_now = total;
+  total = {};
   return until_now;
 }
 

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <chrono>
+#include <cstdint>
 
 namespace softclip {
 
@@ -19,6 +20,10 @@ enum Part : int {
 class Stopwatch {
  public:
   using Seconds = std::array<double, kParts>;
+  struct Total {
+    Seconds seconds{};
+    int64_t threads = 0;  // that handed in; of several calls, each time
+  };
 
   Stopwatch() : running_(asked()), last_(running_ ? Clock::now() : Clock::time_point{}) {}
 
@@ -32,7 +37,7 @@ class Stopwatch {
   void hand_in() const;  // to the process's total
 
   // From now on calls are measured, or not; the total of all threads and calls until now, which starts anew.
-  static Seconds measure(bool on);
+  static Total measure(bool on);
 
  private:
   using Clock = std::chrono::steady_clock;

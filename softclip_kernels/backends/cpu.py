@@ -83,14 +83,15 @@ def peak(name: str, threads: int, bfloat16: bool) -> float:
 PARTS = ("packing", "products", "softmax", "waiting", "passes")  # of csrc/cpu/stopwatch.h
 
 
-def parts(run: Callable[[], object]) -> dict[str, float]:
-    """Seconds that the threads of all native calls of `run` spent in each of PARTS. For benchmarks."""
+def parts(run: Callable[[], object]) -> tuple[dict[str, float], int]:
+    """Seconds that the threads of all native calls of `run` spent in each of PARTS, and how many threads these calls
+    had, added up. For benchmarks."""
     _cpu.stopwatch(True)
     try:
         run()
     finally:
-        seconds = _cpu.stopwatch(False)
-    return dict(zip(PARTS, seconds, strict=True))
+        seconds, threads = _cpu.stopwatch(False)
+    return dict(zip(PARTS, seconds, strict=True)), threads
 
 
 _ZERO = 0, 0, 0.0  # a coefficient
