@@ -63,14 +63,15 @@ void give_back(char* begin, char* end) {
   if (first < last) madvise(first, last - first, MADV_DONTNEED);
 }
 
-Scratch::Scratch(size_t bytes, size_t most_kept) : pages_(kept_pages.exchange(nullptr)), most_kept_(most_kept) {
+Scratch::Scratch(size_t bytes, size_t most_kept)
+    : pages_(kept_pages.exchange(nullptr)), bytes_(bytes), most_kept_(most_kept) {
   if (pages_ != nullptr && pages_->bytes() >= bytes) return;
   pages_.reset();  // before the larger ones are mapped
   pages_ = std::make_unique<Pages>(bytes);
 }
 
 Scratch::~Scratch() {
-  if (!kept()) return;
+  if (!kept()) give_back(pages_->data() + most_kept_, pages_->data() + pages_->bytes());
   pages_.reset(kept_pages.exchange(pages_.release()));
 }
 

@@ -37,9 +37,10 @@ class Pages {
 // The whole pages between two addresses go back to the system; what they held is lost, and they read as zeros.
 void give_back(char* begin, char* end);
 
-// Memory for one call, its contents undefined. If it is small, the next call gets the same pages, because fresh ones
-// cost a small call more than its arithmetic. The process keeps one set, which is taken out of its place while in use:
-// simultaneous calls get different sets, and a forked child gets its own copy of what lay there.
+// Memory for one call, its contents undefined. The next call gets the same pages, because fresh ones cost a small call
+// more than its arithmetic, and a large one some percent; but only so many bytes stay in memory in between. The process
+// keeps one set, which is taken out of its place while in use: simultaneous calls get different sets, and a forked
+// child gets its own copy of what lay there.
 class Scratch {
  public:
   Scratch(size_t bytes, size_t most_kept);
@@ -47,11 +48,12 @@ class Scratch {
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   char* data() const { return pages_->data(); }
-  bool kept() const { return pages_->bytes() <= most_kept_; }
+  // Whether all of it stays in memory for the next call.
+  bool kept() const { return bytes_ <= most_kept_; }
 
  private:
   std::unique_ptr<Pages> pages_;
-  const size_t most_kept_;
+  const size_t bytes_, most_kept_;
 };
 
 }  // namespace softclip

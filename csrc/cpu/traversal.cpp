@@ -34,11 +34,15 @@ class Traversal {
   Traversal(const Plan& plan, Workspace& workspace, Visitor& visitor, Team& team, int thread)
       : plan_(plan), workspace_(workspace), visitor_(visitor), team_(team), thread_(thread) {}
 
-  void work(const Job& job, float* kept) const {
+  void work(const Job& job, float* kept) {
     const int64_t block = plan_.kernels.block, group = block * workspace_.group();
     for (int64_t first = job.row_begin; first < job.row_end; first += group) {
       const int64_t last = std::min(first + group, job.row_end);
-      for (int64_t row = first; row < last; row += block) pack_rows(row, size(row, last), member(row, first));
+      // A thread meets the same rows with other columns in every round, unless blocks are visited with their mirrors.
+      if (first != packed_.begin || last != packed_.end) {
+        for (int64_t row = first; row < last; row += block) pack_rows(row, size(row, last), member(row, first));
+        packed_ = {first, last};
+      }
       workspace_.stopwatch().lap(kPacking);
       for (int64_t column = job.first_column(first); column < job.column_end; column += block) {
         const int columns = size(column, job.column_end);
@@ -117,6 +121,7 @@ class Traversal {
   Visitor& visitor_;
   Team& team_;
   const int thread_;
+  Range packed_{0, 0};  // the group of rows whose panels the workspace holds
 };
 
 }  // namespace
@@ -124,19 +129,18 @@ class Traversal {
 bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
   std::vector<Workspace> workspaces(plan.threads, Workspace(plan));
   const size_t each = (workspaces[0].bytes() + kApart - 1) / kApart * kApart;
-  const size_t shared = (visitor.shared_bytes() + kApart - 1) / kApart * kApart;
-  const Scratch scratch(shared + each * workspaces.size(), kKeptBytes);
-  visitor.attach(scratch.data(), !scratch.kept());
-  char* memory = scratch.data() + shared;
+  const Scratch scratch(each * workspaces.size() + visitor.shared_bytes(), kKeptBytes);
+  char* memory = scratch.data();
   for (Workspace& workspace : workspaces) {
     workspace.attach(memory);
     memory += each;
   }
+  visitor.attach(memory, !scratch.kept());
   const std::vector<int64_t> kept_offsets = plan.kept.data == nullptr ? std::vector<int64_t>{} : plan.kept_offsets();
   Team team(plan.threads, poll);
   team.run([&](int thread) {
     const FlushDenormals flush;
-    const Traversal traversal(plan, workspaces[thread], visitor, team, thread);
+    Traversal traversal(plan, workspaces[thread], visitor, team, thread);
     Stopwatch& stopwatch = workspaces[thread].stopwatch();
     stopwatch.lap(kWaiting);
     visitor.start(thread);
