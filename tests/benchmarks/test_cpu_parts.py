@@ -27,18 +27,23 @@ def leaves():
 
 
 def test_parts_add_up_to_the_calls(leaves, monkeypatch):
-    """On one thread: of every part there is some, and the call takes longer than all of them."""
+    """On one thread: of every part there is some, and the call takes longer than all of them. What each took in the
+    best of some calls, for another process may take the core in the middle of one."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    losses = []
-    start = time.perf_counter()
-    forward, threads = cpu.parts(lambda: losses.append(softclip_loss(*leaves)))
-    middle = time.perf_counter()
-    backward, more = cpu.parts(lambda: torch.autograd.grad(losses[0], leaves))
-    end = time.perf_counter()
-    assert (threads, more) == (1, 1)
-    for found, seconds in ((forward, middle - start), (backward, end - middle)):
-        assert tuple(found) == cpu.PARTS and min(found.values()) > 0
-        assert sum(found.values()) < seconds and found["products"] > 0.3 * sum(found.values())
+    best = {each: dict.fromkeys(cpu.PARTS, float("inf")) for each in ("forward", "backward")}
+    for _ in range(10):
+        losses = []
+        for name, run in (
+            ("forward", lambda: losses.append(softclip_loss(*leaves))),  # noqa: B023
+            ("backward", lambda: torch.autograd.grad(losses[0], leaves)),  # noqa: B023
+        ):
+            start = time.perf_counter()
+            found, threads = cpu.parts(run)
+            assert sum(found.values()) < time.perf_counter() - start
+            assert threads == 1 and tuple(found) == cpu.PARTS and min(found.values()) > 0
+            best[name] = {part: min(seconds, found[part]) for part, seconds in best[name].items()}
+    forward, backward = best.values()
+    assert forward["products"] > 0.3 * sum(forward.values())
     assert forward["passes"] < 0.01 * forward["products"]  # a forward has no gradients
     assert backward["products"] > forward["products"]  # two products for one
 
