@@ -63,7 +63,7 @@ def speed(n: int, d: int, rounds: int) -> list[Row]:
                     if case.loss == "hard" and not no_built_in:
                         contenders[f"{BUILT_IN} {case.dtype} {name}"] = run(problems.built_in, *operands)
     peaks: dict[torch.dtype, list[float]] = {dtype: [] for dtype in DTYPES}
-    contenders |= {f"peak {dtype}": partial(_measure_peak, dtype, peaks[dtype]) for dtype in DTYPES}
+    contenders |= {f"peak {dtype}": partial(measure_peak, dtype, peaks[dtype]) for dtype in DTYPES}
     timings = interleaved(contenders, rounds)
     rows = []
     for case, name, scale, key in timed:
@@ -124,7 +124,8 @@ def frozen(n: int, d: int, rounds: int) -> list[Row]:
     return rows
 
 
-def _measure_peak(dtype: torch.dtype, found: list[float]) -> None:
+def measure_peak(dtype: torch.dtype, found: list[float]) -> None:
+    """Adds the peak of now to those that were found."""
     found.append(cpu.peak(cpu.level(), torch.get_num_threads(), dtype == BF16))
 
 
@@ -139,7 +140,7 @@ def peak(n: int, widths: tuple[int, ...], rounds: int) -> list[Row]:
             "hard, forward": forward_only(hard.fused("cpu"), *operands),
             "hard": forward_backward(hard.fused("cpu"), *operands),
             "psd": forward_backward(psd.fused("cpu"), *operands),
-            "peak": partial(_measure_peak, dtype, peaks),
+            "peak": partial(measure_peak, dtype, peaks),
         }
         timings = interleaved(contenders, rounds)
         reached = statistics.median(peaks)

@@ -26,9 +26,9 @@ from softclip_kernels.backends import cpu
 
 from .. import Row, problems
 from ..problems import Case
+from .large import measure_peak
+from .small import DTYPES, LOSSES
 
-LOSSES = ("hard", "psd")
-DTYPES = torch.float32, torch.bfloat16
 PRODUCTS = {"forward": 2, "backward": 4}  # multiples of N² D floating-point operations
 LONG_ENOUGH = 0.1  # seconds of calls in a round
 
@@ -52,7 +52,7 @@ def measure(case: Case, rounds: int) -> list[Row]:
     _both(fused, operands)
     repeats = max(1, int(LONG_ENOUGH / (time.perf_counter() - start)))
     for _ in range(rounds):
-        peaks.append(cpu.peak(cpu.level(), most, case.dtype == torch.bfloat16))
+        measure_peak(case.dtype, peaks)
         for _ in range(repeats):
             calls += 1
             for name, (found, count) in zip(PRODUCTS, _both(fused, operands), strict=True):

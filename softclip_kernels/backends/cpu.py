@@ -94,7 +94,6 @@ def parts(run: Callable[[], object]) -> tuple[dict[str, float], int]:
     return dict(zip(PARTS, seconds, strict=True)), threads
 
 
-_ZERO = 0, 0, 0.0  # a coefficient
 _NO_RANKS, _NO_SCALARS = torch.empty(0, dtype=torch.int64), torch.empty(0, SCALARS)
 
 
@@ -256,6 +255,9 @@ def _threads(problem: Problem) -> int:
     widths = [problem.x.shape[1]] + [teacher.x.shape[1] for teacher in problem.teachers if teacher.x is not None]
     work = problem.rows * problem.columns * (sum(widths) + 16)
     return max(1, min(torch.get_num_threads(), int(work / MULTIPLY_ADDS_PER_THREAD[threads_in_use()])))
+
+
+_ZERO = 0, 0, 0.0  # a coefficient
 
 
 class _Addresses:
