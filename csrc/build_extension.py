@@ -26,8 +26,8 @@ CSRC = Path(__file__).resolve().parent
 LOG = CSRC.parent / "build" / "cpu.log"
 CPU = CSRC / "cpu"
 COMMON = (
-    "bindings", "softmax_forward", "softmax_backward", "positives", "linear_form", "traversal", "workspace", "plan",
-    "schedule", "team", "openmp", "stopwatch", "memory",
+    "bindings", "softmax_forward", "softmax_backward", "positives", "linear_form", "traversal", "workspace", "panels",
+    "plan", "schedule", "team", "openmp", "stopwatch", "memory",
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-Wall", "-Wextra")
 # gcc's own intrinsics headers start results from deliberately uninitialized registers.

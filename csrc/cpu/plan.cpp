@@ -39,10 +39,9 @@ Distribution unbiased(int product, bool transposed, double scale) {
   return {product, transposed, high, static_cast<float>(factor - high), false, {}, {}};
 }
 
-// `length` rows or columns up to whole register tiles, as the products write them.
-int64_t whole_tiles(int64_t length, int tile) { return (length + tile - 1) / tile * tile; }
-
 }  // namespace
+
+int64_t whole_tiles(int64_t length, int tile) { return (length + tile - 1) / tile * tile; }
 
 Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in, Wanted wanted_in, Kept kept_in)
     : kernels(kernels_in),

@@ -19,6 +19,9 @@ constexpr double kLn2 = 0.69314718055994530942, kLog2E = 1.4426950408889634074;
 // places. An index `side` says which of the two is meant.
 enum Side : int { kDirect = 0, kMirror = 1, kSides = 2 };
 
+// `length` up to whole register tiles, as panels are packed and the products write.
+int64_t whole_tiles(int64_t length, int tile);
+
 constexpr int opposite(int side) { return kMirror - side; }
 
 // dots = left[I] . right[J]^T; by side (x, y) and (y, x).

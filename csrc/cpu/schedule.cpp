@@ -18,7 +18,19 @@ Schedule::Schedule(int64_t rows, int64_t columns, int threads, bool mirrored)
 // Mirrored: one round of each group with itself, then groups - 1 rounds of the tournament. Otherwise a Latin square.
 int Schedule::rounds() const { return groups_; }
 
+Range Schedule::rows(int group) const { return {boundary(rows_, groups_, group), boundary(rows_, groups_, group + 1)}; }
+
+Range Schedule::columns(int group) const {
+  return {boundary(columns_, groups_, group), boundary(columns_, groups_, group + 1)};
+}
+
 int64_t Schedule::most_rows() const { return (rows_ + groups_ - 1) / groups_; }
+
+int64_t Schedule::most_columns() const { return (columns_ + groups_ - 1) / groups_; }
+
+Range Schedule::own_groups(int thread) const {
+  return {boundary(groups_, threads_, thread), boundary(groups_, threads_, thread + 1)};
+}
 
 Range Schedule::own_rows(int thread) const {
   return {boundary(rows_, threads_, thread), boundary(rows_, threads_, thread + 1)};
@@ -29,9 +41,9 @@ Range Schedule::own_columns(int thread) const {
 }
 
 Job Schedule::between(int row_group, int column_group) const {
-  return {boundary(rows_, groups_, row_group), boundary(rows_, groups_, row_group + 1),
-          boundary(columns_, groups_, column_group), boundary(columns_, groups_, column_group + 1),
-          mirrored_ && row_group == column_group};
+  const Range rows = this->rows(row_group), columns = this->columns(column_group);
+  const bool triangle = mirrored_ && row_group == column_group;
+  return {rows.begin, rows.end, columns.begin, columns.end, triangle, row_group, column_group};
 }
 
 std::vector<Job> Schedule::jobs(int round, int thread) const {

@@ -12,6 +12,7 @@ namespace softclip {
 struct Job {
   int64_t row_begin, row_end, column_begin, column_end;
   bool triangle;
+  int row_group, column_group;  // whose rows and columns they are
   // Of the blocks in the row of blocks that begins here.
   int64_t first_column(int64_t row) const { return triangle ? row : column_begin; }
 };
@@ -29,7 +30,13 @@ class Schedule {
   Schedule(int64_t rows, int64_t columns, int threads, bool mirrored);
   int rounds() const;
   std::vector<Job> jobs(int round, int thread) const;
-  int64_t most_rows() const;  // of a job
+  // Rows and columns are divided between as many groups; a job is one group's rows by one group's columns.
+  int groups() const { return groups_; }
+  Range rows(int group) const;
+  Range columns(int group) const;
+  int64_t most_rows() const;  // of a group
+  int64_t most_columns() const;
+  Range own_groups(int thread) const;  // of which the thread's own rows and columns consist
   // Rows and columns divided as round 0 divides them: nobody else touches a thread's before that round's end.
   Range own_rows(int thread) const;
   Range own_columns(int thread) const;

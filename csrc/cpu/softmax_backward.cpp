@@ -129,7 +129,7 @@ class Backward final : public Visitor {
     gy_.clear(plan_.schedule.own_columns(thread));
   }
 
-  void block(Workspace& workspace, int member, const Block& block) override {
+  void block(Workspace& workspace, const Packed& packed, const Block& block) override {
     for (int side = 0; side < block.sides(); ++side) take_positives(workspace, block, side);
     // Every side's G reads the dots of both, so all of G first.
     const bool shared = plan_.shares_student.has_value();
@@ -143,7 +143,7 @@ class Backward final : public Visitor {
     }
     workspace.stopwatch().lap(kSoftmax);
     for (int side = 0; side < block.sides(); ++side) {
-      add_products(workspace, member, block, side);
+      add_products(workspace, packed, block, side);
       workspace.stopwatch().lap(kProducts);
       add_positives(block, side);
       workspace.stopwatch().lap(kSoftmax);
@@ -201,7 +201,7 @@ class Backward final : public Visitor {
                                     block.columns);
   }
 
-  void add_products(Workspace& workspace, int member, const Block& block, int side) const {
+  void add_products(Workspace& workspace, const Packed& packed, const Block& block, int side) const {
     const Product& student = plan_.products[0];
     const ProductKernels& kernels = plan_.product_kernels(student);
     const float* g = workspace.g(side);
@@ -213,12 +213,12 @@ class Backward final : public Visitor {
       along_rows = workspace.g_along_rows();
     }
     if (plan_.wanted.left(side)) {
-      kernels.add_product(along_columns, workspace.right_rows(side), block.rows, block.columns, plan_.width,
-                          left(side).row(block.row));
+      kernels.add_product(along_columns, packed.right.right_rows(side, block.column), block.rows, block.columns,
+                          plan_.width, left(side).row(block.row));
     }
     if (plan_.wanted.right(side)) {
       Tiles& out = workspace.right_tiles(side);
-      kernels.add_transposed_product(along_rows, workspace.left_rows(side, member), block.rows, block.columns,
+      kernels.add_transposed_product(along_rows, packed.left.left_rows(side, block.row), block.rows, block.columns,
                                      plan_.width, out.filled, out.data);
       out.filled = true;
     }

@@ -82,7 +82,7 @@ class Forward final : public Visitor {
     if (out.column_ranks != nullptr) std::fill_n(out.column_ranks, plan.columns, 0);
   }
 
-  void block(Workspace& workspace, int, const Block& block) override {
+  void block(Workspace& workspace, const Packed& /*packed*/, const Block& block) override {
     for (int side = 0; side < block.sides(); ++side) {
       for (size_t q = 0; q < plan_.distributions.size(); ++q) {
         if (q != plan_.shares_student) accumulate(workspace, block, side, q);

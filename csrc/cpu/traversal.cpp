@@ -31,29 +31,27 @@ void transpose(const float* from, float* to, int size, int64_t step) {
 // One thread's way.
 class Traversal {
  public:
-  Traversal(const Plan& plan, Workspace& workspace, Visitor& visitor, Team& team, int thread)
-      : plan_(plan), workspace_(workspace), visitor_(visitor), team_(team), thread_(thread) {}
+  Traversal(const Plan& plan, const SharedPanels& shared, Workspace& workspace, Visitor& visitor, Team& team,
+            int thread)
+      : plan_(plan), shared_(shared), workspace_(workspace), visitor_(visitor), team_(team), thread_(thread) {}
 
   void work(const Job& job, float* kept) {
     const int64_t block = plan_.kernels.block, group = block * workspace_.group();
     for (int64_t first = job.row_begin; first < job.row_end; first += group) {
       const int64_t last = std::min(first + group, job.row_end);
-      // A thread meets the same rows with other columns in every round, unless blocks are visited with their mirrors.
-      if (first != packed_.begin || last != packed_.end) {
-        for (int64_t row = first; row < last; row += block) pack_rows(row, size(row, last), member(row, first));
-        packed_ = {first, last};
-      }
+      const Panels& left = shared_.used() ? shared_.left(job.row_group) : packed(workspace_.left(), {first, last});
       workspace_.stopwatch().lap(kPacking);
       for (int64_t column = job.first_column(first); column < job.column_end; column += block) {
         const int columns = size(column, job.column_end);
-        pack_columns(column, columns);
+        const Panels& right =
+            shared_.used() ? shared_.right(job.column_group) : packed(workspace_.right(), {column, column + columns});
         workspace_.stopwatch().lap(kPacking);
         for (int64_t row = first; row < last && !(job.triangle && row > column); row += block) {
           if (team_.stopped(thread_)) return;
           const bool diagonal = job.triangle && row == column;
           const Block visited{row, column, size(row, last), columns, plan_.mirrored && !diagonal};
           if (kept != nullptr) workspace_.use_kept(kept, plan_.kept_block(job, visited));
-          visit(member(row, first), visited);
+          visit({left, right}, visited);
         }
         visitor_.columns_done(workspace_, column, columns);
         workspace_.stopwatch().lap(kProducts);
@@ -65,43 +63,20 @@ class Traversal {
   int size(int64_t begin, int64_t end) const {
     return static_cast<int>(std::min<int64_t>(plan_.kernels.block, end - begin));
   }
-  int member(int64_t row, int64_t first) const { return static_cast<int>((row - first) / plan_.kernels.block); }
 
-  void pack_rows(int64_t row, int rows, int member) const {
-    const Kernels& kernels = plan_.kernels;
-    for (int side = 0; side < plan_.sides(); ++side) {
-      for (size_t p = 0; plan_.multiplies() && p < plan_.products.size(); ++p) {
-        const Product& product = plan_.products[p];
-        kernels.pack(product.left[side], row, rows, kernels.tile_rows, product.bf16x2,
-                     workspace_.left(p, side, member));
-      }
-      if (!plan_.wanted.right(side)) continue;
-      const Product& student = plan_.products[0];
-      kernels.pack_transposed(student.left[side], row, rows, student.bf16x2, workspace_.left_rows(side, member));
-    }
+  // A thread meets the same rows with other columns in every round, unless blocks are visited with their mirrors.
+  static const Panels& packed(Panels& panels, const Range& rows) {
+    panels.pack(rows);
+    return panels;
   }
 
-  void pack_columns(int64_t column, int columns) const {
-    const Kernels& kernels = plan_.kernels;
-    for (int side = 0; side < plan_.sides(); ++side) {
-      for (size_t p = 0; plan_.multiplies() && p < plan_.products.size(); ++p) {
-        const Product& product = plan_.products[p];
-        kernels.pack(product.right[side], column, columns, kernels.tile_columns, product.bf16x2,
-                     workspace_.right(p, side));
-      }
-      if (!plan_.wanted.left(side)) continue;
-      const Product& student = plan_.products[0];
-      kernels.pack_transposed(student.right[side], column, columns, student.bf16x2, workspace_.right_rows(side));
-    }
-  }
-
-  void visit(int member, const Block& block) const {
-    if (plan_.multiplies()) multiply(member, block);
+  void visit(const Packed& packed, const Block& block) const {
+    if (plan_.multiplies()) multiply(packed, block);
     workspace_.stopwatch().lap(kProducts);
-    visitor_.block(workspace_, member, block);
+    visitor_.block(workspace_, packed, block);
   }
 
-  void multiply(int member, const Block& block) const {
+  void multiply(const Packed& packed, const Block& block) const {
     for (int side = 0; side < plan_.sides(); ++side) {
       for (size_t p = 0; p < plan_.products.size(); ++p) {
         if (side == kMirror && !block.with_mirror) {  // on the diagonal
@@ -109,42 +84,50 @@ class Traversal {
           continue;
         }
         const Product& product = plan_.products[p];
-        plan_.product_kernels(product).multiply(workspace_.left(p, side, member), workspace_.right(p, side),
-                                                product.summed, block.rows, block.columns, workspace_.dots(p, side),
-                                                workspace_.dots_step());
+        plan_.product_kernels(product).multiply(packed.left.left(p, side, block.row),
+                                                packed.right.right(p, side, block.column), product.summed, block.rows,
+                                                block.columns, workspace_.dots(p, side), workspace_.dots_step());
       }
     }
   }
 
   const Plan& plan_;
+  const SharedPanels& shared_;
   Workspace& workspace_;
   Visitor& visitor_;
   Team& team_;
   const int thread_;
-  Range packed_{0, 0};  // the group of rows whose panels the workspace holds
 };
 
 }  // namespace
 
 bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
-  std::vector<Workspace> workspaces(plan.threads, Workspace(plan));
+  SharedPanels shared(plan);
+  std::vector<Workspace> workspaces(plan.threads, Workspace(plan, !shared.used()));
   const size_t each = (workspaces[0].bytes() + kApart - 1) / kApart * kApart;
-  const Scratch scratch(each * workspaces.size() + visitor.shared_bytes(), kKeptBytes);
+  const Scratch scratch(each * workspaces.size() + shared.bytes() + visitor.shared_bytes(), kKeptBytes);
   char* memory = scratch.data();
   for (Workspace& workspace : workspaces) {
     workspace.attach(memory);
     memory += each;
   }
-  visitor.attach(memory, !scratch.kept());
+  shared.attach(memory);
+  visitor.attach(memory + shared.bytes(), !scratch.kept());
   const std::vector<int64_t> kept_offsets = plan.kept.data == nullptr ? std::vector<int64_t>{} : plan.kept_offsets();
   Team team(plan.threads, poll);
   team.run([&](int thread) {
     const FlushDenormals flush;
-    Traversal traversal(plan, workspaces[thread], visitor, team, thread);
+    Traversal traversal(plan, shared, workspaces[thread], visitor, team, thread);
     Stopwatch& stopwatch = workspaces[thread].stopwatch();
     stopwatch.lap(kWaiting);
     visitor.start(thread);
     stopwatch.lap(kPasses);
+    if (shared.used()) {
+      shared.pack(thread);
+      stopwatch.lap(kPacking);
+      team.wait(thread);
+      stopwatch.lap(kWaiting);
+    }
     for (int round = 0; round < plan.schedule.rounds(); ++round) {
       float* kept = plan.kept.data == nullptr ? nullptr : plan.kept.data + kept_offsets[round * plan.threads + thread];
       for (const Job& job : plan.schedule.jobs(round, thread)) {

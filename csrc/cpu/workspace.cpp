@@ -8,58 +8,52 @@ namespace {
 // Of packed row blocks in a thread and in all: a share of the last-level cache, and the process does not grow with
 // threads.
 constexpr int64_t kGroupBytes = 10 << 20, kAllGroupsBytes = 20 << 20;
-constexpr int64_t kAlignment = 16;  // floats: a cache line
+
+// How many row blocks of a thread's share that is.
+int group_of(const Plan& plan) {
+  const int block = plan.kernels.block;
+  const int64_t blocks = std::max<int64_t>(1, (plan.schedule.most_rows() + block - 1) / block);
+  const int64_t budget = std::min(kGroupBytes, kAllGroupsBytes / plan.threads) / static_cast<int64_t>(sizeof(float));
+  const int64_t member = std::max<int64_t>(1, Panels(plan, kLeft, block).floats());
+  return static_cast<int>(std::clamp<int64_t>(budget / member, 1, blocks));
+}
 
 }  // namespace
 
 int64_t Workspace::reserve(int64_t floats) {
   const int64_t offset = floats_;
-  floats_ += (floats + kAlignment - 1) / kAlignment * kAlignment;
+  floats_ += whole_tiles(floats, kCacheLine);
   return offset;
 }
 
-Workspace::Workspace(const Plan& plan) {
-  const int block = plan.kernels.block, columns = plan.kernels.tile_columns, sides = plan.sides();
+Workspace::Workspace(const Plan& plan, bool own_panels)
+    : area_(int64_t{plan.kernels.block} * plan.kernels.block),
+      length_(plan.kernels.block),
+      group_(group_of(plan)),
+      sides_(plan.sides()),
+      left_(plan, kLeft, own_panels ? group_ * length_ : 0),
+      right_(plan, kRight, own_panels ? length_ : 0),
+      dots_step_(length_) {
   const Wanted wanted = plan.wanted;
-  sides_ = sides;
-  area_ = int64_t{block} * block;
-  length_ = block;
-  dots_step_ = block;
-  const bool bf16x2 = plan.products[0].bf16x2;
-  rows_step_ = (plan.width + columns - 1) / columns * columns * (bf16x2 ? block / 2 : block);
-  int64_t member = 0;  // floats of one row block, all products
-  for (const auto& product : plan.products) {
-    step_.push_back(plan.multiplies() ? product.summed * block : 0);
-    member += step_.back() * sides;
-  }
-  for (int side = 0; side < sides; ++side) member += wanted.right(side) ? rows_step_ : 0;
-  const int64_t rows = plan.schedule.most_rows();
-  const int64_t blocks = std::max<int64_t>(1, (rows + block - 1) / block);
-  const int64_t budget = std::min(kGroupBytes, kAllGroupsBytes / plan.threads) / static_cast<int64_t>(sizeof(float));
-  group_ = static_cast<int>(std::clamp<int64_t>(budget / std::max<int64_t>(member, 1), 1, blocks));
   const auto each_side = [&](int64_t floats) {
     Offsets offsets{};
-    for (int side = 0; side < sides; ++side) offsets.side[side] = reserve(floats);
+    for (int side = 0; side < sides_; ++side) offsets.side[side] = reserve(floats);
     return offsets;
   };
-  for (size_t p = 0; p < plan.products.size(); ++p) {
-    left_.push_back(each_side(step_[p] * group_));
-    right_.push_back(each_side(step_[p]));
-    dots_.push_back(each_side(plan.kept.data == nullptr ? area_ : 0));
-  }
+  reserve(left_.floats() + right_.floats());
+  for (size_t p = 0; p < plan.products.size(); ++p) dots_.push_back(each_side(plan.kept.data == nullptr ? area_ : 0));
   lines_ = reserve(kLines * length_);
   if (!wanted.any()) return;
-  for (int side = 0; side < sides; ++side) {
-    left_rows_.side[side] = reserve(wanted.right(side) ? rows_step_ * group_ : 0);
-    right_rows_.side[side] = reserve(wanted.left(side) ? rows_step_ : 0);
-    tiles_.side[side] = reserve(wanted.right(side) ? (plan.width + columns - 1) / columns * columns * block : 0);
-  }
+  const int64_t tiles = whole_tiles(plan.width, plan.kernels.tile_columns) * length_;
+  for (int side = 0; side < sides_; ++side) tiles_.side[side] = reserve(wanted.right(side) ? tiles : 0);
   g_ = plan.gradient_in_place() ? dots_[0] : each_side(area_);
-  if (bf16x2) rounded_g_ = reserve(area_);
+  if (plan.products[0].bf16x2) rounded_g_ = reserve(area_);
 }
 
 void Workspace::attach(char* memory) {
   memory_ = reinterpret_cast<float*>(memory);
+  left_.attach(memory_);
+  right_.attach(memory_ + left_.floats());
   for (int side = 0; side < kSides; ++side) right_tiles_[side].data = memory_ + tiles_[side];
 }
 

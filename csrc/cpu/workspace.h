@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "panels.h"
 #include "plan.h"
 #include "stopwatch.h"
 
@@ -39,22 +40,17 @@ struct Tiles {
   bool filled = false;
 };
 
-// One thread's memory: panels of a group of row blocks (`left`, each a `member` of it) and of one column block
-// (`right`), dots, G, and scratch. What it holds at first is undefined.
+// One thread's memory: panels of a group of row blocks and of one column block, unless panels are shared; dots, G, and
+// scratch. What it holds at first is undefined.
 class Workspace {
  public:
-  explicit Workspace(const Plan& plan);
+  Workspace(const Plan& plan, bool own_panels);
   size_t bytes() const { return floats_ * sizeof(float); }
   int group() const { return group_; }  // how many row blocks share one packed column block
   void attach(char* memory);
 
-  float* left(size_t product, int side, int member) const {
-    return memory_ + left_[product][side] + member * step_[product];
-  }
-  float* right(size_t product, int side) const { return memory_ + right_[product][side]; }
-  // For the gradient's products: rows of the left matrix by member, of the right matrix.
-  float* left_rows(int side, int member) const { return memory_ + left_rows_[side] + member * rows_step_; }
-  float* right_rows(int side) const { return memory_ + right_rows_[side]; }
+  Panels& left() { return left_; }
+  Panels& right() { return right_; }
   Tiles& right_tiles(int side) { return right_tiles_[side]; }  // G^T . left rows, by side
   float* dots(size_t product, int side) const {
     return kept_ != nullptr ? kept_ + (static_cast<int64_t>(product) * sides_ + side) * kept_area_
@@ -80,11 +76,11 @@ class Workspace {
     int64_t operator[](int index) const { return side[index]; }
   };
   int64_t reserve(int64_t floats);
-  int64_t floats_ = 0, area_, length_, rows_step_ = 0, lines_ = 0, rounded_g_ = 0;
-  int group_ = 1, sides_ = 1;
-  std::vector<int64_t> step_;
-  std::vector<Offsets> left_, right_, dots_;
-  Offsets left_rows_{}, right_rows_{}, tiles_{}, g_{};
+  int64_t floats_ = 0, area_, length_, lines_ = 0, rounded_g_ = 0;
+  int group_, sides_;
+  Panels left_, right_;
+  std::vector<Offsets> dots_;
+  Offsets tiles_{}, g_{};
   Tiles right_tiles_[kSides];
   Stopwatch stopwatch_;
   float* memory_ = nullptr;
