@@ -5,8 +5,9 @@
 namespace softclip {
 namespace {
 
-// Of all panels that threads share: beyond it, each packs the few blocks at a time that its caches hold.
-constexpr int64_t kSharedBytes = 8 << 20;
+// Of all panels that threads share. With the logits that a small problem keeps (plan.h), and workspaces, that is less
+// than the 32 MiB that the library promises.
+constexpr int64_t kSharedBytes = 9 << 20;
 
 }  // namespace
 
