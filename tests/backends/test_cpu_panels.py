@@ -51,12 +51,12 @@ def student(problem, k, keep, wanted):
 @pytest.mark.parametrize("dtype", cpu.DTYPES)
 @pytest.mark.parametrize(
     "shape",
-    ((1, 1, 1), (15, 33, 5), (245, 500, 40), (500, 245, 33), (2, 2, 3), (33, 33, 40), (245, 245, 33), (500, 500, 40)),
+    ((15, 33, 5), (245, 500, 40), (500, 245, 33), (2, 2, 3), (245, 245, 33), (500, 500, 40)),
 )
 def test_shared_panels_change_no_bit(level, shape, dtype, keep, threads):
     """Groups of rows that are no whole tiles or blocks, or an odd number of them; squares with mirrors."""
     n, m, d = shape
-    teachers = (MIRRORED,) if n == m > 1 else ()
+    teachers = (MIRRORED,) if n == m else ()
     wide = of_no_weight(n, m, dtype, level, 1 + len(teachers))
     for count, wanted in ((1, Wanted()), (2, Wanted(x=False)), (3, Wanted()), (3, Wanted(y=False)), (5, Wanted())):
         threads(count)
