@@ -25,8 +25,11 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).resolve().parent
 LOG = CSRC.parent / "build" / "cpu.log"
 CPU = CSRC / "cpu"
+PYTHON = ("bindings", "tensors")  # the files that see Python
 COMMON = (
-    "bindings", "softmax_forward", "softmax_backward", "positives", "linear_form", "traversal", "workspace", "panels",
+PYTHON = ("bindings", "tensors")  # the files that see Python
+COMMON = (
+    *PYTHON, "softmax_forward", "softmax_backward", "positives", "linear_form", "traversal", "workspace", "panels",
     "plan", "schedule", "team", "openmp", "stopwatch", "memory",
 )  # fmt: skip
 FLAGS = ("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-pthread", "-Wall", "-Wextra")
@@ -112,7 +115,7 @@ def _build(target: Path, objects: Path) -> None:
     extra = shlex.split(os.environ.get("SOFTCLIP_CPU_FLAGS", ""))
     levels = _levels()
     units: dict[str, Sequence[str]] = dict.fromkeys(COMMON, ())
-    units["bindings"] = ("-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include())
+    units |= dict.fromkeys(PYTHON, ("-I", sysconfig.get_paths()["include"], "-I", pybind11.get_include()))
     units |= {f"level_{level.name}": (*level.flags, *LEVEL_FLAGS) for level in levels}
     objects.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)

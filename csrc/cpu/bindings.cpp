@@ -1,5 +1,4 @@
-// The Python module softclip_kernels._cpu. Tensors arrive as addresses, sizes and strides, so that one build serves
-// every version of PyTorch. softclip_kernels/backends/cpu.py, the only caller, has checked everything.
+// The Python module softclip_kernels._cpu. softclip_kernels/backends/cpu.py, the only caller, has checked everything.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,7 +7,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "levels.h"
@@ -18,18 +17,12 @@
 #include "schedule.h"
 #include "stopwatch.h"
 #include "team.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace softclip;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 const Kernels& kernels_of(const std::string& name) {
   for (const Level& level : supported_levels()) {
@@ -38,18 +31,13 @@ const Kernels& kernels_of(const std::string& name) {
   throw std::invalid_argument("instruction set '" + name + "' is not supported on this machine");
 }
 
-// (address or 0, step, number)
-using PyCoefficient = std::tuple<Address, int64_t, double>;
-
-Coefficient coefficient(const PyCoefficient& given) {
-  return {pointer<const float>(std::get<0>(given)), std::get<1>(given), std::get<2>(given)};
-}
-
-std::vector<Coefficient> coefficients(const std::vector<PyCoefficient>& given) {
-  std::vector<Coefficient> result;
-  for (const PyCoefficient& each : given) result.push_back(coefficient(each));
-  return result;
-}
+// A Problem with the memory that it lies in.
+struct BoundProblem {
+  explicit BoundProblem(py::object given) : object(std::move(given)), problem(tensors.problem(object)) {}
+  const py::object object;
+  Tensors tensors;
+  const Problem problem;
+};
 
 // Runs an operation without the GIL, looking for Ctrl-C now and then.
 template <class Operation>
@@ -68,113 +56,89 @@ void interruptible(const Operation& operation) {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
-  py::class_<Matrix>(module, "Matrix")
-      .def(
-          py::init([](Address data, int64_t rows, int64_t width, int64_t row_step, int64_t column_step, bool bfloat16) {
-            return Matrix{pointer<const void>(data),
-                          rows,
-                          width,
-                          row_step,
-                          column_step,
-                          bfloat16 ? Dtype::bfloat16 : Dtype::float32};
-          }),
-          py::arg("data"), py::arg("rows"), py::arg("width"), py::arg("row_step"), py::arg("column_step"),
-          py::arg("bfloat16"));
-
-  py::class_<Teacher>(module, "Teacher")
-      .def(py::init(
-               [](int source, Address scale, const Matrix* x, const Matrix* y, Address row_bias, Address column_bias) {
-                 return Teacher{static_cast<Source>(source),
-                                scale ? *pointer<const float>(scale) : 1.0,
-                                x ? *x : Matrix{},
-                                y ? *y : Matrix{},
-                                pointer<const float>(row_bias),
-                                pointer<const float>(column_bias)};
-               }),
-           py::arg("source"), py::arg("scale"), py::arg("x").none(true), py::arg("y").none(true), py::arg("row_bias"),
-           py::arg("column_bias"));
-
-  py::class_<Problem>(module, "Problem")
-      .def(py::init([](const Matrix& x, const Matrix& y, Address scale, std::vector<Teacher> teachers,
-                       Address positive_column, Address row_segment, Address column_segment, Address row_threshold,
-                       Address column_threshold) {
-             return Problem{x,
-                            y,
-                            *pointer<const float>(scale),
-                            pointer<const int64_t>(positive_column),
-                            pointer<const int32_t>(row_segment),
-                            pointer<const int32_t>(column_segment),
-                            std::move(teachers),
-                            pointer<const float>(row_threshold),
-                            pointer<const float>(column_threshold)};
-           }),
-           py::arg("x"), py::arg("y"), py::arg("scale"), py::arg("teachers"), py::kw_only(), py::arg("positive_column"),
-           py::arg("row_segment"), py::arg("column_segment"), py::arg("row_threshold"), py::arg("column_threshold"));
-
-  py::class_<LinearForm>(module, "LinearForm")
-      .def(py::init([](const PyCoefficient& mass, const PyCoefficient& dot, const PyCoefficient& weight,
-                       const std::vector<PyCoefficient>& means, bool segmented) {
-             return LinearForm{coefficient(mass), coefficient(dot), coefficient(weight), coefficients(means),
-                               segmented};
-           }),
-           py::arg("mass"), py::arg("dot"), py::arg("weight"), py::arg("means"), py::arg("segmented"));
+  py::class_<BoundProblem>(module, "Problem", "A problem.Problem, with segments of int32, where it lies in memory.")
+      .def(py::init<py::object>(), py::arg("problem"));
 
   module.def(
       "forward",
-      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
-         Address positive_logit, Address row_ranks, Address column_ranks, Address kept) {
+      [](const BoundProblem& bound, const std::string& level, int threads, py::handle rows, py::handle columns,
+         py::handle positive_logit, py::handle row_ranks, py::handle column_ranks, py::handle kept) {
         const Kernels& kernels = kernels_of(level);
-        const Statistics out{{pointer<float>(rows), problem.x.rows},
-                             {pointer<float>(columns), problem.y.rows},
-                             pointer<float>(positive_logit),
-                             pointer<int64_t>(row_ranks),
-                             pointer<int64_t>(column_ranks)};
+        const Problem& problem = bound.problem;
+        const Statistics out{{elements<float>(rows), problem.x.rows},
+                             {elements<float>(columns), problem.y.rows},
+                             elements<float>(positive_logit),
+                             elements<int64_t>(row_ranks),
+                             elements<int64_t>(column_ranks)};
+        float* const dots = elements<float>(kept);
         int64_t summed_twice = 0;
         interruptible([&](const Poll& poll) {
-          return forward(kernels, problem, out, threads, poll, &summed_twice, pointer<float>(kept));
+          return forward(kernels, problem, out, threads, poll, &summed_twice, dots);
         });
         return summed_twice;
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
       py::arg("positive_logit"), py::arg("row_ranks"), py::arg("column_ranks"), py::arg("kept"),
-      "How many blocks were summed twice, because a term had outgrown the reference of its row or column.");
+      "Fills the tensors of a Statistics; None or no elements: not wanted. How many blocks were summed twice, because "
+      "a term had outgrown the reference of its row or column.");
+
+  module.def(
+      "reduced",
+      [](const BoundProblem& bound, py::handle rows, py::handle columns, py::handle positive_logit, py::handle row_form,
+         py::handle column_form, std::pair<double, double> shares) {
+        const Problem& problem = bound.problem;
+        const int64_t n = problem.x.rows, m = problem.y.rows;
+        const size_t teachers = problem.teachers.size();
+        Tensors tensors;
+        PositiveLogits positives{nullptr, nullptr, n};
+        if (problem.positive_column != nullptr) positives.logit = tensors.vector<float>(positive_logit, n);
+        double total = 0;
+        if (!row_form.is_none()) {
+          total += sum_of_losses(tensors.linear_form(row_form, shares.first, teachers, n),
+                                 tensors.statistics(rows, teachers, n), positives);
+        }
+        if (!column_form.is_none()) {
+          positives.along = problem.positive_column;
+          total += sum_of_losses(tensors.linear_form(column_form, shares.second, teachers, m),
+                                 tensors.statistics(columns, teachers, m), positives);
+        }
+        return total;
+      },
+      py::arg("problem"), py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("positive_logit"),
+      py::arg("row_form"), py::arg("column_form"), py::arg("shares"),
+      "The sum of both directions' losses times their shares. A form: a linear_form.LinearForm, or None.");
 
   module.def(
       "backward",
-      [](const Problem& problem, const std::string& level, int threads, Address rows, Address columns,
-         Address positive_logit, const LinearForm& row_form, const LinearForm& column_form, Address dx, Address dy,
-         Address dscale, bool rounded, Address kept) {
+      [](const BoundProblem& bound, const std::string& level, int threads, py::handle rows, py::handle columns,
+         py::handle positive_logit, py::handle row_form, py::handle column_form, std::pair<double, double> shares,
+         py::handle dx, py::handle dy, py::handle dscale, bool rounded, py::handle kept) {
         const Kernels& kernels = kernels_of(level);
-        const Gradients in{{pointer<const float>(rows), problem.x.rows},
-                           {pointer<const float>(columns), problem.y.rows},
-                           pointer<const float>(positive_logit),
-                           row_form,
-                           column_form,
-                           {pointer<void>(dx), rounded ? problem.x.dtype : Dtype::float32},
-                           {pointer<void>(dy), rounded ? problem.y.dtype : Dtype::float32},
-                           pointer<float>(dscale)};
-        interruptible(
-            [&](const Poll& poll) { return backward(kernels, problem, in, threads, poll, pointer<float>(kept)); });
+        const Problem& problem = bound.problem;
+        const int64_t n = problem.x.rows, m = problem.y.rows;
+        const size_t teachers = problem.teachers.size();
+        Tensors tensors;
+        const Gradients in{tensors.statistics(rows, teachers, n),
+                           tensors.statistics(columns, teachers, m),
+                           problem.positive_column ? tensors.vector<float>(positive_logit, n) : nullptr,
+                           tensors.linear_form(row_form, shares.first, teachers, n),
+                           tensors.linear_form(column_form, shares.second, teachers, m),
+                           {elements<void>(dx), rounded ? problem.x.dtype : Dtype::float32},
+                           {elements<void>(dy), rounded ? problem.y.dtype : Dtype::float32},
+                           elements<float>(dscale)};
+        float* const dots = elements<float>(kept);
+        interruptible([&](const Poll& poll) { return backward(kernels, problem, in, threads, poll, dots); });
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
-      py::arg("positive_logit"), py::arg("row_form"), py::arg("column_form"), py::arg("dx"), py::arg("dy"),
-      py::arg("dscale"), py::arg("rounded"), py::arg("kept"),
-      "`rounded`: dx and dy have the dtypes of x and y, else float32. An address of 0: not wanted.");
-
-  module.def(
-      "sum_of_losses",
-      [](const LinearForm& form, Address statistics, int64_t length, Address positive_logit, Address along,
-         int64_t positives) {
-        return sum_of_losses(form, {pointer<const float>(statistics), length},
-                             {pointer<const float>(positive_logit), pointer<const int64_t>(along), positives});
-      },
-      py::arg("form"), py::arg("statistics"), py::arg("length"), py::arg("positive_logit"), py::arg("along"),
-      py::arg("positives"));
+      py::arg("positive_logit"), py::arg("row_form"), py::arg("column_form"), py::arg("shares"), py::arg("dx"),
+      py::arg("dy"), py::arg("dscale"), py::arg("rounded"), py::arg("kept"),
+      "Of the sum of both forms' losses times their shares. `rounded`: dx and dy have the dtypes of x and y, else "
+      "float32. None: not wanted.");
 
   module.def(
       "kept_floats",
-      [](const Problem& problem, const std::string& level, int threads) {
-        return kept_floats(kernels_of(level), problem, threads);
+      [](const BoundProblem& bound, const std::string& level, int threads) {
+        return kept_floats(kernels_of(level), bound.problem, threads);
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"),
       "How many floats a forward takes as `kept`, for a backward that need not multiply again.");
@@ -198,18 +162,27 @@ PYBIND11_MODULE(_cpu, module) {
       py::arg("rows"), py::arg("columns"), py::arg("threads"), py::arg("mirrored"),
       "By round, by thread: its jobs (row begin, row end, column begin, column end, triangle). For tests.");
 
-  module.def("borrow_threads", &borrow_threads, py::arg("allowed"),
-             "Whether calls work on PyTorch's threads where they can be had, instead of new ones each time.");
-
-  module.def("can_borrow_threads", &can_borrow_threads);
+  module.def(
+      "borrow_threads",
+      [](bool allowed) {
+        borrow_threads(allowed);
+        return can_borrow_threads();
+      },
+      py::arg("allowed"),
+      "Whether calls work on PyTorch's threads where these can be had, instead of new ones each time; and whether they "
+      "can now.");
 
   module.def(
       "environment",
-      [](const std::string& name) -> py::object {
-        const char* value = std::getenv(name.c_str());
-        return value == nullptr ? py::object(py::none()) : py::str(value);
+      [](py::args names) {
+        py::tuple values(names.size());
+        for (size_t i = 0; i < names.size(); ++i) {
+          const char* value = std::getenv(names[i].cast<std::string>().c_str());
+          values[i] = value == nullptr ? py::object(py::none()) : py::str(value);
+        }
+        return values;
       },
-      py::arg("name"), "os.environ.get(name), which takes ten times as long.");
+      "os.environ.get of every name, which takes ten times as long.");
 
   module.def(
       "stopwatch",

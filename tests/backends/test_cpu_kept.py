@@ -58,8 +58,7 @@ def test_what_is_kept_is_hardly_more_than_the_logits(level, count):
     on the diagonal lie there twice."""
     for n, m, teachers in ((2048, 2048, MIRRORED), (2048, 2048, ()), (1000, 700, ()), (700, 1000, ())):
         x, y = unit_rows(n, 8, dtype=torch.float32), unit_rows(m, 8, seed=1, dtype=torch.float32)
-        call = cpu._Call(Problem(x, y, torch.tensor(9.0), teachers=teachers))
-        kept = cpu._cpu.kept_floats(call.problem, level, count)
+        kept = cpu._cpu.kept_floats(cpu._bound(Problem(x, y, torch.tensor(9.0), teachers=teachers)), level, count)
         assert n * m <= kept <= 1.15 * n * m
 
 
@@ -136,19 +135,19 @@ def test_no_more_is_written_than_was_asked_for(level, threads):
             for teachers in ((), MIRRORED):
                 x = unit_rows(n, 8, dtype=torch.float32)
                 problem = Problem(x, x, torch.tensor(9.0), teachers=teachers)
-                call, threads_in_use = cpu._Call(problem), cpu._threads(problem)
-                needed = cpu._cpu.kept_floats(call.problem, level, threads_in_use)
+                bound, threads_in_use = cpu._bound(problem), cpu._threads(problem, cpu._settings())
+                needed = cpu._cpu.kept_floats(bound, level, threads_in_use)
                 fenced = torch.full((needed + 4096,), 77.0)
                 statistics = CPU.forward(problem)
                 cpu._cpu.forward(
-                    call.problem,
+                    bound,
                     level,
                     threads_in_use,
-                    rows=statistics.rows.packed.data_ptr(),
-                    columns=statistics.columns.packed.data_ptr(),
-                    positive_logit=0,
-                    row_ranks=0,
-                    column_ranks=0,
-                    kept=fenced.data_ptr(),
+                    rows=statistics.rows.packed,
+                    columns=statistics.columns.packed,
+                    positive_logit=None,
+                    row_ranks=None,
+                    column_ranks=None,
+                    kept=fenced,
                 )
                 assert (fenced[needed:] == 77).all() and not (fenced[:needed] == 77).all()

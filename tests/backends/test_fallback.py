@@ -31,7 +31,7 @@ def fresh(monkeypatch):
 def missing(monkeypatch, *names):
     """Present or absent whatever this machine has."""
     monkeypatch.setattr(triton, "_installed", lambda: "triton" not in names)
-    there = SimpleNamespace(environment=os.environ.get, borrow_threads=bool, can_borrow_threads=bool)
+    there = SimpleNamespace(environment=lambda *names: tuple(map(os.environ.get, names)), borrow_threads=bool)
     monkeypatch.setattr(cpu, "_cpu", None if "cpu" in names else there)
     monkeypatch.setattr(cpu, "_LEVELS", [] if "cpu" in names else ["portable"])
     monkeypatch.setattr(cpu, "_MISSING", "its extension is not there" if "cpu" in names else None)

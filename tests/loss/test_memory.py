@@ -96,9 +96,10 @@ def test_cpu(dtype, width, targets):
 # Regressions: a doubled block, operands copied whole, one byte for each pair.
 LARGER_BLOCK = "from softclip_kernels.backends import chunked; chunked.BLOCK['cpu'] *= 2"
 COPIED_OPERANDS = """
+from dataclasses import replace
 from softclip_kernels.backends import cpu
-packed = cpu._Call._matrix
-cpu._Call._matrix = lambda call, tensor: packed(call, tensor.clone())
+bound = cpu._bound
+cpu._bound = lambda problem: bound(replace(problem, x=problem.x.clone(), y=problem.y.clone()))
 """
 ALL_PAIRS = """
 import torch
