@@ -93,7 +93,7 @@ def unwatched(problem: Problem, name: str) -> backends.Backend | None:
     """The backend where nothing watches, to be called without the operators: the dispatcher and what it makes of the
     arguments cost a small batch as much as its kernel, and an operator has neither what a forward keeps nor a backend's
     own `reduced`. None where something does."""
-    return None if _watched(problem) else backends.select(name, problem)
+    return None if watched(problem.x) else backends.select(name, problem)
 
 
 def statistics_of(problem: Problem, backend: str) -> Statistics:
@@ -119,10 +119,10 @@ def gradients_of(
     return tuple(result if needs else None for result, needs in zip(results, needed, strict=True))
 
 
-def _watched(problem: Problem) -> bool:
-    """Whether a compiler, a tracer or another dispatch mode, or a subclass of Tensor is to see the operators.
+def watched(x: Any) -> bool:
+    """Whether a compiler, a tracer or another dispatch mode, or a subclass of Tensor is to see the operators on x.
     torch._C._len_torch_dispatch_stack: torch 2.8 to 2.13."""
-    plain = type(problem.x) in (Tensor, nn.Parameter)
+    plain = type(x) in (Tensor, nn.Parameter)
     return not plain or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 

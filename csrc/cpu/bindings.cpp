@@ -84,29 +84,26 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "reduced",
-      [](const BoundProblem& bound, py::handle rows, py::handle columns, py::handle positive_logit, py::handle row_form,
-         py::handle column_form, std::pair<double, double> shares) {
-        const Problem& problem = bound.problem;
-        const int64_t n = problem.x.rows, m = problem.y.rows;
-        const size_t teachers = problem.teachers.size();
+      [](py::handle rows, py::handle columns, py::handle positive_logit, py::handle positive_column,
+         py::handle row_form, py::handle column_form, std::pair<double, double> shares) {
         Tensors tensors;
-        PositiveLogits positives{nullptr, nullptr, n};
-        if (problem.positive_column != nullptr) positives.logit = tensors.vector<float>(positive_logit, n);
+        const int64_t n = size(rows, 1), m = size(columns, 1), teachers = size(rows, 0) / 2;
+        const int64_t* along = tensors.vector<int64_t>(positive_column, n);
+        const float* logit = along == nullptr ? nullptr : tensors.vector<float>(positive_logit, n);
         double total = 0;
         if (!row_form.is_none()) {
           total += sum_of_losses(tensors.linear_form(row_form, shares.first, teachers, n),
-                                 tensors.statistics(rows, teachers, n), positives);
+                                 tensors.statistics(rows, teachers, n), {logit, nullptr, n});
         }
         if (!column_form.is_none()) {
-          positives.along = problem.positive_column;
           total += sum_of_losses(tensors.linear_form(column_form, shares.second, teachers, m),
-                                 tensors.statistics(columns, teachers, m), positives);
+                                 tensors.statistics(columns, teachers, m), {logit, along, n});
         }
         return total;
       },
-      py::arg("problem"), py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("positive_logit"),
+      py::kw_only(), py::arg("rows"), py::arg("columns"), py::arg("positive_logit"), py::arg("positive_column"),
       py::arg("row_form"), py::arg("column_form"), py::arg("shares"),
-      "The sum of both directions' losses times their shares. A form: a linear_form.LinearForm, or None.");
+      "The sum of both directions' losses times their shares. A form: a linear_form.LinearForm, or None: no losses.");
 
   module.def(
       "backward",
@@ -116,7 +113,7 @@ PYBIND11_MODULE(_cpu, module) {
         const Kernels& kernels = kernels_of(level);
         const Problem& problem = bound.problem;
         const int64_t n = problem.x.rows, m = problem.y.rows;
-        const size_t teachers = problem.teachers.size();
+        const auto teachers = static_cast<int64_t>(problem.teachers.size());
         Tensors tensors;
         const Gradients in{tensors.statistics(rows, teachers, n),
                            tensors.statistics(columns, teachers, m),

@@ -100,10 +100,6 @@ bool is(py::handle tensor, PyObject* question) { return call(tensor, question).p
 
 bool has_dtype(py::handle tensor, py::handle dtype) { return get(tensor, names().dtype).is(dtype); }
 
-int64_t size(py::handle tensor, int dimension) {
-  return integer(call(tensor, names().size, py::int_(dimension).ptr()));
-}
-
 int64_t stride(py::handle tensor, int dimension) {
   return integer(call(tensor, names().stride, py::int_(dimension).ptr()));
 }
@@ -122,6 +118,10 @@ py::object resolved(py::handle tensor, py::handle dtype) {
 }
 
 }  // namespace
+
+int64_t size(py::handle tensor, int dimension) {
+  return integer(call(tensor, names().size, py::int_(dimension).ptr()));
+}
 
 template <class T>
 T* elements(py::handle tensor) {
@@ -152,9 +152,9 @@ const T* Tensors::vector(py::handle tensor, int64_t length) {
   return elements<const T>(tensor);
 }
 
-PackedStatistics<const float> Tensors::statistics(py::handle packed, size_t teachers, int64_t length) {
+PackedStatistics<const float> Tensors::statistics(py::handle packed, int64_t teachers, int64_t length) {
   expect(size(packed, 1), length);
-  return {vector<float>(packed, static_cast<int64_t>(1 + 2 * teachers)), length};
+  return {vector<float>(packed, 1 + 2 * teachers), length};
 }
 
 Teacher Tensors::teacher(py::handle teacher, int64_t rows, int64_t columns) {
@@ -193,13 +193,13 @@ Problem Tensors::problem(py::handle problem) {
   return result;
 }
 
-LinearForm Tensors::linear_form(py::handle form, double share, size_t teachers, int64_t length) {
+LinearForm Tensors::linear_form(py::handle form, double share, int64_t teachers, int64_t length) {
   const Coefficient zero{nullptr, 0, 0};
   if (form.is_none()) return {zero, zero, zero, std::vector<Coefficient>(teachers, zero), false};
   LinearForm result;
   result.mass = coefficient(get(form, names().mass), length);
   const py::tuple dots = get(form, names().dots), means = get(form, names().means);
-  expect(static_cast<int64_t>(means.size()), static_cast<int64_t>(teachers));
+  expect(static_cast<int64_t>(means.size()), teachers);
   result.dot = dots.empty() ? zero : coefficient(dots[0], length);
   for (const py::handle mean : means) result.means.push_back(coefficient(mean, length));
   result.weight = coefficient(get(form, names().weight), length, share);

@@ -23,17 +23,19 @@ class Tensors {
   template <class T>
   const T* vector(pybind11::handle tensor, int64_t length);
   // (1 + 2K, length)
-  PackedStatistics<const float> statistics(pybind11::handle packed, size_t teachers, int64_t length);
+  PackedStatistics<const float> statistics(pybind11::handle packed, int64_t teachers, int64_t length);
   // The fields of the same names of softclip_kernels/problem.py.
   Problem problem(pybind11::handle problem);
   // Of softclip_kernels/linear_form.py, its losses, of `length` rows or columns, times `share`; None: 0.
-  LinearForm linear_form(pybind11::handle form, double share, size_t teachers, int64_t length);
+  LinearForm linear_form(pybind11::handle form, double share, int64_t teachers, int64_t length);
 
  private:
   Teacher teacher(pybind11::handle teacher, int64_t rows, int64_t columns);
   Coefficient coefficient(pybind11::handle value, int64_t length, double factor = 1);
   std::vector<pybind11::object> copies_;
 };
+
+int64_t size(pybind11::handle tensor, int dimension);
 
 // Where a tensor's elements lie; null for None and for a tensor without elements.
 template <class T>

@@ -171,10 +171,10 @@ class CpuBackend:
         self, problem: Problem, statistics: Statistics, forms: LinearForms, shares: tuple[float, float]
     ) -> Tensor:
         total = _cpu.reduced(
-            _bound(problem),
             rows=statistics.rows.packed,
             columns=statistics.columns.packed,
             positive_logit=statistics.positive_logit,
+            positive_column=problem.positive_column,
             row_form=forms.rows,
             column_form=forms.columns,
             shares=shares,

@@ -40,6 +40,11 @@ class Hard(Target):
         if self.local and self.labels is None:
             raise ValueError("local=True says how labels count columns; give labels, or leave it out")
 
+    @property
+    def is_diagonal(self) -> bool:
+        """Row i matches column i, and nothing else: what it lowers to depends on the batch's shape alone."""
+        return self.labels is None and self.groups is None and self.smoothing == 0.0
+
     def lower(self, context: Context) -> LoweredTarget:
         hard = self._grouped(context) if self.groups is not None else self._indexed(context)
         if self.smoothing == 0.0:

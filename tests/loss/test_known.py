@@ -1,0 +1,102 @@
+"""What calls of CLIP's own loss over small batches keep from one to the next (softmax._known) changes none of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from softclip_kernels import Hard, softclip_loss
+from softclip_kernels.losses import softmax
+from softclip_kernels.testing import Result, operands
+
+N, D = 12, 8
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """Nothing, as in a new process."""
+    monkeypatch.setattr(softmax, "_known", {})
+    return softmax._known
+
+
+def loss_of(target=None, n=N, m=None, **options):
+    return Result.of_loss(*operands(n, m or n, D, dtype=torch.float32), target, **options)
+
+
+def of_two_calls(first, second):
+    """The second's result after the first, and in a process of its own."""
+    first()
+    after = second()
+    softmax._known.clear()
+    return after, second()
+
+
+OTHERS = {
+    "labels": lambda: loss_of(Hard(torch.arange(N).flip(0))),
+    "smoothing": lambda: loss_of(Hard(smoothing=0.1)),
+    "sum": lambda: loss_of(reduction="sum"),
+    "rows": lambda: loss_of(direction="rows"),
+    "more rows": lambda: loss_of(n=N + 1),
+    "float64": lambda: Result.of_loss(*operands(N, N, D, dtype=torch.float64)),
+    "another backend": lambda: loss_of(backend="reference"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_call_is_not_taken_for_one_before(name):
+    after, alone = of_two_calls(loss_of, OTHERS[name])
+    assert not after.differing(alone)
+    assert loss_of().differing(after)
+
+
+def test_a_call_like_one_before_has_other_values(known):
+    x, y, scale = operands(N, N, D, dtype=torch.float32)
+    after, alone = of_two_calls(loss_of, lambda: Result.of_loss(y, x, 2 * scale, Hard()))
+    assert len(known) == 1 and not after.differing(alone) and loss_of().differing(after)
+
+
+def test_what_may_be_wrong_with_a_call_like_one_before_is_still_an_error(known):
+    x, y, scale = operands(N, N, D, dtype=torch.float32)
+    softclip_loss(x, y, scale)
+    assert len(known) == 1
+    with pytest.raises(ValueError, match="logit_scale is 0.0; it must be positive"):
+        softclip_loss(x, y, torch.tensor(0.0))
+    with pytest.raises(ValueError, match=r"logit_scale must be one floating number, .*not shape \(2,\)"):
+        softclip_loss(x, y, torch.ones(2))
+    with pytest.raises(TypeError, match=r"x is torch.float32 but y is torch.float64"):
+        softclip_loss(x, y.double(), scale)
+    with pytest.raises(ValueError, match="pairs row i with column i"):
+        softclip_loss(x, y[1:], scale)
+    with pytest.raises(TypeError, match=r"x has layout torch.sparse_coo"):
+        softclip_loss(x.to_sparse(), y, scale)
+    for name, value in (("reduction", "median"), ("direction", "up"), ("backend", "cuda")):
+        with pytest.raises(ValueError, match=f"{name}='{value}' is not known"):
+            softclip_loss(x, y, scale, **{name: value})
+    assert len(known) == 1
+
+
+def test_calls_after_one_in_inference_mode_learn():
+    """Its tensors cannot be saved for a backward pass."""
+    with torch.inference_mode():
+        softclip_loss(*operands(N, N, D, dtype=torch.float32))
+    assert loss_of().dx.any()
+
+
+def test_calls_after_one_with_fake_tensors_are_real(known):
+    with FakeTensorMode():
+        softclip_loss(torch.empty(N, D), torch.empty(N, D), 9.0)
+    assert not known
+    assert loss_of().loss.isfinite()
+
+
+def test_only_so_much_is_kept(known, monkeypatch):
+    for n in range(1, 3 * softmax.MOST_KNOWN):
+        loss_of(n=n)
+        assert 1 <= len(known) <= softmax.MOST_KNOWN
+    known.clear()
+    monkeypatch.setattr(softmax, "SMALL", N)
+    loss_of(n=N + 1)
+    assert not known
+    loss_of(n=N)
+    assert len(known) == 1
