@@ -27,8 +27,6 @@ LOG = CSRC.parent / "build" / "cpu.log"
 CPU = CSRC / "cpu"
 PYTHON = ("bindings", "tensors")  # the files that see Python
 COMMON = (
-PYTHON = ("bindings", "tensors")  # the files that see Python
-COMMON = (
     *PYTHON, "softmax_forward", "softmax_backward", "positives", "linear_form", "traversal", "workspace", "panels",
     "plan", "schedule", "team", "openmp", "stopwatch", "memory",
 )  # fmt: skip
