@@ -77,18 +77,23 @@ class LinearForms(NamedTuple):
 
     def kept(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], LinearForms]]:
         """Every tensor, for save_for_backward, and what makes the forms again of them, which holds none."""
-        flat = [_flat(form) for form in self]
-        if not any(isinstance(each, Tensor) for one in flat for each in one):
+        hollow = [*_flat(self.rows), *_flat(self.columns)]
+        places = [place for place, each in enumerate(hollow) if isinstance(each, Tensor)]
+        if not places:
             return [], lambda tensors: self
-        hollow = [[Tensor if isinstance(each, Tensor) else each for each in one] for one in flat]
-        dots = [0 if form is None else len(form.dots) for form in self]
+        kept = [hollow[place] for place in places]
+        for place in places:
+            hollow[place] = None
+        dots = [None if form is None else len(form.dots) for form in self]
+        of_columns = len(_flat(self.rows))
 
         def restored(tensors: Sequence[Tensor]) -> LinearForms:
-            remaining = iter(tensors)
-            filled = [[next(remaining) if each is Tensor else each for each in one] for one in hollow]
-            return LinearForms(*(_of(one, count) for one, count in zip(filled, dots, strict=True)))
+            filled = list(hollow)
+            for place, tensor in zip(places, tensors, strict=True):
+                filled[place] = tensor
+            return LinearForms(_of(filled[:of_columns], dots[0]), _of(filled[of_columns:], dots[1]))
 
-        return [each for one in flat for each in one if isinstance(each, Tensor)], restored
+        return kept, restored
 
 
 class ReducedGradient(NamedTuple):
@@ -135,8 +140,8 @@ def _flat(form: LinearForm | None) -> list[Any]:
     return [] if form is None else [form.mass, form.weight, form.seen, *form.dots, *form.means]
 
 
-def _of(flat: Sequence[Any], dots: int) -> LinearForm | None:
-    if not flat:
+def _of(flat: Sequence[Any], dots: int | None) -> LinearForm | None:
+    if dots is None:
         return None
     mass, weight, seen, *others = flat
     return LinearForm(mass, tuple(others[:dots]), tuple(others[dots:]), weight, seen)

@@ -32,11 +32,6 @@ if TYPE_CHECKING:
 REDUCTIONS = ("mean", "sum", "none")
 DIRECTIONS = ("both", "rows", "columns")
 
-# Of so few rows a call takes as long to prepare as to compute: what follows from shapes alone is kept from call to
-# call, of so many different calls.
-SMALL, MOST_KNOWN = 4096, 16
-_known: dict[Any, tuple[CompletedTarget, Layout]] = {}
-
 
 class Losses(NamedTuple):
     """reduction="none": rows (N,) image→text and columns (M,) text→image, this rank's own; (0,) of a direction that is
@@ -185,12 +180,12 @@ class Request:
         checks.one_of("direction", self.direction, DIRECTIONS)
         backends.check_name(self.backend)
         checks.embeddings(self.x, self.y)
-        if self.target is not None:
-            check_target("target", self.target)
         self.check_values()
 
     def check_values(self) -> None:
         """What may be wrong where a call of the same shapes was right."""
+        if self.target is not None:
+            check_target("target", self.target)
         checks.logit_scale(self.logit_scale, self.x.device)
         if self.learns:
             guard_rails.alone(self.group)
@@ -283,16 +278,18 @@ def _loss(
 def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
     """Everything before the first pass over the similarities. Over ranks, whatever may raise does so before any of them
     waits for another."""
-    key = _key(request)
-    if key is not None and (known := _known.get(key)) is not None:
-        request.check_values()
-        target, layout = known
-        scale = _as_scale(request.logit_scale, layout)
-        return target.lowered.problem(request.x, request.y, scale), target, layout
     x, y, exchange = request.x, request.y, as_exchange(request.group)
-    layout = agreement.make_layout(x, y, exchange, request.check)
-    checks.not_empty(layout.n, layout.m)
+    known = _known_of(request)
+    if known.layout is None:
+        known.layout = agreement.make_layout(x, y, exchange, request.check)
+        checks.not_empty(known.layout.n, known.layout.m)
+    else:
+        request.check_values()
+    layout = known.layout
     scale = _as_scale(request.logit_scale, layout)
+    diagonal = request.target is None or (type(request.target) is Hard and request.target.is_diagonal)
+    if diagonal and known.diagonal is not None:
+        return known.diagonal.lowered.problem(x, y, scale), known.diagonal, layout
     context = Context((x, y, scale), layout, request.backend, request.direction)
 
     def lower() -> LoweredTarget:
@@ -306,24 +303,42 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
         layout = agreement.decide_plan(lowered.problem(x, y, scale), layout)
         context = replace(context, layout=layout)
     target = lowered.complete(context)
-    if key is not None:
-        if len(_known) == MOST_KNOWN:
-            _known.clear()
-        _known[key] = target, layout
+    if diagonal:
+        known.diagonal = target
     return target.lowered.problem(x, y, scale), target, layout
 
 
-def _key(request: Request) -> Any:
-    """What the target and the layout follow from, for a small batch of CLIP's own loss in one process; None of any
-    other."""
-    x, y, target = request.x, request.y, request.target
-    diagonal = target is None or (type(target) is Hard and target.is_diagonal)
-    if not diagonal or request.group is not None or request.ranked or ops.watched(x) or ops.watched(y):
-        return None
-    if not (x.is_cpu and x.dim() == 2 and len(x) <= SMALL):
-        return None
+@dataclass
+class _Known:
+    """What follows from the shapes of a call alone, once it is known: the layout of operands in which nothing is wrong,
+    and CLIP's own target."""
+
+    layout: Layout | None = None
+    diagonal: CompletedTarget | None = None
+
+
+# By what the shapes are, of so few rows that a call takes as long to prepare as to compute.
+SMALL, MOST_KNOWN = 4096, 16
+_by_shapes: dict[Any, _Known] = {}
+
+
+def _known_of(request: Request) -> _Known:
+    """What is known from calls of the same shapes, and is to be filled; of one process, on the CPU, where nothing
+    watches."""
+    x, y = request.x, request.y
+    if request.group is not None or ops.watched(x) or ops.watched(y) or not x.is_cpu or x.dim() != 2 or len(x) > SMALL:
+        return _Known()
     operands = x.shape, y.shape, x.dtype, y.dtype, y.device, x.layout, y.layout
-    return *operands, request.reduction, request.direction, request.backend, torch.is_inference_mode_enabled()
+    key = *operands, request.reduction, request.direction, request.backend, torch.is_inference_mode_enabled()
+    try:
+        known = _by_shapes.get(key)
+    except TypeError:  # an option that is no string: the checks say what is wrong with it
+        return _Known()
+    if known is None:
+        if len(_by_shapes) >= MOST_KNOWN:
+            _by_shapes.clear()
+        known = _by_shapes[key] = _Known()
+    return known
 
 
 def _as_scale(value: Tensor | float, layout: Layout) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,11 +39,14 @@ class LoweredTarget:
 
     def scaled(self, rows: Coefficient, columns: Coefficient) -> LoweredTarget:
         """Every entry of row i times rows[i], of column j times columns[j]: the entries, not the losses' weights."""
-        return replace(
-            self,
-            positive=None if self.positive is None else self.positive.scaled(rows, columns),
-            linear=tuple(term.scaled(rows, columns) for term in self.linear),
-            teachers=tuple(term.scaled(rows, columns) for term in self.teachers),
+        return LoweredTarget(
+            None if self.positive is None else self.positive.scaled(rows, columns),
+            tuple([term.scaled(rows, columns) for term in self.linear]),
+            tuple([term.scaled(rows, columns) for term in self.teachers]),
+            self.row_weight,
+            self.column_weight,
+            self.segments,
+            self.step,
         )
 
     def plus(self, other: LoweredTarget) -> LoweredTarget:
@@ -52,11 +56,10 @@ class LoweredTarget:
         positive, linear = self.positive or other.positive, self.linear
         if self.positive is not None and other.positive is not None:  # a kernel computes one positive a row
             linear = (*linear, other.positive)
-        return replace(
-            self,
-            positive=positive,
-            linear=linear + other.linear,
-            teachers=self.teachers + other.teachers,
+        return LoweredTarget(
+            positive,
+            linear + other.linear,
+            self.teachers + other.teachers,
             step=other.step if self.step is None else self.step,
         )
 
@@ -91,11 +94,12 @@ class LoweredTarget:
         """With what depends on other ranks; the only step that communicates."""
         if self.segments is not None:
             context = replace(context, segments=self.segments)
-        teachers = tuple(term.complete(context) for term in self.teachers)
+        teachers = tuple([term.complete(context) for term in self.teachers])
+        changed = any(map(operator.is_not, teachers, self.teachers))
         return CompletedTarget(
             None if self.positive is None else self.positive.complete(context),
-            tuple(term.complete(context) for term in self.linear),
-            replace(self, teachers=teachers) if teachers else self,
+            tuple([term.complete(context) for term in self.linear]),
+            replace(self, teachers=teachers) if changed else self,
         )
 
 

@@ -42,11 +42,14 @@ class Term:
     column_coefficient: Coefficient
 
     def scaled(self: AnyTerm, rows: Coefficient, columns: Coefficient) -> AnyTerm:
-        return replace(
-            self,
-            row_coefficient=times(self.row_coefficient, rows),
-            column_coefficient=times(self.column_coefficient, columns),
-        )
+        changed = {
+            "row_coefficient": times(self.row_coefficient, rows),
+            "column_coefficient": times(self.column_coefficient, columns),
+        }
+        # Without dataclasses.replace, which takes six times as long.
+        scaled = object.__new__(type(self))
+        scaled.__dict__.update(self.__dict__ | changed)
+        return scaled
 
     def structure(self) -> str:
         """What every rank's term must have in common."""
