@@ -20,13 +20,13 @@ SOFTCLIP_INLINE int64_t elements(int count) {
   return (count + Element::kProducts - 1) / Element::kProducts;
 }
 
-// A register tile: sum over k of left[k * step_k + r * step_row] times right[k * kTileColumns + c], stored or added to
-// out.
-template <class Element, int kStepK, int kStepRow, bool kAdd>
+// The first kRows rows of a register tile: sum over k of left[k * step_k + r * step_row] times
+// right[k * kTileColumns + c], stored or added to out.
+template <class Element, int kRows, int kStepK, int kStepRow, bool kAdd>
 SOFTCLIP_INLINE void tile(const float* left, const float* right, int64_t summed, float* out, int64_t out_step) {
-  Vector total[kTileRows][kVectors];
+  Vector total[kRows][kVectors];
   SOFTCLIP_UNROLL
-  for (int r = 0; r < kTileRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     SOFTCLIP_UNROLL
     for (int v = 0; v < kVectors; ++v) total[r][v] = broadcast(0);
     // To the second-level cache: where rows are a multiple of 4 KiB apart, these lines would push each other out of the
@@ -40,7 +40,7 @@ SOFTCLIP_INLINE void tile(const float* left, const float* right, int64_t summed,
     SOFTCLIP_UNROLL
     for (int v = 0; v < kVectors; ++v) b[v] = Element::right(right + v * kLanes);
     SOFTCLIP_UNROLL
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const typename Element::Operand a = Element::left(left + r * kStepRow);
       SOFTCLIP_UNROLL
       for (int v = 0; v < kVectors; ++v) total[r][v] = Element::add_product(a, b[v], total[r][v]);
@@ -49,12 +49,28 @@ SOFTCLIP_INLINE void tile(const float* left, const float* right, int64_t summed,
     right += kTileColumns;
   }
   SOFTCLIP_UNROLL
-  for (int r = 0; r < kTileRows; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     SOFTCLIP_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* p = out + r * out_step + v * kLanes;
       store(p, kAdd ? load(p) + total[r][v] : total[r][v]);
     }
+  }
+}
+
+// Of a tile in which a block ends, as many rows as are there, rounded up to one or two of these: in small problems such
+// tiles are many. Fewer rows would not keep the multipliers busy.
+constexpr int kEdgeRows = (kTileRows + 2) / 4;
+
+template <class Element, int kStepK, int kStepRow, bool kAdd>
+SOFTCLIP_INLINE void tile_of(int rows, const float* left, const float* right, int64_t summed, float* out,
+                             int64_t out_step) {
+  if (rows > 2 * kEdgeRows) {
+    tile<Element, kTileRows, kStepK, kStepRow, kAdd>(left, right, summed, out, out_step);
+  } else if (rows > kEdgeRows) {
+    tile<Element, 2 * kEdgeRows, kStepK, kStepRow, kAdd>(left, right, summed, out, out_step);
+  } else {
+    tile<Element, kEdgeRows, kStepK, kStepRow, kAdd>(left, right, summed, out, out_step);
   }
 }
 
@@ -65,8 +81,8 @@ void multiply(const void* left, const void* right, int64_t summed, int rows, int
   const auto *lefts = static_cast<const float*>(left), *rights = static_cast<const float*>(right);
   for (int j = 0; j < columns; j += kTileColumns) {
     for (int i = 0; i < rows; i += kTileRows) {
-      tile<Element, kTileRows, 1, false>(lefts + i * summed, rights + j * summed, summed, dots + i * dots_step + j,
-                                         dots_step);
+      tile_of<Element, kTileRows, 1, false>(rows - i, lefts + i * summed, rights + j * summed, summed,
+                                            dots + i * dots_step + j, dots_step);
     }
   }
 }
@@ -80,11 +96,11 @@ void add_product(const void* g, const void* right, int rows, int columns, int64_
       const float* left = static_cast<const float*>(g) + i * kRow;
       const float* panel = static_cast<const float*>(right) + d * summed;
       if (i + kTileRows <= rows && d + kTileColumns <= width) {
-        tile<Element, 1, kRow, true>(left, panel, summed, out + i * width + d, width);
+        tile<Element, kTileRows, 1, kRow, true>(left, panel, summed, out + i * width + d, width);
         continue;
       }
       float edge[kTileRows * kTileColumns];
-      tile<Element, 1, kRow, false>(left, panel, summed, edge, kTileColumns);
+      tile_of<Element, 1, kRow, false>(rows - i, left, panel, summed, edge, kTileColumns);
       const int some_rows = rows - i < kTileRows ? rows - i : kTileRows;
       const int some_columns = width - d < kTileColumns ? static_cast<int>(width - d) : kTileColumns;
       for (int r = 0; r < some_rows; ++r) {
@@ -99,8 +115,8 @@ template <class Element, bool kAdd>
 void transposed_product(const float* g, const float* right, int64_t summed, int columns, int64_t width, float* tiles) {
   for (int64_t d = 0; d < width; d += kTileColumns) {
     for (int j = 0; j < columns; j += kTileRows) {
-      tile<Element, kBlock, 1, kAdd>(g + j, right + d * summed, summed, tiles + d * kBlock + j * kTileColumns,
-                                     kTileColumns);
+      tile_of<Element, kBlock, 1, kAdd>(columns - j, g + j, right + d * summed, summed,
+                                        tiles + d * kBlock + j * kTileColumns, kTileColumns);
     }
   }
 }

@@ -122,12 +122,8 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
     stopwatch.lap(kWaiting);
     visitor.start(thread);
     stopwatch.lap(kPasses);
-    if (shared.used()) {
-      shared.pack(thread);
-      stopwatch.lap(kPacking);
-      team.wait(thread);
-      stopwatch.lap(kWaiting);
-    }
+    shared.pack(thread);  // what its jobs of the first round take; the others take it after that round
+    stopwatch.lap(kPacking);
     for (int round = 0; round < plan.schedule.rounds(); ++round) {
       float* kept = plan.kept.data == nullptr ? nullptr : plan.kept.data + kept_offsets[round * plan.threads + thread];
       for (const Job& job : plan.schedule.jobs(round, thread)) {
