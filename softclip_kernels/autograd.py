@@ -136,7 +136,7 @@ class LocalLossFunction(torch.autograd.Function):
         tensors, ctx.sources = problem.tensors(), problem.sources()
         ctx.save_for_backward(*tensors, *known, statistics.kept, *coefficients)
         ctx.problem_tensors = len(tensors)
-        ctx.shares, ctx.diagonal, ctx.backend = local.shares, local.diagonal, local.backend
+        ctx.shares, ctx.diagonal, ctx.backend = local.shares, local.diagonal, backend or local.backend
         ctx.set_materialize_grads(False)  # of the ranks
         ctx.mark_non_differentiable(statistics.row_ranks, statistics.column_ranks)
         return loss, statistics.row_ranks, statistics.column_ranks

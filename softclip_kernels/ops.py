@@ -102,19 +102,24 @@ def statistics_of(problem: Problem, backend: str) -> Statistics:
 
 
 def gradients_of(
-    problem: Problem, statistics: Statistics, gradient: ReducedGradient, needed: Sequence[bool], backend: str
+    problem: Problem,
+    statistics: Statistics,
+    gradient: ReducedGradient,
+    needed: Sequence[bool],
+    backend: str | backends.Backend,
 ) -> tuple[Tensor | None, ...]:
-    """The backward operator's, or the backend's where nothing watches: rounded gradients of x, y and scale where they
-    are needed, else None."""
+    """Rounded gradients of x, y and scale where they are needed, else None: the backward operator's, of the backend of
+    this name, or those of the backend itself, which `unwatched` gave to the forward, where nothing watches now."""
     x, y, scale = needed
-    if (direct := unwatched(problem, backend)) is not None:
+    if not isinstance(backend, str) and not watched(problem.x):
         wanted = Wanted(x, y, scale, rounded=True)
         with without_autocast(problem.x.device.type):
-            if (backward_of_reduced := getattr(direct, "backward_of_reduced", None)) is not None:
+            if (backward_of_reduced := getattr(backend, "backward_of_reduced", None)) is not None:
                 return backward_of_reduced(problem, statistics, gradient, wanted)
-            return direct.backward(problem, statistics, gradient.multiplied(problem), wanted)
+            return backend.backward(problem, statistics, gradient.multiplied(problem), wanted)
+    name = backend if isinstance(backend, str) else backend.name
     known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
-    arguments = (*pack(problem.tensors(), problem.sources()), backend, *known, *gradient.multiplied(problem))
+    arguments = (*pack(problem.tensors(), problem.sources()), name, *known, *gradient.multiplied(problem))
     results = backward(*arguments, [*needed, True])
     return tuple(result if needs else None for result, needs in zip(results, needed, strict=True))
 
