@@ -34,8 +34,9 @@ KEPT_VARIABLE = "SOFTCLIP_CPU_KEPT_MIB"
 KEPT_MIB = 20  # five eighths of the memory that the library promises to stay within
 THREADS_VARIABLE = "SOFTCLIP_CPU_THREADS"
 THREADS = ("shared", "own")  # PyTorch's; new ones for each call
-# That a further thread is worth: one of PyTorch's that is awake, and a new one, which takes up to 0.2 ms to start.
-MULTIPLY_ADDS_PER_THREAD = {"shared": 2e6, "own": 8e6}
+# That a further thread is worth: one of PyTorch's that is awake, and a new one, which takes up to 0.2 ms to start and
+# is for the most part asked for where other processes want the cores as well.
+MULTIPLY_ADDS_PER_THREAD = {"shared": 2e6, "own": 20e6}
 
 
 _LEVELS: list[str] = [] if _cpu is None else _cpu.levels()
