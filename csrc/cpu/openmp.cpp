@@ -36,12 +36,13 @@ struct OpenMP {
 };
 
 // OpenMP's threads wait for milliseconds without sleeping. Where other processes want the cores as well, theirs and
-// ours take them from each other that way. So after a call in which a thread came this late, calls have threads of
-// their own for a while, which sleep. (One of OpenMP's that slept comes within 0.2 ms.)
-constexpr std::chrono::milliseconds kLate{1}, kAlone{1000};
+// ours take them from each other that way. So once threads have come this late twice within a while, calls have threads
+// of their own for another, which sleep. (One of OpenMP's that slept comes within 0.2 ms; one that is late once has met
+// a passer-by, such as the host of a virtual machine.)
+constexpr std::chrono::milliseconds kLate{1}, kAgain{200}, kAlone{1000};
 
 std::atomic<bool> allowed{true}, forked{false};
-std::atomic<Clock::time_point> alone_until{Clock::time_point::min()};
+std::atomic<Clock::time_point> last_late{Clock::time_point{}}, alone_until{Clock::time_point{}};
 
 const OpenMP& openmp() {
   static const OpenMP found;
@@ -78,7 +79,10 @@ bool run_on_borrowed_threads(int threads, const std::function<void(int)>& body) 
   if (!can_borrow_threads() || openmp().most_threads() < threads) return false;
   Region region{threads, body};
   openmp().parallel(Region::enter, &region, static_cast<unsigned>(threads), 0);
-  if (region.late.load()) alone_until.store(Clock::now() + kAlone);
+  if (region.late.load()) {
+    const auto now = Clock::now();
+    if (now - last_late.exchange(now) < kAgain) alone_until.store(now + kAlone);
+  }
   return region.complete.load();
 }
 
