@@ -61,7 +61,7 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "forward",
-      [](const BoundProblem& bound, const std::string& level, int threads, py::handle rows, py::handle columns,
+      [](const BoundProblem& bound, const std::string& level, std::pair<int, int> threads, py::handle rows, py::handle columns,
          py::handle positive_logit, py::handle row_ranks, py::handle column_ranks, py::handle kept) {
         const Kernels& kernels = kernels_of(level);
         const Problem& problem = bound.problem;
@@ -73,14 +73,14 @@ PYBIND11_MODULE(_cpu, module) {
         float* const dots = elements<float>(kept);
         int64_t summed_twice = 0;
         interruptible([&](const Poll& poll) {
-          return forward(kernels, problem, out, threads, poll, &summed_twice, dots);
+          return forward(kernels, problem, out, {threads.first, threads.second}, poll, &summed_twice, dots);
         });
         return summed_twice;
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
       py::arg("positive_logit"), py::arg("row_ranks"), py::arg("column_ranks"), py::arg("kept"),
-      "Fills the tensors of a Statistics; None or no elements: not wanted. How many blocks were summed twice, because "
-      "a term had outgrown the reference of its row or column.");
+      "Fills the tensors of a Statistics; None or no elements: not wanted. threads: those of threads.h. How many blocks "
+      "were summed twice, because a term had outgrown the reference of its row or column.");
 
   module.def(
       "reduced",
@@ -107,7 +107,7 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "backward",
-      [](const BoundProblem& bound, const std::string& level, int threads, py::handle rows, py::handle columns,
+      [](const BoundProblem& bound, const std::string& level, std::pair<int, int> threads, py::handle rows, py::handle columns,
          py::handle positive_logit, py::handle row_form, py::handle column_form, std::pair<double, double> shares,
          py::handle dx, py::handle dy, py::handle dscale, bool rounded, py::handle kept) {
         const Kernels& kernels = kernels_of(level);
@@ -124,7 +124,9 @@ PYBIND11_MODULE(_cpu, module) {
                            {elements<void>(dy), rounded ? problem.y.dtype : Dtype::float32},
                            elements<float>(dscale)};
         float* const dots = elements<float>(kept);
-        interruptible([&](const Poll& poll) { return backward(kernels, problem, in, threads, poll, dots); });
+        interruptible([&](const Poll& poll) {
+          return backward(kernels, problem, in, {threads.first, threads.second}, poll, dots);
+        });
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
       py::arg("positive_logit"), py::arg("row_form"), py::arg("column_form"), py::arg("shares"), py::arg("dx"),
@@ -134,8 +136,8 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "kept_floats",
-      [](const BoundProblem& bound, const std::string& level, int threads) {
-        return kept_floats(kernels_of(level), bound.problem, threads);
+      [](const BoundProblem& bound, const std::string& level, std::pair<int, int> threads) {
+        return kept_floats(kernels_of(level), bound.problem, {threads.first, threads.second});
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"),
       "How many floats a forward takes as `kept`, for a backward that need not multiply again.");
@@ -198,7 +200,7 @@ PYBIND11_MODULE(_cpu, module) {
         const bool bf16x2 = bfloat16 && kernels.has_bf16x2();
         const auto multiply_registers = (bf16x2 ? kernels.bf16x2 : kernels.float32).multiply_registers;
         const py::gil_scoped_release release;
-        Team team(threads, [] { return true; });
+        Team team({threads, threads}, [] { return true; });
         std::vector<double> operations(threads);
         const auto start = std::chrono::steady_clock::now();
         team.run([&](int thread) { operations[thread] = multiply_registers(repeats); });

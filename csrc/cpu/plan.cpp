@@ -12,9 +12,9 @@ bool any_transposed(const Problem& problem) {
 }
 
 // Every thread needs a row and a column of its own, or two where blocks are visited with their mirrors.
-int useful_threads(const Problem& problem, int threads, bool mirrored) {
+Threads useful_threads(const Problem& problem, const Threads& threads, bool mirrored) {
   const int64_t most = std::max<int64_t>(1, std::min(problem.x.rows, problem.y.rows) / (mirrored ? 2 : 1));
-  return static_cast<int>(std::min<int64_t>(threads, most));
+  return {static_cast<int>(std::min<int64_t>(threads.shares, most)), threads.own};
 }
 
 Product product_of(const Kernels& kernels, const Matrix& x, const Matrix& y) {
@@ -43,7 +43,7 @@ Distribution unbiased(int product, bool transposed, double scale) {
 
 int64_t whole_tiles(int64_t length, int tile) { return (length + tile - 1) / tile * tile; }
 
-Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in, Wanted wanted_in, Kept kept_in)
+Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, const Threads& threads_in, Wanted wanted_in, Kept kept_in)
     : kernels(kernels_in),
       problem(problem_in),
       rows(problem.x.rows),
@@ -52,7 +52,7 @@ Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, int threads_in,
       wanted(wanted_in),
       mirrored(any_transposed(problem)),
       threads(useful_threads(problem, threads_in, mirrored)),
-      schedule(rows, columns, threads, mirrored),
+      schedule(rows, columns, threads.shares, mirrored),
       kept(kept_in) {
   products.push_back(product_of(kernels, problem.x, problem.y));
   distributions.push_back(unbiased(0, false, problem.scale));
@@ -96,7 +96,7 @@ int64_t Plan::kept_floats_above(const Job& job, int64_t row) const {
 std::vector<int64_t> Plan::kept_offsets() const {
   std::vector<int64_t> offsets{Kept::kHeaderFloats};
   for (int round = 0; round < schedule.rounds(); ++round) {
-    for (int thread = 0; thread < threads; ++thread) {
+    for (int thread = 0; thread < threads.shares; ++thread) {
       int64_t end = offsets.back();
       for (const Job& job : schedule.jobs(round, thread)) end += kept_floats_above(job, job.row_end);
       offsets.push_back(end);

@@ -9,6 +9,7 @@
 #include "../problem.h"
 #include "kernels.h"
 #include "schedule.h"
+#include "threads.h"
 
 namespace softclip {
 
@@ -86,14 +87,14 @@ struct KeptBlock {
 };
 
 struct Plan {
-  Plan(const Kernels& kernels, const Problem& problem, int threads, Wanted wanted, Kept kept = {});
+  Plan(const Kernels& kernels, const Problem& problem, const Threads& threads, Wanted wanted, Kept kept = {});
 
   const Kernels& kernels;
   const Problem& problem;
   const int64_t rows, columns, width;
   const Wanted wanted;
   const bool mirrored;  // blocks are visited with their mirrors
-  const int threads;
+  const Threads threads;
   const Schedule schedule;
   std::vector<Product> products;            // the student's first
   std::vector<Distribution> distributions;  // the student's, then teacher k's at 1 + k

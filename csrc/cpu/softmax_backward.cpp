@@ -99,7 +99,7 @@ class Backward final : public Visitor {
         gx_(plan.problem.x, in.dx, plan.wanted.x),
         gy_(plan.problem.y, in.dy, plan.wanted.y),
         positive_(plan.problem.positive_column == nullptr ? 0 : plan.rows),
-        dscale_(plan.threads) {
+        dscale_(plan.threads.shares) {
     const int block = plan.kernels.block;
     for (size_t q = 0; q < plan.distributions.size(); ++q) {
       const float* row_log_sum_exp = log_sum_exp(in.rows, q);
@@ -251,14 +251,15 @@ class Backward final : public Visitor {
 
 }  // namespace
 
-bool backward(const Kernels& kernels, const Problem& problem, const Gradients& in, int threads, const Poll& poll,
+bool backward(const Kernels& kernels, const Problem& problem, const Gradients& in, const Threads& threads, const Poll& poll,
               float* kept_data) {
   // The scale's gradient follows from either product.
   const Wanted wanted{in.dx.data != nullptr || (in.dscale != nullptr && in.dy.data == nullptr), in.dy.data != nullptr};
   if (!wanted.any()) return true;
   Kept kept{kept_data};
   if (kept_data != nullptr && !kept.header().fits(kernels)) kept = {};  // of another instruction set
-  const Plan plan(kernels, problem, kept.data != nullptr ? kept.header().threads : threads, wanted, kept);
+  const int shares = kept.data != nullptr ? kept.header().threads : threads.shares;
+  const Plan plan(kernels, problem, {shares, threads.own}, wanted, kept);
   Backward state(plan, in);
   if (!traverse(plan, poll, state)) return false;
   if (in.dscale != nullptr) *in.dscale = static_cast<float>(state.dscale());

@@ -179,10 +179,10 @@ class Forward final : public Visitor {
 
 }  // namespace
 
-bool forward(const Kernels& kernels, const Problem& problem, const Statistics& out, int threads, const Poll& poll,
+bool forward(const Kernels& kernels, const Problem& problem, const Statistics& out, const Threads& threads, const Poll& poll,
              int64_t* summed_twice, float* kept) {
   const Plan plan(kernels, problem, threads, {false, false}, {kept});
-  if (kept != nullptr) plan.kept.header() = {plan.threads, kernels.block, kernels.tile_rows, kernels.tile_columns};
+  if (kept != nullptr) plan.kept.header() = {plan.threads.shares, kernels.block, kernels.tile_rows, kernels.tile_columns};
   Forward state(plan, out);
   if (!traverse(plan, poll, state)) return false;
   state.finish();
@@ -190,7 +190,7 @@ bool forward(const Kernels& kernels, const Problem& problem, const Statistics& o
   return true;
 }
 
-int64_t kept_floats(const Kernels& kernels, const Problem& problem, int threads) {
+int64_t kept_floats(const Kernels& kernels, const Problem& problem, const Threads& threads) {
   return Plan(kernels, problem, threads, {false, false}).kept_offsets().back();
 }
 

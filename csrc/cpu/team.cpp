@@ -86,6 +86,7 @@ void Team::leave(std::exception_ptr error) {
 
 void Team::run(const std::function<void(int)>& work) {
   polled_ = Clock::now();
+  threads_ = shares_;
   if (threads_ == 1) return work(0);
   const std::function<void(int)> body = [&](int thread) {
     std::exception_ptr error;
@@ -98,20 +99,27 @@ void Team::run(const std::function<void(int)>& work) {
   };
   running_ = threads_;
   if (!run_on_borrowed_threads(threads_, body)) {
-    std::vector<std::thread> workers;
-    workers.reserve(threads_ - 1);
-    try {
-      for (int thread = 1; thread < threads_; ++thread) workers.emplace_back(body, thread);
-    } catch (...) {  // the system refused a thread: those that started find the team cancelled
-      for (int absent = static_cast<int>(workers.size()) + 1; absent < threads_; ++absent) {
-        leave(std::current_exception());
-      }
-    }
-    body(0);
-    until(finished_, true, [&] { return running_.load(std::memory_order_acquire) == 0; });
-    for (auto& worker : workers) worker.join();
+    threads_ = own_;
+    if (threads_ == 1) return work(0);
+    running_ = threads_;
+    run_on_own_threads(body);
   }
   if (error_ != nullptr) std::rethrow_exception(error_);
+}
+
+void Team::run_on_own_threads(const std::function<void(int)>& body) {
+  std::vector<std::thread> workers;
+  workers.reserve(threads_ - 1);
+  try {
+    for (int thread = 1; thread < threads_; ++thread) workers.emplace_back(body, thread);
+  } catch (...) {  // the system refused a thread: those that started find the team cancelled
+    for (int absent = static_cast<int>(workers.size()) + 1; absent < threads_; ++absent) {
+      leave(std::current_exception());
+    }
+  }
+  body(0);
+  until(finished_, true, [&] { return running_.load(std::memory_order_acquire) == 0; });
+  for (auto& worker : workers) worker.join();
 }
 
 }  // namespace softclip

@@ -28,13 +28,31 @@ void transpose(const float* from, float* to, int size, int64_t step) {
   }
 }
 
-// One thread's way.
+// The way of one share of the work.
 class Traversal {
  public:
-  Traversal(const Plan& plan, const SharedPanels& shared, Workspace& workspace, Visitor& visitor, Team& team,
-            int thread)
-      : plan_(plan), shared_(shared), workspace_(workspace), visitor_(visitor), team_(team), thread_(thread) {}
+  Traversal(const Plan& plan, SharedPanels& shared, Workspace& workspace, Visitor& visitor, Team& team, int share)
+      : plan_(plan), shared_(shared), workspace_(workspace), visitor_(visitor), team_(team), share_(share) {}
 
+  void start(Stopwatch& stopwatch) {
+    workspace_.measure_by(stopwatch);
+    visitor_.start(share_);
+    stopwatch.lap(kPasses);
+    shared_.pack(share_);  // what its jobs of the first round take; the others take it after that round
+    stopwatch.lap(kPacking);
+  }
+
+  // `kept`: where the share's blocks of this round lie, or null.
+  void round(int round, float* kept) {
+    for (const Job& job : plan_.schedule.jobs(round, share_)) {
+      work(job, kept);
+      if (kept != nullptr) kept += plan_.kept_floats_above(job, job.row_end);
+    }
+  }
+
+  void finish() { visitor_.finish(share_); }
+
+ private:
   void work(const Job& job, float* kept) {
     const int64_t block = plan_.kernels.block, group = block * workspace_.group();
     for (int64_t first = job.row_begin; first < job.row_end; first += group) {
@@ -47,7 +65,7 @@ class Traversal {
             shared_.used() ? shared_.right(job.column_group) : packed(workspace_.right(), {column, column + columns});
         workspace_.stopwatch().lap(kPacking);
         for (int64_t row = first; row < last && !(job.triangle && row > column); row += block) {
-          if (team_.stopped(thread_)) return;
+          if (team_.stopped(share_)) return;
           const bool diagonal = job.triangle && row == column;
           const Block visited{row, column, size(row, last), columns, plan_.mirrored && !diagonal};
           if (kept != nullptr) workspace_.use_kept(kept, plan_.kept_block(job, visited));
@@ -59,7 +77,6 @@ class Traversal {
     }
   }
 
- private:
   int size(int64_t begin, int64_t end) const {
     return static_cast<int>(std::min<int64_t>(plan_.kernels.block, end - begin));
   }
@@ -92,18 +109,19 @@ class Traversal {
   }
 
   const Plan& plan_;
-  const SharedPanels& shared_;
+  SharedPanels& shared_;
   Workspace& workspace_;
   Visitor& visitor_;
   Team& team_;
-  const int thread_;
+  const int share_;
 };
 
 }  // namespace
 
 bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
+  const int shares = plan.threads.shares;
   SharedPanels shared(plan);
-  std::vector<Workspace> workspaces(plan.threads, Workspace(plan, !shared.used()));
+  std::vector<Workspace> workspaces(shares, Workspace(plan, !shared.used()));
   const size_t each = (workspaces[0].bytes() + kApart - 1) / kApart * kApart;
   const Scratch scratch(each * workspaces.size() + shared.bytes() + visitor.shared_bytes(), kKeptBytes);
   char* memory = scratch.data();
@@ -115,25 +133,27 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
   visitor.attach(memory + shared.bytes(), !scratch.kept());
   const std::vector<int64_t> kept_offsets = plan.kept.data == nullptr ? std::vector<int64_t>{} : plan.kept_offsets();
   Team team(plan.threads, poll);
+  std::vector<Stopwatch> stopwatches(shares);  // of threads, which start later
   team.run([&](int thread) {
     const FlushDenormals flush;
-    Traversal traversal(plan, shared, workspaces[thread], visitor, team, thread);
-    Stopwatch& stopwatch = workspaces[thread].stopwatch();
+    Stopwatch& stopwatch = stopwatches[thread];
     stopwatch.lap(kWaiting);
-    visitor.start(thread);
-    stopwatch.lap(kPasses);
-    shared.pack(thread);  // what its jobs of the first round take; the others take it after that round
-    stopwatch.lap(kPacking);
+    std::vector<Traversal> own;
+    for (int share = thread; share < shares; share += team.threads()) {
+      own.emplace_back(plan, shared, workspaces[share], visitor, team, share);
+      own.back().start(stopwatch);
+    }
     for (int round = 0; round < plan.schedule.rounds(); ++round) {
-      float* kept = plan.kept.data == nullptr ? nullptr : plan.kept.data + kept_offsets[round * plan.threads + thread];
-      for (const Job& job : plan.schedule.jobs(round, thread)) {
-        traversal.work(job, kept);
-        if (kept != nullptr) kept += plan.kept_floats_above(job, job.row_end);
+      for (size_t k = 0; k < own.size(); ++k) {
+        const size_t share = thread + k * team.threads();
+        own[k].round(round, kept_offsets.empty() ? nullptr : plan.kept.data + kept_offsets[round * shares + share]);
       }
       team.wait(thread);
       stopwatch.lap(kWaiting);
     }
-    if (!team.cancelled()) visitor.finish(thread);
+    for (Traversal& traversal : own) {
+      if (!team.cancelled()) traversal.finish();
+    }
     stopwatch.lap(kPasses);
     stopwatch.hand_in();
   });

@@ -68,7 +68,9 @@ class Workspace {
   float* g_along_columns() const { return memory_ + rounded_g_; }
   float* g_along_rows() const { return g_along_columns() + area_ / 2; }
   float* line(Line line) const { return memory_ + lines_ + line * length_; }
-  Stopwatch& stopwatch() { return stopwatch_; }
+  // Of the thread that works in it.
+  Stopwatch& stopwatch() { return *stopwatch_; }
+  void measure_by(Stopwatch& stopwatch) { stopwatch_ = &stopwatch; }
 
  private:
   struct Offsets {
@@ -82,7 +84,7 @@ class Workspace {
   std::vector<Offsets> dots_;
   Offsets tiles_{}, g_{};
   Tiles right_tiles_[kSides];
-  Stopwatch stopwatch_;
+  Stopwatch* stopwatch_ = nullptr;
   float* memory_ = nullptr;
   float* kept_ = nullptr;
   int64_t kept_area_ = 0, dots_step_;

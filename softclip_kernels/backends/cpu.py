@@ -90,11 +90,7 @@ def level() -> str:
 def threads_in_use() -> str:
     """One of THREADS: "shared" where PyTorch's can be had and the environment does not say otherwise. Raises ValueError
     where that says anything else."""
-    return _whose_threads(_settings())
-
-
-def _whose_threads(settings: _Settings) -> str:
-    return "shared" if _cpu.borrow_threads(settings.shared) else "own"
+    return "shared" if _cpu.borrow_threads(_settings().shared) else "own"
 
 
 def peak(name: str, threads: int, bfloat16: bool) -> float:
@@ -142,8 +138,8 @@ class CpuBackend:
         return None
 
     def forward(self, problem: Problem, keep: bool = False) -> Statistics:
-        settings, bound = _settings(), _bound(problem)
-        threads = _threads(problem, settings)
+        settings, bound, threads = _settings(), _bound(problem), _threads(problem)
+        _cpu.borrow_threads(settings.shared)
         statistics, n, m = 1 + 2 * len(problem.teachers), problem.rows, problem.columns
         ranked = problem.row_threshold is not None
         result = Statistics.of(
@@ -214,6 +210,7 @@ class CpuBackend:
     ) -> InputGradients:
         """Of the sum of the forms' losses times their shares."""
         settings = _settings()
+        _cpu.borrow_threads(settings.shared)
         dtype = problem.x.dtype if wanted.rounded else torch.float32
         result = InputGradients(
             torch.empty(problem.x.shape, dtype=dtype) if wanted.x else None,
@@ -223,7 +220,7 @@ class CpuBackend:
         _cpu.backward(
             _bound(problem),
             settings.level,
-            _threads(problem, settings),
+            _threads(problem),
             rows=statistics.rows.packed,
             columns=statistics.columns.packed,
             positive_logit=statistics.positive_logit,
@@ -239,7 +236,7 @@ class CpuBackend:
         return result
 
 
-def _memory_to_keep(problem: Problem, bound: Any, settings: _Settings, threads: int) -> Tensor | None:
+def _memory_to_keep(problem: Problem, bound: Any, settings: _Settings, threads: tuple[int, int]) -> Tensor | None:
     floats = settings.kept_mib * 2**18
     if problem.rows * problem.columns > floats:
         return None
@@ -247,11 +244,14 @@ def _memory_to_keep(problem: Problem, bound: Any, settings: _Settings, threads: 
     return torch.empty(needed) if needed <= floats else None
 
 
-def _threads(problem: Problem, settings: _Settings) -> int:
-    """As many as PyTorch uses, but no more than the work is worth."""
+def _threads(problem: Problem) -> tuple[int, int]:
+    """Into how many threads' shares the work is divided: as many as PyTorch has, but no more than it is worth; whatever
+    their threads turn out to be, so that the order of sums depends on no other process. And how many new threads these
+    are worth, where they cannot be PyTorch's."""
     widths = [problem.x.shape[1]] + [teacher.x.shape[1] for teacher in problem.teachers if teacher.x is not None]
-    work = problem.rows * problem.columns * (sum(widths) + 16)
-    return max(1, min(torch.get_num_threads(), int(work / MULTIPLY_ADDS_PER_THREAD[_whose_threads(settings)])))
+    work, most = problem.rows * problem.columns * (sum(widths) + 16), torch.get_num_threads()
+    shares, own = (max(1, min(most, int(work / MULTIPLY_ADDS_PER_THREAD[each]))) for each in THREADS)
+    return shares, own
 
 
 def _bound(problem: Problem) -> Any:

@@ -58,7 +58,9 @@ def test_what_is_kept_is_hardly_more_than_the_logits(level, count):
     on the diagonal lie there twice."""
     for n, m, teachers in ((2048, 2048, MIRRORED), (2048, 2048, ()), (1000, 700, ()), (700, 1000, ())):
         x, y = unit_rows(n, 8, dtype=torch.float32), unit_rows(m, 8, seed=1, dtype=torch.float32)
-        kept = cpu._cpu.kept_floats(cpu._bound(Problem(x, y, torch.tensor(9.0), teachers=teachers)), level, count)
+        kept = cpu._cpu.kept_floats(
+            cpu._bound(Problem(x, y, torch.tensor(9.0), teachers=teachers)), level, (count, count)
+        )
         assert n * m <= kept <= 1.15 * n * m
 
 
@@ -135,7 +137,7 @@ def test_no_more_is_written_than_was_asked_for(level, threads):
             for teachers in ((), MIRRORED):
                 x = unit_rows(n, 8, dtype=torch.float32)
                 problem = Problem(x, x, torch.tensor(9.0), teachers=teachers)
-                bound, threads_in_use = cpu._bound(problem), cpu._threads(problem, cpu._settings())
+                bound, threads_in_use = cpu._bound(problem), cpu._threads(problem)
                 needed = cpu._cpu.kept_floats(bound, level, threads_in_use)
                 fenced = torch.full((needed + 4096,), 77.0)
                 statistics = CPU.forward(problem)

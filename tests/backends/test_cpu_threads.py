@@ -26,6 +26,7 @@ PRELUDE = """
 import os, sys, time, torch
 from softclip_kernels.backends import cpu
 from softclip_kernels.testing import Result, operands
+worth = cpu.MULTIPLY_ADDS_PER_THREAD
 cpu.MULTIPLY_ADDS_PER_THREAD = dict.fromkeys(cpu.THREADS, 1)
 torch.set_num_threads(1)
 given = operands(300, 300, 64, dtype=torch.float32)
@@ -57,8 +58,13 @@ def test_no_more_are_taken_than_pytorch_has():
 
 
 def test_whose_threads_they_are_changes_no_bit():
+    """Nor where so small a problem is worth a thread of PyTorch's, and no new one."""
     code = "one = loss(); print(*(float.hex(each.double().abs().sum().item()) for each in (one.loss, one.dx, one.dy)))"
-    assert run_python(code, 2) == run_python(code, 2, "own")
+    worth = "cpu.MULTIPLY_ADDS_PER_THREAD = worth; "
+    expected = run_python(code, 2)
+    assert run_python(code, 1) != expected  # the order of sums is another
+    assert [run_python(worth + code, 2, whose) for whose in cpu.THREADS] == [expected, expected]
+    assert run_python(code, 2, "own") == expected
 
 
 def test_a_forked_child_has_threads_of_its_own():
