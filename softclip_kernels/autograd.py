@@ -113,14 +113,14 @@ def reduced(rows: Tensor | None, columns: Tensor | None, shares: tuple[float, fl
 
 
 class LocalLossFunction(torch.autograd.Function):
-    """The loss, 0-d, differentiable with respect to the problem's x, y and scale, and Statistics' row and column ranks,
-    which are not. Statistics, linear forms and reduction are one node of the graph: a dozen nodes would cost a small
-    batch more than its kernels."""
+    """The loss, 0-d, differentiable with respect to the problem's x, y and scale, and where ranks are counted,
+    Statistics' row and column ranks, which are not. Statistics, linear forms and reduction are one node of the graph: a
+    dozen nodes would cost a small batch more than its kernels."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, problem: Problem, local: LocalLoss
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor | tuple[Tensor, ...]:
         backend = ops.unwatched(problem, local.backend)
         statistics = (
             ops.statistics_of(problem, local.backend) if backend is None else backend.forward(problem, local.learns)
@@ -137,6 +137,8 @@ class LocalLossFunction(torch.autograd.Function):
         ctx.save_for_backward(*tensors, *known, statistics.kept, *coefficients)
         ctx.problem_tensors = len(tensors)
         ctx.shares, ctx.diagonal, ctx.backend = local.shares, local.diagonal, backend or local.backend
+        if problem.row_threshold is None:
+            return loss
         ctx.set_materialize_grads(False)  # of the ranks
         ctx.mark_non_differentiable(statistics.row_ranks, statistics.column_ranks)
         return loss, statistics.row_ranks, statistics.column_ranks

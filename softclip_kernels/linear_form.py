@@ -77,7 +77,8 @@ class LinearForms(NamedTuple):
 
     def kept(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], LinearForms]]:
         """Every tensor, for save_for_backward, and what makes the forms again of them, which holds none."""
-        hollow = [*_flat(self.rows), *_flat(self.columns)]
+        alike = self.rows is self.columns
+        hollow = [*_flat(self.rows), *([] if alike else _flat(self.columns))]
         places = [place for place, each in enumerate(hollow) if isinstance(each, Tensor)]
         if not places:
             return [], lambda tensors: self
@@ -91,7 +92,8 @@ class LinearForms(NamedTuple):
             filled = list(hollow)
             for place, tensor in zip(places, tensors, strict=True):
                 filled[place] = tensor
-            return LinearForms(_of(filled[:of_columns], dots[0]), _of(filled[of_columns:], dots[1]))
+            rows = _of(filled[:of_columns], dots[0])
+            return LinearForms(rows, rows if alike else _of(filled[of_columns:], dots[1]))
 
         return kept, restored
 

@@ -193,9 +193,9 @@ class Request:
 
     @property
     def learns(self) -> bool:
-        operands = (self.x, self.y, self.logit_scale)
-        wants = (isinstance(operand, Tensor) and operand.requires_grad for operand in operands)
-        return torch.is_grad_enabled() and any(wants)
+        scale = self.logit_scale
+        of_scale = isinstance(scale, Tensor) and scale.requires_grad
+        return torch.is_grad_enabled() and (of_scale or self.x.requires_grad or self.y.requires_grad)
 
     def lower(self, context: Context) -> LoweredTarget:
         lowered = (Hard() if self.target is None else self.target).lower(context)
@@ -245,14 +245,14 @@ def run(request: Request) -> tuple[Any, Any]:
         if request.ranked:
             assert target.lowered.positive is not None
             problem = positives.with_thresholds(problem, target.lowered.positive.own, layout)
-        loss, row_ranks, column_ranks = _loss(problem, target, request, layout)
-        return loss, _retrieval_ranks(problem, row_ranks, column_ranks, layout) if request.ranked else None
+        loss, ranks = _loss(problem, target, request, layout)
+        return loss, None if ranks is None else _retrieval_ranks(problem, *ranks, layout)
 
 
 def _loss(
     problem: Problem, target: CompletedTarget, request: Request, layout: Layout
-) -> tuple[Tensor | Losses, Tensor, Tensor]:
-    """The loss, and the row and column ranks of Statistics."""
+) -> tuple[Tensor | Losses, tuple[Tensor, Tensor] | None]:
+    """The loss, and where they are asked for the row and column ranks of Statistics."""
     shares = _shares(request, layout)
     traced = torch.compiler.is_compiling()
     if shares is not None and layout.exchange is None and not target.linear and not traced:
@@ -265,14 +265,15 @@ def _loss(
             learns=request.learns,
             backend=request.backend,
         )
-        return autograd.LocalLossFunction.apply(problem.x, problem.y, problem.scale, problem, local)
+        result = autograd.LocalLossFunction.apply(problem.x, problem.y, problem.scale, problem, local)
+        return (result[0], result[1:]) if request.ranked else (result, None)
     parts = autograd.loss_parts(problem, target.linear_terms(), layout, request.backend)
-    ranks = parts.statistics.row_ranks, parts.statistics.column_ranks
+    ranks = (parts.statistics.row_ranks, parts.statistics.column_ranks) if request.ranked else None
     rows, columns = target.losses(target.forms(parts.statistics, request.direction), parts, layout)
     if shares is not None:
-        return autograd.reduced(rows, columns, shares), *ranks
+        return autograd.reduced(rows, columns, shares), ranks
     nothing = parts.statistics.positive_logit.new_empty(0)
-    return Losses(*(nothing if each is None else each for each in (rows, columns))), *ranks
+    return Losses(*(nothing if each is None else each for each in (rows, columns))), ranks
 
 
 def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:

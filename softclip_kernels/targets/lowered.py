@@ -122,15 +122,37 @@ class CompletedTarget:
         lowered = self.lowered
         terms = self.linear if self.positive is None else (self.positive, *self.linear)
         rows = columns = None
+        segmented = lowered.segments is not None
         if direction != "columns":
             hard = [(each.term.row_coefficient, each.row_sum) for each in terms]
             soft = [(each.row_coefficient, each.row_potential) for each in lowered.teachers]
-            rows = _form(statistics.rows, hard, soft, lowered.row_weight, lowered.segments is not None)
-        if direction != "rows":
+            rows = _form(statistics.rows, hard, soft, lowered.row_weight, segmented)
+        if direction == "both" and self._is_alike_in_both_directions:
+            columns = rows
+        elif direction != "rows":
             hard = [(each.term.column_coefficient, each.column_sum) for each in terms]
             soft = [(each.column_coefficient, each.column_potential) for each in lowered.teachers]
-            columns = _form(statistics.columns, hard, soft, lowered.column_weight, lowered.segments is not None)
+            columns = _form(statistics.columns, hard, soft, lowered.column_weight, segmented)
         return LinearForms(rows, columns)
+
+    @property
+    def _is_alike_in_both_directions(self) -> bool:
+        """Whether both have one linear form, whatever the statistics."""
+        lowered = self.lowered
+        if lowered.segments is not None or not _alike(lowered.row_weight, lowered.column_weight):
+            return False
+        terms = self.linear if self.positive is None else (self.positive, *self.linear)
+        for each in terms:
+            if not _alike(each.term.row_coefficient, each.term.column_coefficient):
+                return False
+            if not _alike(each.row_sum, each.column_sum):
+                return False
+        for teacher in lowered.teachers:
+            if teacher.row_potential is not None or teacher.column_potential is not None:
+                return False
+            if not _alike(teacher.row_coefficient, teacher.column_coefficient):
+                return False
+        return True
 
     def losses(self, forms: LinearForms, parts: LossParts, layout: Layout) -> tuple[Tensor | None, Tensor | None]:
         """Row losses (N,) and column losses (M,) of the forms; None for a direction that they lack."""
@@ -144,6 +166,10 @@ class CompletedTarget:
             dots = [] if positive is None else [positive.sum_to_columns(statistics.positive_logit, layout)]
             columns = column_form.losses(statistics.columns, [*dots, *parts.column_dots])
         return rows, columns
+
+
+def _alike(row: Coefficient | None, column: Coefficient | None) -> bool:
+    return row is column or (isinstance(row, float) and isinstance(column, float) and row == column)
 
 
 def _form(
