@@ -135,7 +135,7 @@ class LocalLossFunction(torch.autograd.Function):
         known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
         tensors, ctx.sources = problem.tensors(), problem.sources()
         ctx.save_for_backward(*tensors, *known, statistics.kept, *coefficients)
-        ctx.problem_tensors = len(tensors)
+        ctx.problem_tensors, ctx.ranks = len(tensors), (statistics.row_ranks, statistics.column_ranks)
         ctx.shares, ctx.diagonal, ctx.backend = local.shares, local.diagonal, backend or local.backend
         if problem.row_threshold is None:
             return loss
@@ -150,7 +150,8 @@ class LocalLossFunction(torch.autograd.Function):
         tensors, saved = ctx.saved_tensors[: ctx.problem_tensors], ctx.saved_tensors[ctx.problem_tensors :]
         problem, forms = Problem.of(tensors, ctx.sources), ctx.forms(saved[5:])
         rows, columns, positive_logit, scalars, kept = saved[:5]
-        statistics = Statistics.of(rows, columns, positive_logit, scalars=scalars, kept=kept)
+        row_ranks, column_ranks = ctx.ranks
+        statistics = Statistics.of(rows, columns, positive_logit, row_ranks, column_ranks, scalars, kept)
         with torch.no_grad():
             incoming = ReducedGradient(forms, ctx.shares, ctx.diagonal, gradient)
             given = ops.gradients_of(problem, statistics, incoming, ctx.needs_input_grad[:3], ctx.backend)

@@ -61,8 +61,9 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "forward",
-      [](const BoundProblem& bound, const std::string& level, std::pair<int, int> threads, py::handle rows, py::handle columns,
-         py::handle positive_logit, py::handle row_ranks, py::handle column_ranks, py::handle kept) {
+      [](const BoundProblem& bound, const std::string& level, std::pair<int, int> threads, py::handle rows,
+         py::handle columns, py::handle positive_logit, py::handle row_ranks, py::handle column_ranks,
+         py::handle kept) {
         const Kernels& kernels = kernels_of(level);
         const Problem& problem = bound.problem;
         const Statistics out{{elements<float>(rows), problem.x.rows},
@@ -79,7 +80,8 @@ PYBIND11_MODULE(_cpu, module) {
       },
       py::arg("problem"), py::arg("level"), py::arg("threads"), py::kw_only(), py::arg("rows"), py::arg("columns"),
       py::arg("positive_logit"), py::arg("row_ranks"), py::arg("column_ranks"), py::arg("kept"),
-      "Fills the tensors of a Statistics; None or no elements: not wanted. threads: those of threads.h. How many blocks "
+      "Fills the tensors of a Statistics; None or no elements: not wanted. threads: those of threads.h. How many "
+      "blocks "
       "were summed twice, because a term had outgrown the reference of its row or column.");
 
   module.def(
@@ -107,9 +109,10 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def(
       "backward",
-      [](const BoundProblem& bound, const std::string& level, std::pair<int, int> threads, py::handle rows, py::handle columns,
-         py::handle positive_logit, py::handle row_form, py::handle column_form, std::pair<double, double> shares,
-         py::handle dx, py::handle dy, py::handle dscale, bool rounded, py::handle kept) {
+      [](const BoundProblem& bound, const std::string& level, std::pair<int, int> threads, py::handle rows,
+         py::handle columns, py::handle positive_logit, py::handle row_form, py::handle column_form,
+         std::pair<double, double> shares, py::handle dx, py::handle dy, py::handle dscale, bool rounded,
+         py::handle kept) {
         const Kernels& kernels = kernels_of(level);
         const Problem& problem = bound.problem;
         const int64_t n = problem.x.rows, m = problem.y.rows;

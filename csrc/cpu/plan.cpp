@@ -43,7 +43,8 @@ Distribution unbiased(int product, bool transposed, double scale) {
 
 int64_t whole_tiles(int64_t length, int tile) { return (length + tile - 1) / tile * tile; }
 
-Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, const Threads& threads_in, Wanted wanted_in, Kept kept_in)
+Plan::Plan(const Kernels& kernels_in, const Problem& problem_in, const Threads& threads_in, Wanted wanted_in,
+           Kept kept_in)
     : kernels(kernels_in),
       problem(problem_in),
       rows(problem.x.rows),

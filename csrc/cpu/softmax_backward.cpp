@@ -251,8 +251,8 @@ class Backward final : public Visitor {
 
 }  // namespace
 
-bool backward(const Kernels& kernels, const Problem& problem, const Gradients& in, const Threads& threads, const Poll& poll,
-              float* kept_data) {
+bool backward(const Kernels& kernels, const Problem& problem, const Gradients& in, const Threads& threads,
+              const Poll& poll, float* kept_data) {
   // The scale's gradient follows from either product.
   const Wanted wanted{in.dx.data != nullptr || (in.dscale != nullptr && in.dy.data == nullptr), in.dy.data != nullptr};
   if (!wanted.any()) return true;

@@ -179,10 +179,11 @@ class Forward final : public Visitor {
 
 }  // namespace
 
-bool forward(const Kernels& kernels, const Problem& problem, const Statistics& out, const Threads& threads, const Poll& poll,
-             int64_t* summed_twice, float* kept) {
+bool forward(const Kernels& kernels, const Problem& problem, const Statistics& out, const Threads& threads,
+             const Poll& poll, int64_t* summed_twice, float* kept) {
   const Plan plan(kernels, problem, threads, {false, false}, {kept});
-  if (kept != nullptr) plan.kept.header() = {plan.threads.shares, kernels.block, kernels.tile_rows, kernels.tile_columns};
+  if (kept != nullptr)
+    plan.kept.header() = {plan.threads.shares, kernels.block, kernels.tile_rows, kernels.tile_columns};
   Forward state(plan, out);
   if (!traverse(plan, poll, state)) return false;
   state.finish();

@@ -21,8 +21,8 @@ class Team {
   Team(const Threads& threads, std::function<bool()> poll)
       : shares_(threads.shares), own_(std::min(threads.own, threads.shares)), poll_(std::move(poll)) {}
 
-  // Calls work(0) .. work(threads() - 1) concurrently, work(0) on the calling thread: a thread for each share, or of our
-  // own as many as these are worth. What one of them throws cancels the others and is thrown again here.
+  // Calls work(0) .. work(threads() - 1) concurrently, work(0) on the calling thread: a thread for each share, or of
+  // our own as many as these are worth. What one of them throws cancels the others and is thrown again here.
   void run(const std::function<void(int)>& work);
 
   int threads() const { return threads_; }  // for work(thread)

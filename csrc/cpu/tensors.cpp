@@ -135,9 +135,12 @@ Matrix Tensors::matrix(py::handle tensor) {
     copies_.push_back(resolved(tensor, bfloat16 ? dtypes().bfloat16 : dtypes().float32));
     tensor = copies_.back();
   }
-  return {elements<const void>(tensor), size(tensor, 0),
-          size(tensor, 1),              stride(tensor, 0),
-          stride(tensor, 1),            bfloat16 ? Dtype::bfloat16 : Dtype::float32};
+  return {elements<const void>(tensor),
+          size(tensor, 0),
+          size(tensor, 1),
+          stride(tensor, 0),
+          stride(tensor, 1),
+          bfloat16 ? Dtype::bfloat16 : Dtype::float32};
 }
 
 template <class T>

@@ -13,7 +13,8 @@ constexpr int64_t kGroupBytes = 10 << 20, kAllGroupsBytes = 20 << 20;
 int group_of(const Plan& plan) {
   const int block = plan.kernels.block;
   const int64_t blocks = std::max<int64_t>(1, (plan.schedule.most_rows() + block - 1) / block);
-  const int64_t budget = std::min(kGroupBytes, kAllGroupsBytes / plan.threads.shares) / static_cast<int64_t>(sizeof(float));
+  const int64_t budget =
+      std::min(kGroupBytes, kAllGroupsBytes / plan.threads.shares) / static_cast<int64_t>(sizeof(float));
   const int64_t member = std::max<int64_t>(1, Panels(plan, kLeft, block).floats());
   return static_cast<int>(std::clamp<int64_t>(budget / member, 1, blocks));
 }

@@ -248,10 +248,11 @@ def _threads(problem: Problem) -> tuple[int, int]:
     """Into how many threads' shares the work is divided: as many as PyTorch has, but no more than it is worth; whatever
     their threads turn out to be, so that the order of sums depends on no other process. And how many new threads these
     are worth, where they cannot be PyTorch's."""
-    widths = [problem.x.shape[1]] + [teacher.x.shape[1] for teacher in problem.teachers if teacher.x is not None]
-    work, most = problem.rows * problem.columns * (sum(widths) + 16), torch.get_num_threads()
-    shares, own = (max(1, min(most, int(work / MULTIPLY_ADDS_PER_THREAD[each]))) for each in THREADS)
-    return shares, own
+    widths = problem.x.shape[1] + 16
+    for teacher in problem.teachers:
+        widths += 0 if teacher.x is None else teacher.x.shape[1]
+    work, most, worth = problem.rows * problem.columns * widths, torch.get_num_threads(), MULTIPLY_ADDS_PER_THREAD
+    return max(1, min(most, int(work / worth["shared"]))), max(1, min(most, int(work / worth["own"])))
 
 
 def _bound(problem: Problem) -> Any:

@@ -40,13 +40,13 @@ class Context:
     def row_vector(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a per-row tensor given for its own rows or for all."""
         checks.vector(name, value, (self.layout.n_local, self.layout.n))
-        value = value.detach().to(self.layout.device)
+        value = self._constant(value)
         return value if len(value) == self.layout.n_local else value[self.layout.own_rows]
 
     def column_vector(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a per-column tensor given for its own columns or for all."""
         checks.vector(name, value, (self.layout.m_local, self.layout.m))
-        value = value.detach().to(self.layout.device)
+        value = self._constant(value)
         return value if len(value) == self.layout.m_local else value[self.layout.own_columns]
 
     def identifiers(self, name: str, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,5 +69,9 @@ class Context:
     def _number_or(self, vector: Callable[[str, Tensor], Tensor], name: str, value: Tensor | float) -> Coefficient:
         if not isinstance(value, Tensor):
             return float(value)
-        own = value.detach().to(self.layout.device) if value.dim() == 0 else vector(name, value)
-        return own.to(self.layout.dtype)
+        own = self._constant(value) if value.dim() == 0 else vector(name, value)
+        return own if own.dtype == self.layout.dtype else own.to(self.layout.dtype)
+
+    def _constant(self, value: Tensor) -> Tensor:
+        value = value.detach() if value.requires_grad else value
+        return value if value.device == self.layout.device else value.to(self.layout.device)
