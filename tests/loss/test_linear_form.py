@@ -10,7 +10,7 @@ import torch
 from helpers.backends import BACKENDS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softclip_kernels import Hard, Mix, SelfTeacher, autograd, softclip_loss
+from softclip_kernels import Hard, Mix, Ratio, SelfTeacher, Target, Weighted, autograd, softclip_loss
 from softclip_kernels.linear_form import LinearForm, LinearForms, times
 from softclip_kernels.stats import SoftmaxStatistics
 from softclip_kernels.testing import ALL_TARGETS, Result, operands
@@ -113,6 +113,31 @@ def test_every_way_to_the_kernels_gives_the_same(name, direction, backend):
     for field, other in itertools.product(("loss", "dx", "dy", "dscale"), others):
         one, same = getattr(direct, field), getattr(other, field)
         torch.testing.assert_close(one, same, rtol=tolerance, atol=tolerance * float(one.abs().max()))
+
+
+class Lopsided(Target):
+    """Hard() with the columns' entries halved."""
+
+    def lower(self, context):
+        return Hard().lower(context).scaled(1.0, 0.5)
+
+
+UNLIKE = {
+    "positives": Lopsided(),
+    "teachers": Mix(SelfTeacher(), SelfTeacher(Ratio(2.0)), (0.2, 0.7)),
+    "weights": Weighted(Hard(), (torch.full((9,), 2.0), torch.full((9,), 3.0))),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_directions_that_are_not_alike_have_a_form_each(name):
+    x, y, scale = operands(9, 9, 4, dtype=torch.float64)
+    both, rows, columns = (
+        Result.of_loss(x, y, scale, UNLIKE[name], direction=direction) for direction in ("both", "rows", "columns")
+    )
+    for field in ("loss", "dx", "dy", "dscale"):
+        mean = (getattr(rows, field) + getattr(columns, field)) / 2
+        torch.testing.assert_close(getattr(both, field), mean, rtol=1e-12, atol=1e-12)
 
 
 def test_a_loss_that_nobody_differentiates_keeps_its_gradients_away():
