@@ -281,12 +281,13 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
     waits for another."""
     x, y, exchange = request.x, request.y, as_exchange(request.group)
     known = _known_of(request)
-    if known.layout is None:
-        known.layout = agreement.make_layout(x, y, exchange, request.check)
-        checks.not_empty(known.layout.n, known.layout.m)
-    else:
+    if known.layout is not None:
+        layout = known.layout
         request.check_values()
-    layout = known.layout
+    else:
+        layout = agreement.make_layout(x, y, exchange, request.check)
+        checks.not_empty(layout.n, layout.m)
+        known.layout = layout
     scale = _as_scale(request.logit_scale, layout)
     diagonal = request.target is None or (type(request.target) is Hard and request.target.is_diagonal)
     if diagonal and known.diagonal is not None:

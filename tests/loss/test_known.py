@@ -73,6 +73,9 @@ def test_what_may_be_wrong_with_a_call_like_one_before_is_still_an_error(known):
         softclip_loss(x, y[1:], scale)
     with pytest.raises(TypeError, match=r"x has layout torch.sparse_coo"):
         softclip_loss(x.to_sparse(), y, scale)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="a loss over 0 rows and 0 columns is undefined"):
+            softclip_loss(x[:0], y[:0], scale)
     with pytest.raises(TypeError, match="target must be a target, such as Hard"):
         softclip_loss(x, y, scale, torch.arange(N))
     for name, value in (("reduction", "median"), ("direction", "up"), ("backend", "cuda"), ("reduction", ["mean"])):
