@@ -78,7 +78,9 @@ class LinearForms(NamedTuple):
     def kept(self) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], LinearForms]]:
         """Every tensor, for save_for_backward, and what makes the forms again of them, which holds none."""
         alike = self.rows is self.columns
-        hollow = [*_flat(self.rows), *([] if alike else _flat(self.columns))]
+        rows = _flat(self.rows)
+        hollow = rows if alike else rows + _flat(self.columns)
+        of_rows = len(rows)
         places = [place for place, each in enumerate(hollow) if isinstance(each, Tensor)]
         if not places:
             return [], lambda tensors: self
@@ -86,14 +88,13 @@ class LinearForms(NamedTuple):
         for place in places:
             hollow[place] = None
         dots = [None if form is None else len(form.dots) for form in self]
-        of_columns = len(_flat(self.rows))
 
         def restored(tensors: Sequence[Tensor]) -> LinearForms:
             filled = list(hollow)
             for place, tensor in zip(places, tensors, strict=True):
                 filled[place] = tensor
-            rows = _of(filled[:of_columns], dots[0])
-            return LinearForms(rows, rows if alike else _of(filled[of_columns:], dots[1]))
+            rows = _of(filled[:of_rows], dots[0])
+            return LinearForms(rows, rows if alike else _of(filled[of_rows:], dots[1]))
 
         return kept, restored
 

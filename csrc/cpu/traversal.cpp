@@ -42,8 +42,10 @@ class Traversal {
     stopwatch.lap(kPacking);
   }
 
-  // `kept`: where the share's blocks of this round lie, or null.
-  void round(int round, float* kept) {
+  // kept_offsets: Plan's, or empty where nothing is kept.
+  void round(int round, const std::vector<int64_t>& kept_offsets) {
+    float* kept = nullptr;
+    if (!kept_offsets.empty()) kept = plan_.kept.data + kept_offsets[round * plan_.threads.shares + share_];
     for (const Job& job : plan_.schedule.jobs(round, share_)) {
       work(job, kept);
       if (kept != nullptr) kept += plan_.kept_floats_above(job, job.row_end);
@@ -65,7 +67,7 @@ class Traversal {
             shared_.used() ? shared_.right(job.column_group) : packed(workspace_.right(), {column, column + columns});
         workspace_.stopwatch().lap(kPacking);
         for (int64_t row = first; row < last && !(job.triangle && row > column); row += block) {
-          if (team_.stopped(share_)) return;
+          if (team_.stopped(share_)) return;  // share 0 is the calling thread's
           const bool diagonal = job.triangle && row == column;
           const Block visited{row, column, size(row, last), columns, plan_.mirrored && !diagonal};
           if (kept != nullptr) workspace_.use_kept(kept, plan_.kept_block(job, visited));
@@ -144,10 +146,7 @@ bool traverse(const Plan& plan, const Poll& poll, Visitor& visitor) {
       own.back().start(stopwatch);
     }
     for (int round = 0; round < plan.schedule.rounds(); ++round) {
-      for (size_t k = 0; k < own.size(); ++k) {
-        const size_t share = thread + k * team.threads();
-        own[k].round(round, kept_offsets.empty() ? nullptr : plan.kept.data + kept_offsets[round * shares + share]);
-      }
+      for (Traversal& traversal : own) traversal.round(round, kept_offsets);
       team.wait(thread);
       stopwatch.lap(kWaiting);
     }
