@@ -83,7 +83,8 @@ class Standard:
         direction: str = "both",
     ) -> Standard:
         """Twice the error that dense PyTorch makes in the same dtype plus what rounding a logit may cost
-        (`tolerances`), and no more than `bounds`.
+        (`tolerances`), and no more than `bounds`. Of dscale, a single number whose error may be next to nothing by
+        chance, dense PyTorch's counts as no less than what the errors of its dx make likely.
 
         `signal=False` is for problems whose exact gradient is next to nothing by nature: pairs that have converged, a
         single row. There it is dense PyTorch's error alone that limits a result's.
@@ -96,6 +97,7 @@ class Standard:
         matrices = dense_target(target or Hard(), x.double(), y.double(), scale.double())
         mass = max(1.0, matrices.rows.sum(1).max().item(), matrices.columns.sum(0).max().item())
         errors, roundings = _errors(dense, exact), tolerances(exact, x, y, scale, mass)
+        errors["dscale"] = max(errors["dscale"], _expected_error_of_dscale(dense, exact, x, scale))
         allowed = {name: 2 * errors[name] + roundings[name] for name in FIELDS}
         if signal:
             own = bounds(exact, roundings, x, scale)
@@ -126,6 +128,13 @@ def _errors(result: Result, exact: Result) -> dict[str, float]:
     return {
         name: (getattr(result, name).double() - getattr(exact, name).double()).abs().max().item() for name in FIELDS
     }
+
+
+def _expected_error_of_dscale(result: Result, exact: Result, x: Tensor, scale: Tensor) -> float:
+    """dscale sums one product a row, <x_i, dx_i> / scale: the root of the sum of squares of what the errors of dx make
+    of these, as if they were independent."""
+    products = (x.double() * (result.dx.double() - exact.dx)).sum(1)
+    return products.norm().item() / abs(scale.item())
 
 
 def sizes(exact: Result, x: Tensor, scale: Tensor) -> dict[str, float]:

@@ -47,7 +47,7 @@ _STREAMS = {"Stream": lambda: None, "stream": contextlib.nullcontext, "_sleep": 
 class _Small:
     DEVICE, BACKEND = "cpu", "chunked"
     SQUARE_SIZES, RECTANGULAR_SIZES = ((1, 3), (50, 8)), ((1, 4, 8), (50, 30, 8))
-    SCALED, SUPER_BLOCKS, ADVERSARIAL, MEMORY = (50, 8), (60, 8), (50, 8), (40, 8)
+    SCALED, SUPER_BLOCKS, MEMORY = (50, 8), (60, 8), (40, 8)
     CANDIDATES, REPEATED, CAPTURED, LAID_OUT, UNINITIALIZED = ((50, 8),), ((50, 8),), (50, 8), (50, 8), ((50, 8),)
     MUTATED = (129, 40)
     REPEATS = 2

@@ -16,6 +16,8 @@ from softclip_kernels.testing import (
     InsensitiveError,
     Result,
     Standard,
+    dense_row_losses,
+    dense_target,
     matching_rows,
     operands,
     truth,
@@ -58,6 +60,25 @@ def test_what_carries_no_signal_is_not_compared():
     large = (300 * x).half()
     with pytest.raises(InsensitiveError, match=r"dense PyTorch overflows in torch\.float16"):
         Standard.of(large, -large, scale, signal=False)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16))
+def test_a_gradient_of_the_logits_in_16_bits_passes(dtype):
+    """What the kernels return at best: dscale is a single number, and dense PyTorch's may be right by chance. Targets
+    without a positive, whose entry the kernels keep in float32."""
+    for name in WITHOUT["no positive's term"]:
+        target = ALL_TARGETS[name](*SIZE[:2])
+        x, y, scale = operands(*SIZE, dtype=dtype, scale=1.0)
+        exact, (a, b, factor) = truth(x, y, scale, target), (one.double() for one in (x, y, scale))
+        z, one = (factor * a @ b.T).requires_grad_(), torch.ones_like(factor)
+        matrices = dense_target(target, a, b, factor)
+        row_losses, column_losses = dense_row_losses(z, torch.eye(len(b), dtype=z.dtype), one, matrices)
+        (g,) = torch.autograd.grad(0.5 * (row_losses.mean() + column_losses.mean()), z)
+        standard = Standard.of(x, y, scale, target)
+        for unit in 2.0**12 / g.abs().max() * torch.linspace(0.5, 1, 8):  # each rounds in a way of its own
+            rounded = (unit * g).to(dtype).double() / unit
+            dx, dy = (factor * rounded @ b).to(dtype), (factor * rounded.T @ a).to(dtype)
+            standard.check(Result(exact.loss, dx, dy, (rounded * (a @ b.T)).sum()))
 
 
 def test_nan_is_refused():
