@@ -17,15 +17,10 @@ struct alignas(64) TensorMap {  // what cuTensorMapEncodeTiled fills
   u64 opaque[16];
 };
 
-// Special registers: %tid.x, %ctaid.x, %nctaid.x, %cluster_ctarank.
+// Special registers: %tid.x, %ctaid.x, %nctaid.x
 DEVICE u32 thread() { return threadIdx.x; }
 DEVICE u32 block() { return blockIdx.x; }
 DEVICE u32 blocks() { return gridDim.x; }
-DEVICE u32 rank_in_cluster() {
-  u32 rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 
 // The block's dynamic shared memory, as an address of the shared window. cvta.to.shared
 DEVICE u32 shared_memory() {
@@ -64,10 +59,6 @@ DEVICE void barrier_arrive(u32 barrier, u32 threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 DEVICE void block_sync() { __syncthreads(); }
-// barrier.cluster.arrive, barrier.cluster.wait
-DEVICE void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\n barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 
 // mbarrier.init; a phase completes with so many arrivals and all the bytes that it was told to expect.
 DEVICE void mbarrier_init(u32 barrier, u32 arrivals) {
@@ -83,14 +74,6 @@ DEVICE void mbarrier_expect(u32 barrier, u32 bytes) {
 // mbarrier.arrive
 DEVICE void mbarrier_arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// mapa, mbarrier.arrive.release.cluster: at the same place in a block of the cluster, one's own too
-DEVICE void mbarrier_arrive_at(u32 barrier, u32 rank) {
-  asm volatile(
-      "{\n .reg .b32 remote;\n mapa.shared::cluster.u32 remote, %0, %1;\n"
-      " mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
 }
 // mbarrier.try_wait.parity: until the phase of this parity is complete. A wait is bounded, so that a kernel that is
 // wrong ends with an error instead of a hang.
@@ -117,14 +100,6 @@ DEVICE void tma_load(u32 destination, const TensorMap& map, int column, int row,
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           destination),
       "l"(&map), "r"(barrier), "r"(column), "r"(row)
-      : "memory");
-}
-// The same to the same place of every block in `mask` of the cluster, on the barrier of each.
-DEVICE void tma_load_multicast(u32 destination, const TensorMap& map, int column, int row, u32 barrier, u16 mask) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(destination),
-      "l"(&map), "r"(barrier), "r"(column), "r"(row), "h"(mask)
       : "memory");
 }
 // A box from shared memory to a matrix; what lies beyond its end is dropped. cp.async.bulk.tensor, .bulk_group

@@ -55,7 +55,8 @@ struct Entries {
   static constexpr int kBoxColumns = 64;
   static constexpr u32 kBoxBytes = kHalfRows * kBoxColumns * 2;
   static constexpr u32 kVectorBytes = kColumns * 4;
-  static constexpr u32 kBytes = kBoxBytes + (2 * kParts + MIRROR) * kVectorBytes;
+  static constexpr u32 kUsed = kBoxBytes + (2 * kParts + MIRROR) * kVectorBytes;
+  static constexpr u32 kBytes = (kUsed + 1023) / 1024 * 1024;  // so that the other consumer's box begins as it must
 
   const Share& share;
   const Input& in;

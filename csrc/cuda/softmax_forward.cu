@@ -64,7 +64,7 @@ struct Sums {
       float sum = row_sum[i];
       sum += ptx::shuffle_xor(sum, 1);
       sum += ptx::shuffle_xor(sum, 2);
-      if (lane.column == 0 && row_offset(i) < row_left && column_left > 0) rows[row_offset(i)] = sum;
+      if (lane.column == 0 && row_offset(i) < row_left) rows[row_offset(i)] = sum;
     }
     store_positives(d, tile);
     store_columns(tile, last_of_panel);

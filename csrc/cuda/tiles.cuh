@@ -10,8 +10,7 @@
 //   consumer 0    | multiply tile 0 | epilogue 0 ....| multiply tile 2 | epilogue 2 ....
 //   consumer 1                      | multiply tile 1 | epilogue 1 ....| multiply tile 3 | ...
 //
-// Blocks of a cluster have panels of their own, side by side, and the same rows of x: each asks for a part of every
-// stage, which comes to all of them. docs/cuda.md has pictures of a block's time and memory.
+// docs/cuda.md has pictures of a block's time and memory.
 #ifndef SOFTCLIP_TILES
 #define SOFTCLIP_TILES
 
@@ -21,24 +20,19 @@ using ptx::u16;
 using ptx::u32;
 using ptx::u64;
 
-// Defined for each compilation: WIDTH, of the embeddings, a multiple of kDepth; CLUSTER, blocks of one, 1 or 2; STAGES;
-// HALF for float16 instead of bfloat16.
+// Defined for each compilation: WIDTH, of the embeddings, a multiple of kDepth; STAGES; HALF for float16 instead of
+// bfloat16.
 constexpr int kWidth = WIDTH;
-constexpr int kCluster = CLUSTER;
 constexpr int kStages = STAGES;
 
 constexpr int kRows = 128;
 constexpr int kColumns = 128;
 constexpr int kDepth = 64;  // columns of a box: 128 bytes, the longest row that is swizzled
 constexpr int kSteps = kWidth / kDepth;
-#ifndef IN_FLIGHT
-#define IN_FLIGHT 1
-#endif
-constexpr int kInFlight = IN_FLIGHT;  // stages whose products are on their way while the next ones are asked for
-constexpr int kWarpgroup = 128;       // threads
+constexpr int kInFlight = 1;     // stages whose products are on their way while the next ones are asked for
+constexpr int kWarpgroup = 128;  // threads
 constexpr int kThreads = 3 * kWarpgroup;
 static_assert(kWidth % kDepth == 0 && kSteps >= 1, "WIDTH");
-static_assert(kCluster == 1 || kCluster == 2, "CLUSTER");
 
 // A consumer's tile: two halves of 64 rows, in the layout of ptx::wgmma.
 constexpr int kHalfRows = 64;
@@ -68,7 +62,7 @@ struct Tile {
   int local_row, local_column;  // in the super-block
 };
 
-// This cluster's share of the tiles of a super-block: numbers [first, last), down one panel after the other.
+// This block's share of the tiles of a super-block: numbers [first, last), down one panel after the other.
 struct Share {
   int row_start, row_end, column_start, column_end;
   int height;  // tiles of a panel
@@ -77,18 +71,16 @@ struct Share {
   DEVICE Share(int row_start, int row_end, int column_start, int column_end)
       : row_start(row_start), row_end(row_end), column_start(column_start), column_end(column_end) {
     height = (row_end - row_start + kRows - 1) / kRows;
-    const int panels = (column_end - column_start + kCluster * kColumns - 1) / (kCluster * kColumns);
+    const int panels = (column_end - column_start + kColumns - 1) / kColumns;
     const long long tiles = static_cast<long long>(height) * panels;
-    const int clusters = ptx::blocks() / kCluster, cluster = ptx::block() / kCluster;
-    first = static_cast<int>(tiles * cluster / clusters);
-    last = static_cast<int>(tiles * (cluster + 1) / clusters);
+    first = static_cast<int>(tiles * ptx::block() / ptx::blocks());
+    last = static_cast<int>(tiles * (ptx::block() + 1) / ptx::blocks());
   }
   DEVICE Tile tile(int number) const {
     const int panel = number / height;
-    const int rank = kCluster > 1 ? ptx::rank_in_cluster() : 0;
     Tile tile;
     tile.local_row = (number - panel * height) * kRows;
-    tile.local_column = (panel * kCluster + rank) * kColumns;
+    tile.local_column = panel * kColumns;
     tile.row = row_start + tile.local_row;
     tile.column = column_start + tile.local_column;
     return tile;
@@ -116,8 +108,8 @@ DEVICE void produce(const Share& share, const Barriers& barriers, u32 memory, co
   Position position(0);
   for (int number = share.first; number < share.last; ++number) {
     const Tile tile = share.tile(number);
-    if (number == share.first ||
-        tile.local_row == 0) {  // a panel replaces the one before when both consumers left that
+    if (number == share.first || tile.local_row == 0) {
+      // A panel takes the place of the one before, when both consumers have left that.
       ptx::mbarrier_wait(barriers.panel_empty(), (share.nth_panel(number) & 1) ^ 1);
       ptx::mbarrier_expect(barriers.panel_full(), kSteps * kPanelStep);
       for (int step = 0; step < kSteps; ++step) {
@@ -130,25 +122,9 @@ DEVICE void produce(const Share& share, const Barriers& barriers, u32 memory, co
       const u32 stage = memory + kStage + position.stage * kStageBytes;
       ptx::mbarrier_wait(barriers.empty(position.stage), position.parity ^ 1);
       ptx::mbarrier_expect(full, kStageBytes);
-      if (kCluster == 1) {
-        ptx::tma_load(stage, x, column, row, full);
-      } else {
-        const int part = kHalfRows / kCluster * ptx::rank_in_cluster();
-        ptx::tma_load_multicast(stage + part * kDepth * 2, x, column, row + part, full,
-                                static_cast<u16>((1 << kCluster) - 1));
-      }
+      ptx::tma_load(stage, x, column, row, full);
       position.advance();
     }
-  }
-}
-
-// Says to the producers of all blocks that fill it that a stage has been read.
-template <class Barriers>
-DEVICE void release(const Barriers& barriers, int stage, u32 thread) {
-  if (kCluster == 1) {
-    if (thread == 0) ptx::mbarrier_arrive(barriers.empty(stage));
-  } else {
-    if (thread < kCluster) ptx::mbarrier_arrive_at(barriers.empty(stage), thread);
   }
 }
 
@@ -174,7 +150,7 @@ DEVICE void multiply(Accumulator& d, Position position, const Barriers& barriers
       position.advance();
       if (step * kHalves + half >= kInFlight) {
         ptx::wgmma_wait<kInFlight>();
-        release(barriers, read.stage, thread);
+        if (thread == 0) ptx::mbarrier_arrive(barriers.empty(read.stage));
         read.advance();
       }
     }
@@ -182,7 +158,7 @@ DEVICE void multiply(Accumulator& d, Position position, const Barriers& barriers
   pass_on();
   ptx::wgmma_wait<0>();
   for (int stage = 0; stage < kInFlight; ++stage) {
-    release(barriers, read.stage, thread);
+    if (thread == 0) ptx::mbarrier_arrive(barriers.empty(read.stage));
     read.advance();
   }
 }
@@ -243,17 +219,13 @@ DEVICE void run(const ptx::TensorMap& x, const ptx::TensorMap& y, const Share& s
   if (ptx::thread() == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       ptx::mbarrier_init(barriers.full(stage), 1);
-      ptx::mbarrier_init(barriers.empty(stage), kCluster);
+      ptx::mbarrier_init(barriers.empty(stage), 1);
     }
     ptx::mbarrier_init(barriers.panel_full(), 1);
     ptx::mbarrier_init(barriers.panel_empty(), 2);
     ptx::mbarrier_init_fence();
   }
-  if (kCluster > 1) {
-    ptx::cluster_sync();
-  } else {
-    ptx::block_sync();
-  }
+  ptx::block_sync();
 
   const u32 warpgroup = ptx::thread() / kWarpgroup;
   if (warpgroup == 0) {
@@ -265,7 +237,6 @@ DEVICE void run(const ptx::TensorMap& x, const ptx::TensorMap& y, const Share& s
     Epilogue epilogue(share, memory + kEpilogue + consumer * Epilogue::kBytes, consumer, arguments...);
     consume(share, barriers, memory, consumer, epilogue);
   }
-  if (kCluster > 1) ptx::cluster_sync();  // a block that has gone cannot be written to
 }
 
 // Where a thread of a consumer stands in the layout of ptx::wgmma.
