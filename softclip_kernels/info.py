@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def report() -> dict[str, Any]:
     devices     the torch devices that the report covers, with their names
     backends    name to {"details": what the backend says of itself, "why_not": {device: {dtype: None or the reason}}}
     auto        {device: {dtype: the backend that backend="auto" takes for a plain CLIP loss}}
+    cuda kernels  {"why_not": {device: None or the reason}, "versions": what they run with, where any device can}
     """
     devices = _devices()
     return {
@@ -40,6 +42,7 @@ def report() -> dict[str, Any]:
             for name, backend in backends.registered().items()
         },
         "auto": {device: {_name(dtype): _automatic(_probe(device, dtype)) for dtype in DTYPES} for device in devices},
+        "cuda kernels": _cuda_kernels(devices),
     }
 
 
@@ -62,6 +65,18 @@ def _automatic(problem: Problem) -> str:
         return backends.choose(problem)[0].name
     except ValueError as error:
         return f"none: {error}"
+
+
+def _cuda_kernels(devices: Iterable[str]) -> dict[str, Any]:
+    from .backends.cuda import kernels
+
+    reasons: dict[str, str | None] = {}
+    for device in devices:
+        try:
+            reasons[device] = kernels.why_not(torch.device(device))
+        except ValueError as error:
+            reasons[device] = str(error)
+    return {"why_not": reasons, "versions": kernels.versions() if None in reasons.values() else {}}
 
 
 def _devices() -> dict[str, str]:
@@ -91,7 +106,7 @@ def _text(found: dict[str, Any]) -> str:
     lines = [f"{package} {version or 'not installed'}" for package, version in found["versions"].items()]
     lines += [f"{device}: {name}" for device, name in found["devices"].items()]
     for name, backend in found["backends"].items():
-        details = ", ".join(f"{key} {value}" for key, value in backend["details"].items())
+        details = _in_a_row(backend["details"])
         lines += ["", f"backend {name}" + (f" ({details})" if details else "")]
         for device, reasons in backend["why_not"].items():
             able = [dtype for dtype, reason in reasons.items() if reason is None]
@@ -100,12 +115,22 @@ def _text(found: dict[str, Any]) -> str:
             for reason in dict.fromkeys(reason for reason in reasons.values() if reason is not None):
                 unable = [dtype for dtype, other in reasons.items() if other == reason]
                 lines.append(f"  {device}: not {', '.join(unable)}: {reason}")
+    kernels = found["cuda kernels"]
+    lines += ["", "CUDA kernels" + (f" ({_in_a_row(kernels['versions'])})" if kernels["versions"] else "")]
+    lines += [
+        f"  {device}: " + ("can run" if reason is None else f"not: {reason}")
+        for device, reason in kernels["why_not"].items()
+    ]
     lines += ["", "backend='auto' takes"]
     lines += [
         f"  {device}: " + ", ".join(f"{dtype} {name}" for dtype, name in choice.items())
         for device, choice in found["auto"].items()
     ]
     return "\n".join(lines)
+
+
+def _in_a_row(values: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def main() -> None:

@@ -61,6 +61,11 @@ def modules(folder):
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")}
 
 
+def kernels(tree):
+    """The CUDA kernels' text."""
+    return {path.name for path in (tree / "csrc" / "cuda").iterdir() if path.suffix in (".cu", ".cuh")}
+
+
 def levels_in(wheel, directory):
     """What the wheel's extension offers on this machine; None where it has none."""
     with zipfile.ZipFile(wheel) as archive:
@@ -78,6 +83,7 @@ def levels_in(wheel, directory):
 def test_the_source_distribution_holds_all_that_its_tests_need(sources, unpacked):
     """Every file of Python, and whatever else the tests read while they are collected; none is found elsewhere."""
     assert modules(sources) == modules(unpacked)
+    assert kernels(sources) == kernels(unpacked) >= {"ptx.cuh"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"],
         cwd=unpacked,
@@ -96,11 +102,33 @@ def test_the_wheel_holds_every_package(sources):
     for name in ("added", "added/below"):
         (sources / "softclip_kernels" / name).mkdir()
         (sources / "softclip_kernels" / name / "__init__.py").touch()
+    for name in ("added.cu", "added.cuh"):
+        (sources / "csrc" / "cuda" / name).touch()
     wheel, _ = build(sources, "wheel", CXX="/nonexistent/c++")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if name.startswith("softclip_kernels/")}
     expected = {f"softclip_kernels/{name}" for name in modules(sources / "softclip_kernels")}
+    expected |= {f"softclip_kernels/backends/cuda/csrc/{name}" for name in kernels(sources)}
     assert names == expected | {"softclip_kernels/py.typed"}
+
+
+def test_an_installed_package_reads_the_kernels_that_it_brings(sources, tmp_path):
+    """The same text as the source tree's, away from it."""
+    wheel, _ = build(sources, "wheel", CXX="/nonexistent/c++")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    code = "import json; from softclip_kernels.backends.cuda import sources; print(json.dumps(sources.texts()))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "installed",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    texts = json.loads(run.stdout)
+    assert texts.keys() == kernels(sources) and "ptx.cuh" in texts
+    assert all(texts[name] == (sources / "csrc" / "cuda" / name).read_text() for name in texts)
 
 
 @needs_compiler

@@ -2,6 +2,7 @@
 
 backends     the backends that tests run over, and their dtypes
 candidates   every tile shape that a Triton kernel may take
+cuda_driver  a driver of CUDA without a GPU, which notes what it is handed
 data         a tiny data set, and a configuration that trains on it in seconds
 engines      two tiny towers in a DeepSpeed engine, and the plain loop that training must equal
 faults/      what breaks in a job's ranks on purpose

@@ -1,0 +1,101 @@
+"""A kernel by file and name, compiled once a process and device; whether a device can run any."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import torch
+
+from . import Unavailable, cache, sources
+from .driver import driver
+from .launch import Function, Module
+from .nvrtc import nvrtc
+
+VARIABLE = "SOFTCLIP_CUDA"
+CAPABILITY = (9, 0)  # the architecture's own instructions run on no other
+OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17", "--generate-line-info")
+
+Defines = tuple[tuple[str, str | int], ...]
+
+_lock = threading.Lock()
+_modules: dict[tuple[int, str, Defines], Module] = {}
+_functions: dict[tuple[int, str, str, Defines, int], Function] = {}
+_reasons: dict[int, str | None] = {}
+
+
+def kernel(file: str, name: str, defines: Defines, shared_bytes: int, device: torch.device) -> Function:
+    """The kernel `extern "C" __global__ void name(...)` of csrc/cuda/file, compiled with these macros and launched with
+    so much dynamic shared memory. Of a file and its macros a device has one module.
+
+    device: one for which `why_not` gave None. The first call may compile, which takes seconds, and loads, which no
+    CUDA graph may capture; a later one is a look-up. Raises nvrtc.CompileError, driver.DriverError, Unavailable, and
+    ValueError where there is no such file.
+    """
+    index = _index(device)
+    function = _functions.get((index, file, name, defines, shared_bytes))
+    if function is None:
+        with _lock:
+            module = _modules.get((index, file, defines))
+            if module is None:
+                module = _modules[index, file, defines] = Module(cubin(file, defines), index)
+            function = _functions[index, file, name, defines, shared_bytes] = module.function(name, shared_bytes)
+    return function
+
+
+def cubin(file: str, defines: Defines) -> bytes:
+    """Compiled, or kept from another process. Raises as `kernel` does."""
+    compiler, text, headers = nvrtc(), sources.text(file), sources.headers()
+    options = [*OPTIONS, *(f"--define-macro={name}={value}" for name, value in defines)]
+    key = cache.key(file=file, text=text, headers=headers, options=options, nvrtc=compiler.version)
+    return cache.cubin(key, lambda: compiler.compile(file, text, headers, options))
+
+
+def forced() -> bool:
+    """Whether SOFTCLIP_CUDA asks for these kernels, so that what they cannot do is an error."""
+    return _setting() == "1"
+
+
+def why_not(device: torch.device) -> str | None:
+    """None where the device can run these kernels and SOFTCLIP_CUDA does not turn them off, otherwise the reason in a
+    sentence. Raises ValueError where SOFTCLIP_CUDA has a value without a meaning. Opens no library unless the device
+    is a Hopper GPU, and those once; compiles nothing."""
+    if _setting() == "0":
+        return f"{VARIABLE}=0 turns them off"
+    if device.type != "cuda":
+        return f"they run on GPUs, not on {device}"
+    if torch.version.hip:
+        return "they run on NVIDIA's GPUs, and this torch is built for AMD's"
+    index = _index(device)
+    if index not in _reasons:
+        _reasons[index] = _missing(index)
+    return _reasons[index]
+
+
+def versions() -> dict[str, str]:
+    """Of driver and compiler, where `why_not` gave None for some device."""
+    return {"driver": driver().version(), "NVRTC": "{}.{}".format(*nvrtc().version)}
+
+
+def _missing(index: int) -> str | None:
+    capability = torch.cuda.get_device_capability(index)
+    if capability != CAPABILITY:
+        return "they are for compute capability {}.{}, and this GPU has {}.{}".format(*CAPABILITY, *capability)
+    try:
+        driver()
+        nvrtc()
+        sources.texts()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _setting() -> str:
+    value = os.environ.get(VARIABLE, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"{VARIABLE}={value!r}; allowed: unset or '' (where they can run), '0' (never), '1' (always)")
+    return value
