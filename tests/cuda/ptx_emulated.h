@@ -1,0 +1,265 @@
+// The functions of csrc/cuda/ptx.cuh; what each of them is stands there.
+#pragma once
+
+#include "emulator.h"
+
+namespace ptx {
+
+inline emulator::Thread& self() { return emulator::machine->self(); }
+inline emulator::Scheduler& scheduler() { return emulator::machine->scheduler; }
+template <class Action>
+void together(const char* name, const Action& action) {
+  scheduler().together(name, action);
+}
+
+inline u32 thread() { return self().index; }
+inline u32 block() { return self().block->index; }
+inline u32 blocks() { return emulator::machine->grid; }
+inline u32 rank_in_cluster() { return self().block->rank; }
+
+inline u32 shared_memory() { return emulator::kSharedBase; }
+template <class Value>
+Value read_shared(u32 address) {
+  Value value;
+  ++emulator::statistics.shared_reads;
+  self().block->memory.read("load_shared", address, &value, sizeof value);
+  scheduler().preempt();
+  return value;
+}
+inline float load_shared(u32 address) { return read_shared<float>(address); }
+inline void load_shared(u32 address, float& first, float& second) {
+  struct alignas(8) Pair {
+    float first, second;
+  };
+  const Pair pair = read_shared<Pair>(address);
+  first = pair.first, second = pair.second;
+}
+inline void write_shared(const char* name, emulator::Thread& thread, u32 address, const void* from, u32 bytes) {
+  emulator::machine->stores.check_write(thread.block, address, bytes);
+  const bool leaks = scheduler().random.chance(scheduler().policy.leaks);
+  thread.block->memory.write(name, address, from, bytes, thread.writer(), thread.unfenced, leaks);
+}
+inline void store_shared(u32 address, float value) {
+  ++emulator::statistics.shared_writes;
+  write_shared("store_shared", self(), address, &value, sizeof value);
+  scheduler().preempt();
+}
+
+template <int kRegisters>
+void set_registers(const char* name, bool more) {
+  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
+  emulator::Block& block = *self().block;
+  const u32 warp = self().index / 32;
+  together(name, [&](emulator::Warp&) { block.set_registers(scheduler(), name, warp, kRegisters, more); });
+  scheduler().until(block.for_registers, [&] { return block.wanted[warp] == 0; }, name);
+}
+template <int kRegisters>
+void take_registers() {
+  set_registers<kRegisters>("take_registers", true);
+}
+template <int kRegisters>
+void give_registers() {
+  set_registers<kRegisters>("give_registers", false);
+}
+
+inline void barrier_sync(u32 barrier, u32 threads) {
+  emulator::Block& block = *self().block;
+  together("barrier_sync", [&](emulator::Warp& warp) {
+    ++emulator::statistics.named_barriers;
+    if (barrier < 16) warp.note = block.named[barrier].generation;
+    block.arrive_at_named(scheduler(), "barrier_sync", barrier, threads);
+  });
+  const emulator::NamedBarrier& named = block.named[barrier];
+  const u64 generation = self().warp->note;
+  scheduler().until(
+      block.named[barrier].waiting, [&] { return named.generation != generation; }, "barrier_sync", barrier, threads);
+}
+inline void barrier_arrive(u32 barrier, u32 threads) {
+  emulator::Block& block = *self().block;
+  together("barrier_arrive", [&](emulator::Warp&) {
+    ++emulator::statistics.named_barriers;
+    block.arrive_at_named(scheduler(), "barrier_arrive", barrier, threads);
+  });
+}
+inline void block_sync() {
+  emulator::Block& block = *self().block;
+  together("block_sync", [&](emulator::Warp& warp) {
+    ++emulator::statistics.block_barriers;
+    warp.note = block.named[0].generation;
+    emulator::machine->block_barrier(block);
+  });
+  const u64 generation = self().warp->note;
+  scheduler().until(block.named[0].waiting, [&] { return block.named[0].generation != generation; }, "block_sync");
+}
+inline void cluster_sync() {
+  emulator::NamedBarrier& everyone = emulator::machine->everyone;
+  emulator::Thread& own = self();  // an arrival is a release: what the thread did at other blocks' barriers is done
+  scheduler().until(own.for_arrivals, [&] { return own.arrivals_under_way == 0; }, "cluster_sync");
+  together("cluster_sync", [&](emulator::Warp& warp) {
+    ++emulator::statistics.cluster_barriers;
+    warp.note = everyone.generation;
+    emulator::machine->cluster_barrier();
+  });
+  const u64 generation = self().warp->note;
+  scheduler().until(everyone.waiting, [&] { return everyone.generation != generation; }, "cluster_sync");
+}
+
+inline void mbarrier_init(u32 barrier, u32 arrivals) {
+  self().block->initialize(barrier, arrivals, &self());
+  scheduler().preempt();
+}
+inline void mbarrier_init_fence() {
+  for (auto& [address, barrier] : self().block->mbarriers) {
+    if (barrier.initialized_by == &self()) barrier.fenced = true;
+  }
+  scheduler().preempt();
+}
+inline void mbarrier_expect(u32 barrier, u32 bytes) {
+  ++emulator::statistics.mbarrier_arrivals;
+  self().block->arrive(scheduler(), "mbarrier_expect", barrier, bytes, &self());
+  scheduler().preempt();
+}
+inline void mbarrier_arrive(u32 barrier) {
+  ++emulator::statistics.mbarrier_arrivals;
+  self().block->arrive(scheduler(), "mbarrier_arrive", barrier, 0, &self());
+  scheduler().preempt();
+}
+inline emulator::Block& block_of_cluster(const char* name, u32 rank) {
+  const auto& blocks = emulator::machine->cluster_blocks;
+  if (rank >= blocks.size()) emulator::fail("%s: block %u of a cluster of %zu", name, rank, blocks.size());
+  return *blocks[rank];
+}
+inline void mbarrier_arrive_at(u32 barrier, u32 rank) {
+  ++emulator::statistics.remote_arrivals;
+  emulator::machine->remote_arrivals.issue(self(), block_of_cluster("mbarrier_arrive_at", rank), barrier);
+  scheduler().preempt();
+}
+inline void mbarrier_wait(u32 barrier, u32 parity) {
+  ++emulator::statistics.mbarrier_waits;
+  if (parity > 1) emulator::fail("mbarrier_wait: parity %u", parity);
+  scheduler().preempt();
+  emulator::Mbarrier& waited = self().block->mbarrier("mbarrier_wait", barrier, &self());
+  scheduler().until(waited.waiting, [&] { return (waited.phase & 1) != parity; }, "mbarrier_wait", barrier, parity);
+}
+
+inline void load_to(u32 destination, const TensorMap& map, int column, int row, u32 barrier,
+                    const std::vector<emulator::Block*>& blocks) {
+  const emulator::Matrix matrix = emulator::matrix_of(map);
+  for (const emulator::Block* block : blocks) {
+    emulator::machine->tensor_cores.check_overwritten(block, destination, matrix.box_bytes());
+    emulator::machine->stores.check_write(block, destination, matrix.box_bytes());
+  }
+  emulator::statistics.load_bytes += matrix.box_bytes();
+  emulator::machine->loads.issue(matrix, destination, column, row, barrier, blocks);
+  scheduler().preempt();
+}
+inline void tma_load(u32 destination, const TensorMap& map, int column, int row, u32 barrier) {
+  ++emulator::statistics.loads;
+  load_to(destination, map, column, row, barrier, {self().block});
+}
+inline void tma_load_multicast(u32 destination, const TensorMap& map, int column, int row, u32 barrier, u16 mask) {
+  ++emulator::statistics.multicast_loads;
+  std::vector<emulator::Block*> blocks;
+  for (u32 rank = 0; rank < 16; ++rank) {
+    if (mask >> rank & 1) blocks.push_back(&block_of_cluster("tma_load_multicast", rank));
+  }
+  if (blocks.empty()) emulator::fail("tma_load_multicast: to no block");
+  load_to(destination, map, column, row, barrier, blocks);
+}
+inline void tma_store(const TensorMap& map, int column, int row, u32 source) {
+  ++emulator::statistics.stores;
+  emulator::machine->stores.issue(emulator::matrix_of(map), column, row, source, self());
+  scheduler().preempt();
+}
+inline void tma_store_commit() { ++self().store_groups; }
+template <int kGroups>
+void tma_store_wait_read() {
+  emulator::Thread& thread = self();
+  const u64 groups = thread.store_groups - std::min<u64>(kGroups, thread.store_groups);
+  thread.stores_awaited = std::max(thread.stores_awaited, groups);
+  scheduler().preempt();
+  scheduler().until(
+      thread.for_stores, [&] { return emulator::machine->stores.read(thread, groups); }, "tma_store_wait_read");
+}
+inline void fence_proxy_async() {
+  ++emulator::statistics.proxy_fences;
+  self().block->memory.fence(self().writer(), self().unfenced);
+  scheduler().preempt();
+}
+
+inline void wgmma_fence() {
+  ++self().product_fences;
+  together("wgmma_fence", [](emulator::Warp&) {});
+}
+inline void wgmma_commit() {
+  self().product_groups.push_back(self().products);
+  together("wgmma_commit", [](emulator::Warp&) {});
+}
+template <int kGroups>
+void wgmma_wait() {
+  together("wgmma_wait", [](emulator::Warp&) {});
+  emulator::machine->tensor_cores.wait(self(), kGroups);
+}
+inline u64 matrix(u32 address) {
+  return static_cast<u64>((address & 0x3FFFF) >> 4) | 1ull << 16 | static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
+}
+inline void wgmma(float (&d)[64], u64 a, u64 b, bool add) {
+  emulator::machine->tensor_cores.issue(self(), d, a, b, add);
+  together("wgmma", [](emulator::Warp&) {});
+}
+
+inline void stmatrix(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  // Operands of all lanes: what a lane gives lies on its stack until all have come.
+  struct Row {
+    u32 address, registers[4];
+  };
+  static Row rows[32 * 64];  // of every warp of a cluster
+  Row* of_warp = rows + self().warp->number % 64 * 32;
+  of_warp[self().lane] = {address, {a, b, c, d}};
+  emulator::Thread& thread = self();
+  together("stmatrix", [&](emulator::Warp& warp) {
+    ++emulator::statistics.stored_matrices;
+    for (u32 lane = 0; lane < 32; ++lane) {  // row lane % 8 of matrix lane / 8: two numbers from each of four lanes
+      u32 row[4];
+      for (u32 i = 0; i < 4; ++i) row[i] = of_warp[lane % 8 * 4 + i].registers[lane / 8];
+      auto& owner = static_cast<emulator::Thread&>(*warp.lanes[lane]);
+      write_shared("stmatrix", owner, of_warp[lane].address, row, sizeof row);
+    }
+  });
+  (void)thread;
+}
+inline u32 pack(float low, float high) {
+  return emulator::to_operand(low) | static_cast<u32>(emulator::to_operand(high)) << 16;
+}
+inline float exp2(float x) {
+  ++emulator::statistics.exponentials;
+  const float y = std::exp2(std::fabs(x) < 0x1p-126f ? 0.0f : x);
+  return std::fabs(y) < 0x1p-126f ? 0.0f : y;
+}
+
+template <class Value, class Combine>
+Value of_lanes(const char* name, Value value, const Combine& combine) {
+  static Value values[64][32];
+  Value* of_warp = values[self().warp->number % 64];
+  of_warp[self().lane] = value;
+  static Value results[64][32];
+  Value* result = results[self().warp->number % 64];
+  together(name, [&](emulator::Warp&) { combine(of_warp, result); });
+  return result[self().lane];
+}
+inline float shuffle_xor(float value, u32 lanes) {
+  if (lanes > 31) emulator::fail("shuffle_xor: by %u", lanes);
+  return of_lanes("shuffle_xor", value, [lanes](const float* from, float* to) {
+    ++emulator::statistics.shuffles;
+    for (u32 lane = 0; lane < 32; ++lane) to[lane] = from[lane ^ lanes];
+  });
+}
+inline bool all_of_warp(bool value) {
+  return of_lanes("all_of_warp", value, [](const bool* from, bool* to) {
+    ++emulator::statistics.votes;
+    const bool all = std::all_of(from, from + 32, [](bool each) { return each; });
+    std::fill(to, to + 32, all);
+  });
+}
+
+}  // namespace ptx

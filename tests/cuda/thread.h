@@ -1,0 +1,43 @@
+// A thread of the kernel, and what it must know of its asynchronous operations.
+#pragma once
+
+#include <vector>
+
+#include "barriers.h"
+
+namespace emulator {
+
+struct Accumulator {
+  const float* registers;  // 64, the thread's own
+  u32 slot = 0;            // where its value is while it is in flight
+  u64 last = 0;            // product that it takes part in
+  bool in_flight = false;
+  u64 fences = 0;  // of the thread when it was returned
+};
+
+struct Thread : Fibre {
+  u32 index = 0;  // in the block
+  Block* block = nullptr;
+  u16 writer() const { return static_cast<u16>(index + 1); }
+
+  std::vector<u32> unfenced;  // words of shared memory
+
+  u64 products = 0, product_fences = 0;  // issued
+  std::vector<u64> product_groups;       // how many products had been issued at each commit
+  std::vector<Accumulator> accumulators;
+
+  u64 store_groups = 0, stores_awaited = 0, stores_needed = 0;  // groups: committed, waited for, holding a store
+  Waiting for_stores;
+
+  u32 arrivals_under_way = 0;  // at barriers of the cluster
+  Waiting for_arrivals;
+};
+
+struct Statistics {
+  u64 loads, multicast_loads, load_bytes, stores, products, stored_matrices, shuffles, votes, exponentials;
+  u64 shared_reads, shared_writes, mbarrier_arrivals, remote_arrivals, mbarrier_waits, named_barriers, block_barriers;
+  u64 cluster_barriers, proxy_fences, steps;
+};
+inline Statistics statistics;  // of the launch under way or the last one; what a warp does at once counts once
+
+}  // namespace emulator
