@@ -43,6 +43,11 @@ def kernel(file: str, name: str, defines: Defines, shared_bytes: int, device: to
     return function
 
 
+def loaded(file: str, name: str, defines: Defines, shared_bytes: int, device: torch.device) -> bool:
+    """Whether `kernel` would only look it up."""
+    return (_index(device), file, name, defines, shared_bytes) in _functions
+
+
 def cubin(file: str, defines: Defines) -> bytes:
     """Compiled, or kept from another process. Raises as `kernel` does."""
     compiler, text, headers = nvrtc(), sources.text(file), sources.headers()

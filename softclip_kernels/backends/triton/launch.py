@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ... import precision
 from ...problem import Problem
 from ...version import __version__
+from ..cuda import kernels
 from . import shapes, tuning
 from .call import ceil_div
 from .passes import Pass, smooth
@@ -63,13 +65,27 @@ def largest_edge(area: float, tile: int, longest: int) -> int:
 
 
 def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
-    """The shapes that suit a pass; kind: forward, online or backward."""
+    """The shapes that suit a pass, the CUDA kernels' last; kind: forward, online or backward."""
     unsuitable = shapes.UNBIASED if launch_pass.biased else frozenset()
     if not launch_pass.student:  # a later teacher's launch, with no student's part to split off
         unsuitable |= {shapes.SPLIT}
     if launch_pass.overlapping:  # a descriptor's rows do not
         unsuitable |= {shapes.TMA}
-    return _suitable(kind, launch_pass.case, architecture(launch_pass.problem.x.device), unsuitable)
+    suitable = _suitable(kind, launch_pass.case, architecture(launch_pass.problem.x.device), unsuitable)
+    return (*suitable, shapes.SM90_SHAPE) if _offers_sm90(kind, launch_pass) else suitable
+
+
+def _offers_sm90(kind: str, launch_pass: Pass) -> bool:
+    """Whether the CUDA kernels are worth their compilation, and can run."""
+    problem = launch_pass.problem
+    if architecture(problem.x.device) != shapes.SM90_ARCHITECTURE:
+        return False
+    named = shapes.SM90 in os.environ.get(tuning.CANDIDATE, "")
+    if not (named or kernels.forced() or tuning.times(problem.rows * problem.columns)):
+        return False
+    from . import sm90  # here, because it needs this module
+
+    return sm90.why_not(kind, launch_pass) is None
 
 
 @functools.cache
@@ -79,6 +95,8 @@ def _suitable(kind: str, case: tuple[str, bool, int], device: str, unsuitable: f
 
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:
     problem, suitable = launch_pass.problem, candidates(kind, launch_pass)
+    if kernels.forced() and shapes.SM90_SHAPE in suitable:
+        return shapes.SM90_SHAPE
 
     def case() -> str:
         return _case(problem.x.device, launch_pass.signature())

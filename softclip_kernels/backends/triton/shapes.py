@@ -12,6 +12,7 @@ import itertools
 from typing import NamedTuple
 
 TIMED = ("forward", "backward", "products")  # kinds of kernel with candidates that the clock chooses from
+SM90_ARCHITECTURE = "sm_90"
 ARCHITECTURES = ("interpreter", "sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 GROUP = 8  # tile rows that advance together, for L2
 LIBRARY = "library"  # the way of a product that torch makes
@@ -20,6 +21,7 @@ EXCHANGE = "exchange"  # transposed: each of the mirrored tiles by itself, what 
 SPLIT = "split"  # embeddings: the student's part, then the teacher's added to it
 PAIR = "pair"  # the way of a forward pass, transposed: as the others, both tiles in one program, but larger
 TMA = "tma"  # the way of a pass without a teacher whose programs stay and take boxes of the operands (persistent.py)
+SM90 = "sm90"  # the way of a pass by the CUDA C++ kernels for Hopper (sm90.py), beside Triton's candidates
 # Bytes that a thread may spill: little beside what larger tiles save, and whether it pays the clock tells. Else none.
 SPILLED = {EXCHANGE: 512, SPLIT: 256, PAIR: 96}
 SPILLED_WITH_BIASES = 96  # of every way's, beside a teacher's biases
@@ -50,9 +52,14 @@ class Shape(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+SM90_SHAPE = Shape(128, 128, 64, 12, 9, SM90)  # of stages at least so many
+
+
 @functools.cache
 def candidates(kind: str, mode: str, plain: bool, itemsize: int, architecture: str) -> tuple[Shape, ...]:
-    """kind          forward, online or backward
+    """Triton's.
+
+    kind          forward, online or backward
     mode          where a teacher's logits come from: none, logits, embeddings, or transposed, where tiles (I, J) and
                   (J, I) are worked on together and block_m is a multiple of block_n, unless they are exchanged
     plain         no segments or ranks, and rows in whole steps of 16 bytes: masks take registers
@@ -132,10 +139,10 @@ def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[S
 
 @functools.cache
 def every_name(architecture: str) -> frozenset[str]:
-    """Of every candidate that the clock may choose, for whatever problem."""
-    found: set[Shape] = set()
+    """Of every candidate that the clock may choose, for whatever problem, the CUDA kernels' way as a name too."""
+    found: set[Shape] = {SM90_SHAPE} if architecture == SM90_ARCHITECTURE else set()
     for plain, itemsize in itertools.product((True, False), (2, 4)):
         found.update(product_candidates(plain, itemsize, architecture))
         for kind, mode in itertools.product(("forward", "backward"), ("none", "logits", "embeddings", "transposed")):
             found.update(candidates(kind, mode, plain, itemsize, architecture))
-    return frozenset(shape.name for shape in found)
+    return frozenset(shape.name for shape in found) | ({SM90} if SM90_SHAPE in found else frozenset())

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...stats import InputGradients, Statistics, StatisticsGradient, Wanted
-from . import coefficients, launch, tuning
+from . import coefficients, launch, sm90, tuning
 from .call import Call
 from .coefficients import HEADROOM, all_in_range
 from .edges import Work, best_edge, memory_for_scratch
 from .gradients import Gradients
 from .passes import Pass, passes
-from .shapes import EXCHANGE, GROUP, SPLIT, TMA, Shape
+from .shapes import EXCHANGE, GROUP, SM90, SPLIT, TMA, Shape
 from .softmax_backward_persistent import PersistentBlocks
 from .softmax_exchange import Exchange
 from .softmax_gradient import finish
@@ -330,7 +330,7 @@ class _Split(_BlockLaunch):
 
 BlockLaunch = Callable[[slice, slice], None]
 _WAYS: dict[str, Callable[..., BlockLaunch]]
-_WAYS = {"": _BlockLaunch, EXCHANGE: Exchange, SPLIT: _Split, TMA: PersistentBlocks}
+_WAYS = {"": _BlockLaunch, EXCHANGE: Exchange, SPLIT: _Split, TMA: PersistentBlocks, SM90: sm90.GradientBlocks}
 
 
 def _tuned_launch(launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor) -> BlockLaunch:
@@ -343,6 +343,21 @@ def _tuned_launch(launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor
         problem, edge = launch_pass.problem, arguments["edge"]
         blocks = launch.super_blocks(problem.rows, problem.columns, edge, launch_pass.mirrored)
         *_, typical = itertools.islice(blocks, 2)  # the second of mirrored ones: the first is on the diagonal
+        if shape.way == SM90:
+            trusted = block_launch(launch.candidates("backward", launch_pass)[0])
+            expected = _filled(trusted, arguments["g"], mirror_g, *typical)
+            for found, wanted in zip(
+                _filled(block_launch(shape), arguments["g"], mirror_g, *typical), expected, strict=True
+            ):
+                sm90.check("blocks of G", found, wanted, tolerance=0.03)
         return functools.partial(block_launch(shape), *typical), launch.entries(*typical)
 
     return block_launch(launch.choose_shape("backward", launch_pass, trial))
+
+
+def _filled(block_launch: BlockLaunch, g: Tensor, mirror_g: Tensor, i: slice, j: slice) -> list[Tensor]:
+    """Copies of what a launch leaves of a super-block, and of its mirror where that has a scratch of its own."""
+    block_launch(i, j)
+    height, width = i.stop - i.start, j.stop - j.start
+    blocks = [g[:height, :width]] if mirror_g is g else [g[:height, :width], mirror_g[:width, :height]]
+    return [block.clone() for block in blocks]

@@ -12,6 +12,7 @@ fp32's range is recomputed by online.py.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from torch import Tensor
 
 from ...problem import Problem
 from ...stats import Statistics
-from . import launch, online, tuning
+from . import launch, online, sm90, tuning
 from .call import Call
 from .passes import Pass, passes
 from .persistent import PersistentCall
-from .shapes import GROUP, TMA, Shape
+from .shapes import GROUP, SM90, TMA, Shape
 from .softmax_forward_persistent import softmax_forward_persistent_kernel
 from .sums import BLOCK, HEADROOM, sums_kernel
 from .tiles import (
@@ -319,7 +320,7 @@ class _Sums:
         def slots(block: int) -> Tensor:
             return positive_logit.new_empty(self.edge // block, statistics, self.edge)
 
-        partial = {"row_sums": slots(shape.block_n), "column_sums": slots(shape.block_m)}
+        self.partial = partial = {"row_sums": slots(shape.block_n), "column_sums": slots(shape.block_m)}
         if self.mirrored:
             partial |= {"mirror_row_sums": slots(shape.block_m), "mirror_column_sums": slots(shape.block_n)}
         else:
@@ -332,10 +333,12 @@ class _Sums:
             "TIED": launch_pass.tied,
             "GROUP": GROUP,
         }
-        self.call: Call | PersistentCall
+        self.call: Callable[..., None]
         if shape.way == TMA:
             processors = launch.processors(problem.x.device)
             self.call = PersistentCall(softmax_forward_persistent_kernel, arguments, shape, processors)
+        elif shape.way == SM90:
+            self.call = sm90.Sums(arguments)
         else:
             self.call = Call(softmax_forward_kernel, arguments, shape.options())
         arguments = constants | partial | results
@@ -352,6 +355,17 @@ class _Sums:
         }
         self.add_call = Call(sums_kernel, arguments, {})
 
+    def totals(self, i: slice, j: slice) -> list[Tensor]:
+        """Of a super-block alone, what `call` leaves: the sums of its rows and of its columns."""
+        self.call(**launch.over(self.shape, i, j))
+        parts = (
+            (i, j, self.partial["row_sums"], self.shape.block_n),
+            (j, i, self.partial["column_sums"], self.shape.block_m),
+        )
+        return [
+            sums[: launch.tiles(other, block), :, : own.stop - own.start].sum(0) for own, other, sums, block in parts
+        ]
+
     def add(self, i: slice, j: slice) -> None:
         directions = 2 if self.mirrored and i != j else 1  # beside the diagonal the mirror's too
         programs = directions * (launch.tiles(i, BLOCK) + launch.tiles(j, BLOCK))
@@ -364,6 +378,21 @@ def _tuned_sums(launch_pass: Pass, positive_logit: Tensor, results: dict[str, An
     def trial(shape: Shape) -> tuple[tuning.Launch, int]:
         sums, problem = _Sums(launch_pass, positive_logit, results, shape), launch_pass.problem
         i, j = next(launch.super_blocks(problem.rows, problem.columns, sums.edge, launch_pass.mirrored))
+        if shape.way == SM90:
+            _test(sums, launch_pass, positive_logit, results, (i, j))
         return functools.partial(sums.call, **launch.over(shape, i, j)), launch.entries(i, j)
 
     return _Sums(launch_pass, positive_logit, results, launch.choose_shape("forward", launch_pass, trial))
+
+
+def _test(
+    sums: _Sums, launch_pass: Pass, positive_logit: Tensor, results: dict[str, Any], block: tuple[slice, slice]
+) -> None:
+    """Whether the sums agree with those of the first candidate, on the super-block that is to be timed."""
+    positive_logit.zero_()
+    found = [*sums.totals(*block), positive_logit.clone()]
+    trusted = _Sums(launch_pass, positive_logit, results, launch.candidates("forward", launch_pass)[0])
+    positive_logit.zero_()
+    expected = [*trusted.totals(*block), positive_logit]
+    for what, own, other in zip(("row sums", "column sums", "positives' logits"), found, expected, strict=True):
+        sm90.check(what, own[..., None], other[..., None], tolerance=2e-3)

@@ -4,7 +4,8 @@ The file, tiles.json under $XDG_CACHE_HOME/softclip_kernels or ~/.cache/softclip
 missing, unreadable or of another format is as good as none, and deleting it is safe. Two processes that write at once
 both leave a whole file, the later one's. SOFTCLIP_AUTOTUNE=0 takes the first candidate and touches no file.
 SOFTCLIP_CANDIDATE names the candidate to take, on any device and for problems of any size: "128x256x64w8s3" for every
-kind of kernel that has one of this name, or "forward=128x256x64w8s3,backward=128x128x64w8s3".
+kind of kernel that has one of this name, or "forward=128x256x64w8s3,backward=128x128x64w8s3"; "sm90" is the CUDA C++
+kernels'.
 """
 
 from __future__ import annotations
@@ -22,17 +23,24 @@ from typing import Any
 import torch
 from triton.runtime.errors import TritonError
 
-from .shapes import ARCHITECTURES, TIMED, Shape, every_name
+from ..cuda.driver import DriverError
+from .shapes import ARCHITECTURES, SM90, TIMED, Shape, every_name
 
 logger = logging.getLogger("softclip_kernels")
 
 FORMAT = 4  # raised with every change of what a key or a shape means: older files are replaced
 WORTHWHILE = 4096**2  # entries of a problem; below, no choice is worth the wait for a measurement
 LAUNCHES, ROUNDS = 4, 3
+CANDIDATE = "SOFTCLIP_CANDIDATE"
 
 Launch = Callable[[], object]
 Trial = Callable[[Shape], tuple[Launch, int]]
 Case = Callable[[], str]  # asked only where something is timed
+
+
+class SelfTestError(RuntimeError):
+    """A candidate's result, on the operands that it was to be timed with, differs from the first candidate's."""
+
 
 _chosen: dict[str, Shape] = {}
 _measurements: dict[str, dict[str, Any]] = {}
@@ -45,9 +53,7 @@ def choose(kind: str, case: Case, shapes: Sequence[Shape], trial: Trial, entries
     forced = _forced(kind, shapes)
     if forced is not None:
         return forced
-    if len(shapes) == 1 or device.type != "cuda" or entries < WORTHWHILE:
-        return shapes[0]
-    if os.environ.get("SOFTCLIP_AUTOTUNE", "1") == "0":
+    if len(shapes) == 1 or device.type != "cuda" or not times(entries):
         return shapes[0]
     key = f"{kind} {case()} of {' '.join(shape.name for shape in shapes)}"
     if _chosen.get(key) not in shapes:
@@ -60,6 +66,11 @@ def choose(kind: str, case: Case, shapes: Sequence[Shape], trial: Trial, entries
             _remember(key, *_fastest(key, shapes, trial))
             _to_file(key, _chosen[key])
     return _chosen[key]
+
+
+def times(entries: int) -> bool:
+    """Whether candidates are timed for a problem of so many entries."""
+    return entries >= WORTHWHILE and os.environ.get("SOFTCLIP_AUTOTUNE", "1") != "0"
 
 
 def measurements() -> dict[str, dict[str, Any]]:
@@ -91,10 +102,10 @@ def measure(launch: Launch) -> float:
 def _forced(kind: str, shapes: Sequence[Shape]) -> Shape | None:
     """The candidate that SOFTCLIP_CANDIDATE asks for. One that is named for this very kind must be there, a bare name
     for some kind."""
-    wanted = os.environ.get("SOFTCLIP_CANDIDATE", "")
+    wanted = os.environ.get(CANDIDATE, "")
     if not wanted:
         return None
-    named = {shape.name: shape for shape in shapes}
+    named = {name: shape for shape in shapes for name in (shape.name, *([SM90] if shape.way == SM90 else []))}
     if "=" not in wanted:
         if wanted not in named and not any(wanted in every_name(architecture) for architecture in ARCHITECTURES):
             raise ValueError(f"SOFTCLIP_CANDIDATE={wanted}: no such candidate; of {kind} there are {', '.join(named)}")
@@ -132,9 +143,9 @@ def _fastest(key: str, shapes: Sequence[Shape], trial: Trial) -> tuple[Shape, st
 
 
 def is_the_shapes_own(error: Exception) -> bool:
-    """Whether a candidate failed to compile or to launch: by Triton's errors, what its driver and its compiler say in
-    RuntimeErrors, or torch's error of the device, which torch 2.8 made a class of its own."""
-    own = (TritonError, getattr(torch, "AcceleratorError", TritonError))
+    """Whether a candidate failed to compile or to launch, or is wrong: by Triton's errors, what its driver and its
+    compiler say in RuntimeErrors, or torch's error of the device, which torch 2.8 made a class of its own."""
+    own = (TritonError, DriverError, SelfTestError, getattr(torch, "AcceleratorError", TritonError))
     return isinstance(error, own) or str(error).startswith(("Triton Error [", "PassManager::run failed"))
 
 

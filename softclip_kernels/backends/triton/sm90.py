@@ -1,0 +1,261 @@
+"""The CUDA C++ kernels for Hopper (csrc/cuda, backends/cuda) as candidates beside Triton's: for which launches they are
+offered, their launch, and the test on the user's own operands that they have to pass before the clock may choose them.
+
+They fill the same slots with the same sums, and the same scratch with the same blocks of G, so all that surrounds a
+launch stays as it is. docs/cuda.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from ctypes import c_int, c_uint64
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cuda import Unavailable, kernels
+from ..cuda.driver import DriverError
+from ..cuda.launch import Launch
+from ..cuda.nvrtc import CompileError
+from ..cuda.tensor_map import TensorMap
+from . import coefficients, launch, sums
+from .passes import Pass
+from .shapes import SM90_SHAPE, Shape
+from .tiles import BOUND, FACTOR, SCALE, TEACHER_BOUND, TEACHER_FACTOR
+from .tuning import SelfTestError
+
+logger = logging.getLogger("softclip_kernels")
+
+DTYPES = (torch.bfloat16, torch.float16)
+WIDEST = 512  # of the embeddings: so much of a panel of 128 rows stays in shared memory
+KINDS = {"forward": ("none",), "backward": ("none", "embeddings", "transposed")}  # of pass, and their modes
+
+# Of csrc/cuda/tiles.cuh and its kernels.
+THREADS = 384
+HALF_ROWS, DEPTH = 64, 64  # of a box of x; of y there are as many rows as a tile has columns
+G_BOX = (64, 64)
+SHARED_BYTES = 227 * 1024  # that a block may have
+STAGE_BYTES = HALF_ROWS * DEPTH * 2 + 16  # with its two barriers
+MOST_STAGES = 12
+LEAVE, STORE, ADD = range(3)  # enum Put
+
+
+def why_not(kind: str, launch_pass: Pass) -> str | None:
+    """Why these kernels are not offered for a pass; None where they are, compiled and loaded."""
+    problem = launch_pass.problem
+    reason = kernels.why_not(problem.x.device)
+    if reason is not None:
+        if kernels.forced() and problem.x.is_cuda:
+            raise RuntimeError(f"SOFTCLIP_CUDA=1 asks for the CUDA kernels, which cannot run: {reason}")
+        return reason
+    reason = _unsuitable(kind, launch_pass)
+    if reason is not None:
+        return reason
+    return _not_loaded(kind, launch_pass)
+
+
+def _unsuitable(kind: str, launch_pass: Pass) -> str | None:
+    mode, plain, _ = launch_pass.case
+    problem = launch_pass.problem
+    operands = [problem.x, problem.y, launch_pass.teacher_x, launch_pass.teacher_y]
+    given = [operand for operand in operands if operand is not None]
+    if mode not in KINDS.get(kind, ()):
+        return f"they have no {kind} pass with a teacher's logits from: {mode}"
+    if not plain or any(operand.stride(0) < operand.shape[1] for operand in given):
+        return (
+            "they take neither segments nor ranks, and rows that are apart, of whole steps of 64 numbers and 16 bytes"
+        )
+    if not launch_pass.student or len(problem.teachers) > 1 or launch_pass.biased:
+        return "they take one teacher at most, without biases"
+    if {operand.dtype for operand in given} not in ({dtype} for dtype in DTYPES):
+        return "they take bfloat16 or float16, one dtype for all embeddings"
+    if max(operand.shape[1] for operand in given) > WIDEST:
+        return f"they take widths up to {WIDEST}"
+    return None
+
+
+def _not_loaded(kind: str, launch_pass: Pass) -> str | None:
+    """Compiles and loads what the pass needs. A kernel that cannot be had is no error: Triton has one."""
+    device = launch_pass.problem.x.device
+    for needed in _needed(kind, launch_pass):
+        if needed in _failed:
+            return _failed[needed]
+        if torch.cuda.is_current_stream_capturing() and not kernels.loaded(*needed, device):
+            return "a CUDA graph is being captured, and they are not loaded yet"
+        try:
+            kernels.kernel(*needed, device)
+        except (CompileError, DriverError, Unavailable) as error:
+            if kernels.forced():
+                raise
+            _failed[needed] = str(error).split("\n")[0]
+            logger.warning("triton backend: the CUDA kernel %s is left out: %s", needed[1], error)
+            return _failed[needed]
+    return None
+
+
+_Kernel = tuple[str, str, kernels.Defines, int]  # file, name, macros, bytes of shared memory
+_failed: dict[_Kernel, str] = {}
+
+
+def _needed(kind: str, launch_pass: Pass) -> list[_Kernel]:
+    x = launch_pass.problem.x
+    if kind == "forward":
+        return [_forward_kernel(x)]
+    if launch_pass.teacher_x is not None:
+        return list(dict.fromkeys(_backward_kernel(own) for own in (x, launch_pass.teacher_x)))
+    return [_backward_kernel(x, launch_pass.mirrored, launch_pass.tied)]
+
+
+def _forward_kernel(x: Tensor) -> _Kernel:
+    column_sums = 4 * 128 * 4  # of the four warps of a consumer
+    return _kernel("softmax_forward", x, column_sums, {"SCALE": SCALE.value, "HEADROOM": f"{sums.HEADROOM.value}f"})
+
+
+def _backward_kernel(x: Tensor, mirrored: bool = False, tied: bool = False) -> _Kernel:
+    box_and_vectors = 8192 + (3072 if mirrored else 1024)
+    macros = {
+        "TEACHER_FACTOR": TEACHER_FACTOR.value,
+        "TEACHER_BOUND": TEACHER_BOUND.value,
+        "FLAG_GROUP": coefficients.FLAG_GROUP.value,
+        "HEADROOM": f"{coefficients.HEADROOM.value}f",
+        "MIRROR": int(mirrored),
+        "TIED": int(tied),
+    }
+    return _kernel("softmax_backward", x, box_and_vectors, macros)
+
+
+def _kernel(name: str, x: Tensor, epilogue_bytes: int, macros: dict[str, str | int]) -> _Kernel:
+    """With as many stages as the shared memory holds beside the panel and what the two consumers' epilogues need."""
+    width = x.shape[1]
+    fixed = 2 * width * SM90_SHAPE.block_n + 2 * epilogue_bytes + 16
+    stages = min((SHARED_BYTES - fixed) // STAGE_BYTES, MOST_STAGES)
+    macros = macros | {"WIDTH": width, "STAGES": stages, "FACTOR": FACTOR.value, "BOUND": BOUND.value}
+    if x.dtype == torch.float16:
+        macros["HALF"] = 1
+    return f"{name}.cu", name, tuple(macros.items()), fixed + stages * STAGE_BYTES
+
+
+class _Blocks:
+    """A launch over super-blocks, by a block for each multiprocessor: `arguments` in the kernel's order up to the
+    super-block's own."""
+
+    def __init__(self, kernel: _Kernel, arguments: list[Any], edge: int | None = None) -> None:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        self.device = tensors[0].device
+        self.kept = tensors  # alive as long as the launch, which knows their addresses alone
+        self.ranges = [c_int() for _ in range(4)]
+        plain = [c_uint64(argument.data_ptr()) if isinstance(argument, Tensor) else argument for argument in arguments]
+        last = [] if edge is None else [c_int(edge)]
+        self.launch = Launch(kernels.kernel(*kernel, self.device), [*plain, *self.ranges, *last])
+        self.processors = launch.processors(self.device)
+
+    def __call__(self, i: slice, j: slice) -> None:
+        for place, value in zip(self.ranges, (i.start, i.stop, j.start, j.stop), strict=True):
+            place.value = value
+        self.launch(self.processors, THREADS, 1, torch.cuda.current_stream(self.device).cuda_stream)
+
+
+def _maps(x: Tensor, y: Tensor) -> list[Any]:
+    """The matrices of the tensor maps are kept by who makes the launch."""
+    return [TensorMap.of(x, (HALF_ROWS, DEPTH)), TensorMap.of(y, (SM90_SHAPE.block_n, DEPTH))]
+
+
+_NOTHING = c_uint64(0)  # a pointer that the kernel does not follow
+
+
+class Sums:
+    """The launch of softmax_forward.cu: `arguments` as softmax_forward_kernel takes them."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        a = arguments
+        positive = _NOTHING if a["positive_column"] is None else a["positive_column"]
+        self.operands = a["x"], a["y"]
+        outputs = [a["scalars"], a["row_sums"], a["column_sums"], a["positive_logit"]]
+        self.blocks = _Blocks(_forward_kernel(a["x"]), [*_maps(a["x"], a["y"]), positive, *outputs], a["edge"])
+
+    def __call__(self, programs: int, row_start: int, row_end: int, column_start: int, column_end: int) -> None:
+        self.blocks(slice(row_start, row_end), slice(column_start, column_end))
+
+
+class GradientBlocks:
+    """Fills a super-block of G, and its mirror where the pass is mirrored, by softmax_backward.cu; `arguments` as
+    softmax_backward_kernel takes them.
+
+    A teacher's part, of embeddings of its own, is a second launch of the same kernel, which adds to the student's. A
+    mirrored super-block is filled as by softmax_exchange.py: a launch on it and one on its mirror, each of which brings
+    its own part and the other's. What is added is rounded to 16 bits before, and in a fixed order.
+    """
+
+    def __init__(self, launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor, _: Shape) -> None:
+        self.pass_, self.arguments = launch_pass, arguments
+        self.g, self.mirror_g = arguments["g"], mirror_g
+        a = arguments
+        if launch_pass.mirrored:
+            kernel = _backward_kernel(a["x"], True, launch_pass.tied)
+            self.own_put, self.mirror_put = c_int(), c_int()
+            self.maps = {id(g): TensorMap.of(g, G_BOX) for g in (self.g, mirror_g)}
+            self.mirrored = {
+                (id(own), id(other)): self._blocks(kernel, own, other)
+                for own, other in ((self.g, mirror_g), (mirror_g, self.g), (self.g, self.g))
+            }
+            return
+        self.own = self._one("student", a["x"], a["y"], a["scalars"], STORE)
+        self.added = None
+        if launch_pass.taught:
+            # Of the scalars the kernel reads the student's factor and bound, which lie as far before the teacher's.
+            scalars = a["scalars"][TEACHER_FACTOR.value - FACTOR.value :]
+            self.added = self._one("teacher", a["teacher_x"], a["teacher_y"], scalars, ADD)
+
+    def __call__(self, i: slice, j: slice) -> None:
+        if not self.pass_.mirrored:
+            self.own(i, j)
+            if self.added is not None:
+                self.added(i, j)
+        elif i == j:
+            self._exchange(i, i, (self.g, self.g), (STORE, LEAVE))
+            self._exchange(i, i, (self.g, self.g), (LEAVE, ADD))
+        else:
+            self._exchange(i, j, (self.g, self.mirror_g), (STORE, STORE))
+            self._exchange(j, i, (self.mirror_g, self.g), (ADD, ADD))
+
+    def _exchange(self, i: slice, j: slice, scratch: tuple[Tensor, Tensor], put: tuple[int, int]) -> None:
+        self.own_put.value, self.mirror_put.value = put
+        self.mirrored[id(scratch[0]), id(scratch[1])](i, j)
+
+    def _one(self, of: str, x: Tensor, y: Tensor, scalars: Tensor, put: int) -> _Blocks:
+        g = TensorMap.of(self.g, G_BOX)
+        vectors = self._vectors("row", of) + self._vectors("column", of)
+        rest = [_NOTHING] * 4 + [c_int(put), c_int(LEAVE)]
+        arguments = [*_maps(x, y), g, g, self._positive(), scalars, *vectors, *rest]
+        return _Blocks(_backward_kernel(x), arguments)
+
+    def _blocks(self, kernel: _Kernel, own: Tensor, other: Tensor) -> _Blocks:
+        """A row of the tile is a column of the mirror, whose teacher's softmax it takes part in."""
+        a = self.arguments
+        student = self._vectors("row", "student") + self._vectors("column", "student")
+        mirror = self._vectors("column", "teacher")[:2] + self._vectors("row", "teacher")[:2]
+        maps = [*_maps(a["x"], a["y"]), self.maps[id(own)], self.maps[id(other)]]
+        put = [self.own_put, self.mirror_put]
+        return _Blocks(kernel, [*maps, self._positive(), a["scalars"], *student, *mirror, *put])
+
+    def _positive(self) -> Any:
+        positive = self.arguments["positive_column"]
+        return _NOTHING if positive is None else positive
+
+    def _vectors(self, direction: str, of: str) -> list[Tensor]:
+        names = (f"{of}_coefficient", f"{of}_exponent", "in_range")
+        return [self.arguments[f"{direction}_{name}"] for name in names]
+
+
+def check(what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raises SelfTestError unless every row (the last dimension) agrees with Triton's, up to `tolerance` times its
+    largest entry. Waits for the GPU."""
+    if not found.numel():
+        return
+    found, expected = found.float(), expected.float()
+    difference = torch.where(found == expected, 0.0, found - expected).abs().amax(-1)  # infinities agree
+    allowed = tolerance * expected.abs().amax(-1)
+    wrong = ~(difference <= allowed)  # NaN is no agreement
+    if bool(wrong.any()):
+        raise SelfTestError(f"{what} differ from Triton's in {int(wrong.sum())} rows, by {float(difference.max()):.3g}")
