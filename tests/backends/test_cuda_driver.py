@@ -310,7 +310,7 @@ STRIDED = torch.zeros(100, 512, dtype=torch.bfloat16)
         (STRIDED[:, 64:192], (256, 64), BFLOAT16, [128, 100], 1024),
         (STRIDED[3::7], (1, 8), BFLOAT16, [512, 14], 7 * 1024),
         (STRIDED[:, :3], (64, 64), BFLOAT16, [3, 100], 1024),
-        (STRIDED[:, :1], (64, 64), BFLOAT16, [1, 100], 1024),
+        (STRIDED[:, ::512], (64, 64), BFLOAT16, [1, 100], 1024),
         (STRIDED[:1].expand(1, 512), (64, 64), BFLOAT16, [512, 1], 1024),
         (torch.zeros(1, 20, dtype=torch.bfloat16), (64, 64), BFLOAT16, [20, 1], 48),
     ),

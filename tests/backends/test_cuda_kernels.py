@@ -10,6 +10,8 @@ import os
 import stat
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -99,13 +101,27 @@ def test_a_device_has_one_module_of_a_file_and_its_macros(machine):
     del stand_in.called[:]
     get()
     assert stand_in.called == []
-    assert get("gradient").module is get().module
+    assert get("gradient").name == "gradient" and get("gradient").module is get().module
     assert get(shared_bytes=2000) is not get() and get(shared_bytes=2000).module is get().module
     other = get(defines=(("WIDTH", 256), ("TYPE", "bf16")))
     assert other.module is not get().module
     assert get(device=OTHER).module.context == 1001 and get(device=torch.device("cuda")) is get(device=OTHER)
     assert stand_in.modules == [(1000, b"cubin 1"), (1000, b"cubin 2"), (1001, b"cubin 1")]
     assert len(compiler.compiled) == 2
+
+
+def test_threads_that_ask_at_once_wait_for_one_compilation(machine):
+    stand_in, compiler = machine
+    compile_now = compiler.compile
+
+    def slowly(*arguments):
+        time.sleep(0.2)
+        return compile_now(*arguments)
+
+    compiler.compile = slowly
+    with ThreadPoolExecutor(4) as pool:
+        found = {id(function) for function in pool.map(lambda _: get(), range(4))}
+    assert len(compiler.compiled) == len(stand_in.modules) == 1 and len(found) == 1
 
 
 def test_another_process_compiles_nothing(machine, monkeypatch):
@@ -325,7 +341,8 @@ def test_the_text_is_that_of_the_source_tree():
 
 def test_a_package_has_its_own(machine, monkeypatch, texts, tmp_path):
     (tmp_path / "missing").mkdir()
-    (tmp_path / "missing" / "packaged.cu").write_text("// packaged")
+    for name in ("packaged.cu", "packaged.md"):
+        (tmp_path / "missing" / name).write_text("// packaged")
     sources.texts.cache_clear()
     assert sources.texts() == {"packaged.cu": "// packaged"}
 

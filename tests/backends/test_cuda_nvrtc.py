@@ -142,7 +142,9 @@ def test_packages_come_before_torchs_folder_and_the_system(installed):
         "nvidia/cuda_nvrtc/lib/libnvrtc.so.12", "torch/lib/libnvrtc-0a1b2c3d.so.12", "torch/lib/libnvrtc.so.12"
     )
     thirteen = installed("nvidia/cu13/lib/libnvrtc.so.13")
-    installed("torch/lib/libnvrtc-builtins.so.12", "nvidia/cu13/lib/libnvrtc-builtins.so.13.0")
+    installed(
+        "torch/lib/libnvrtc-builtins.so.12", "torch/lib/libnvrtc.alt.so.12", "nvidia/cu13/lib/libnvrtc-builtins.so.13.0"
+    )
     assert list(nvrtc.candidates(12)) == [*twelve, "libnvrtc.so.12"]
     assert list(nvrtc.candidates(13)) == [*thirteen, "libnvrtc.so.13"]
 

@@ -20,7 +20,7 @@ Defines = tuple[tuple[str, str | int], ...]
 
 _lock = threading.Lock()
 _modules: dict[tuple[int, str, Defines], Module] = {}
-_functions: dict[tuple[int, str, str, Defines, int], Function] = {}
+_functions: dict[tuple[int, str, Defines, str, int], Function] = {}
 _reasons: dict[int, str | None] = {}
 
 
@@ -33,14 +33,17 @@ def kernel(file: str, name: str, defines: Defines, shared_bytes: int, device: to
     ValueError where there is no such file.
     """
     index = _index(device)
-    function = _functions.get((index, file, name, defines, shared_bytes))
-    if function is None:
-        with _lock:
-            module = _modules.get((index, file, defines))
-            if module is None:
-                module = _modules[index, file, defines] = Module(cubin(file, defines), index)
-            function = _functions[index, file, name, defines, shared_bytes] = module.function(name, shared_bytes)
-    return function
+    module_key = (index, file, defines)
+    key = (*module_key, name, shared_bytes)
+    function = _functions.get(key)
+    if function is not None:
+        return function
+    with _lock:  # and then again, since another thread may have been first
+        if module_key not in _modules:
+            _modules[module_key] = Module(cubin(file, defines), index)
+        if key not in _functions:
+            _functions[key] = _modules[module_key].function(name, shared_bytes)
+        return _functions[key]
 
 
 def loaded(file: str, name: str, defines: Defines, shared_bytes: int, device: torch.device) -> bool:

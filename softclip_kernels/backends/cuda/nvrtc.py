@@ -126,7 +126,7 @@ def candidates(major: int) -> Iterator[str]:
             if path.is_file():
                 yield str(path)
     for path in sorted(Path(torch.__file__).parent.joinpath("lib").glob(f"libnvrtc*.so.{major}")):
-        if not path.name.startswith("libnvrtc-builtins"):
+        if not path.name.startswith(("libnvrtc-builtins", "libnvrtc.alt")):
             yield str(path)
     yield soname
 
