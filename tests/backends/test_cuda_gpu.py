@@ -31,7 +31,7 @@ extern "C" __global__ void copied(const __grid_constant__ ptx::TensorMap map, sh
     ptx::mbarrier_init_fence();
     ptx::mbarrier_expect(barrier, 64 * 128);
     ptx::tma_load(box, map, 0, 64 * blockIdx.x, barrier);
-    ranks[blockIdx.x] = ptx::rank_in_cluster();
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(ranks[blockIdx.x]));
   }
   __syncthreads();
   ptx::mbarrier_wait(barrier, 0);
