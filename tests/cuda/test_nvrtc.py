@@ -34,7 +34,7 @@ NARROW = Specialisation("forward", 64, "fp16")
 # Seconds of a processor, ten times the 2.4 to 2.8 s that a run's kernels were seen to take; it waits for them once.
 MOST_SECONDS = 28.0
 # Of these the two compilers take a few more or fewer: the same front end, another way to its options.
-ADDRESSES = set("IADD3 IMAD LEA MOV S2UR SHF UIADD3 ULEA UMOV VIADD VOTEU".split())
+ADDRESSES = {"IADD3", "IMAD", "LEA", "MOV", "S2UR", "SHF", "UIADD3", "ULEA", "UMOV", "VIADD", "VOTEU"}
 
 
 @pytest.fixture(scope="module", params=MAJORS, ids="CUDA {}".format)

@@ -91,8 +91,8 @@ def tool(name: str) -> str | None:
 
 
 def disassembled(cubin: bytes, folder: Path) -> str:
-    """With the registers that each instruction reads and writes, where the disassembler knows: not of a cubin of another
-    CUDA's form. Skips where there is no disassembler."""
+    """With the registers that each instruction reads and writes, where the disassembler knows: not of the cubin of
+    another CUDA. Skips where there is no disassembler."""
     path, nvdisasm = folder / "read.cubin", tool("nvdisasm")
     if nvdisasm is None:
         pytest.skip("no nvdisasm (it comes with triton and with nvcc): the machine code was not read")
