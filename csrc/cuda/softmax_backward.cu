@@ -16,7 +16,7 @@ constexpr int kOutputs = 1 + MIRROR;
 constexpr bool kTied = TIED;
 static_assert(kRows / kFlagGroup <= 32 && kColumns / kFlagGroup <= 32, "a warp reads the flags of a tile");
 
-enum Put : int { kLeave, kStore, kAdd };
+enum Put : int { kStore, kAdd };
 
 // What rows (columns) are multiplied with.
 struct Vectors {
@@ -228,7 +228,6 @@ struct Entries {
   template <int kBox, int kHalf, bool kTransposed>
   DEVICE void put(const float (&value)[32], const Tile& tile) {
     constexpr int kPart = kTransposed ? kOutputs - 1 : 0;
-    if (in.parts[kPart].put == kLeave) return;
     const u32 box = memory;
     if (lane.thread == 0) ptx::tma_store_wait_read<0>();
     ptx::barrier_sync(kOwn + consumer, kWarpgroup);

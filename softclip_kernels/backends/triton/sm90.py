@@ -37,7 +37,7 @@ DEPTH = 64  # columns of a box
 G_BOX = (64, DEPTH)
 SHARED_BYTES = 227 * 1024  # that a block may have
 MOST_STAGES = 12
-LEAVE, STORE, ADD = range(3)  # enum Put
+STORE, ADD = range(2)  # enum Put
 
 
 def why_not(kind: str, launch_pass: Pass) -> str | None:
@@ -208,7 +208,8 @@ class GradientBlocks:
 
     A teacher's part, of embeddings of its own, is a second launch of the same kernel, which adds to the student's. A
     mirrored super-block is filled as by softmax_exchange.py: a launch on it and one on its mirror, each of which brings
-    its own part and the other's. What is added is rounded to 16 bits before, and in a fixed order.
+    its own part and the other's. On the diagonal, where they are one, both parts are added to zeros, in whatever order:
+    of two numbers the sum is the same. What is added is rounded to 16 bits before.
     """
 
     def __init__(self, launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor, _: Shape) -> None:
@@ -237,8 +238,8 @@ class GradientBlocks:
             if self.added is not None:
                 self.added(i, j)
         elif i == j:
-            self._exchange(i, i, (self.g, self.g), (STORE, LEAVE))
-            self._exchange(i, i, (self.g, self.g), (LEAVE, ADD))
+            self.g.zero_()
+            self._exchange(i, i, (self.g, self.g), (ADD, ADD))
         else:
             self._exchange(i, j, (self.g, self.mirror_g), (STORE, STORE))
             self._exchange(j, i, (self.mirror_g, self.g), (ADD, ADD))
@@ -250,7 +251,7 @@ class GradientBlocks:
     def _one(self, of: str, x: Tensor, y: Tensor, scalars: Tensor, put: int) -> _Blocks:
         g = TensorMap.of(self.g, G_BOX)
         vectors = self._vectors("row", of) + self._vectors("column", of)
-        rest = [_NOTHING] * 4 + [c_int(put), c_int(LEAVE)]
+        rest = [_NOTHING] * 4 + [c_int(put), c_int(put)]
         arguments = [*_maps(x, y), g, g, self._positive(), scalars, *vectors, *rest]
         return _Blocks(_backward_kernel(x), arguments)
 
