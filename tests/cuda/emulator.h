@@ -29,6 +29,18 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
+// What nvcc defines for device code, as far as the kernels use it.
+template <class Number>
+Number min(Number a, Number b) {
+  return a < b ? a : b;
+}
+template <class Number>
+Number max(Number a, Number b) {
+  return a < b ? b : a;
+}
+inline int __float_as_int(float value) { return static_cast<int>(emulator::float_to_bits(value)); }
+inline float __int_as_float(int bits) { return emulator::bits_to_float(static_cast<unsigned>(bits)); }
+
 namespace ptx {
 
 using u16 = emulator::u16;

@@ -28,7 +28,7 @@ Value read_shared(u32 address) {
 }
 inline float load_shared(u32 address) { return read_shared<float>(address); }
 inline void load_shared(u32 address, float& first, float& second) {
-  struct alignas(8) Pair {
+  struct Pair {
     float first, second;
   };
   const Pair pair = read_shared<Pair>(address);
