@@ -81,17 +81,18 @@ void product(const Call& call) {
   });
 }
 
-// Thread t gives registers 4 t .. 4 t + 3 of in; matrix m's row r goes to 16 (8 m + r). out: shared memory, words.
+// Thread t gives registers 4 t .. 4 t + 3 of in; matrix m's row r goes to 16 (8 m + r). arguments: transposed. out:
+// shared memory, words.
 void store_matrix(const Call& call) {
   block_of(32, call, [&] {
     const auto* in = static_cast<const u32*>(call.in) + 4 * thread();
-    stmatrix(base() + 16 * thread(), in[0], in[1], in[2], in[3]);
+    (call.arguments[0] != 0 ? stmatrix_transposed : stmatrix)(base() + 16 * thread(), in[0], in[1], in[2], in[3]);
     block_sync();
     for (u32 i = thread(); i < 128; i += 32) static_cast<float*>(call.out)[i] = load_shared(base() + 4 * i);
   });
 }
 
-// in: 64 x 64 numbers, stored as a box at (column, row) of out. arguments: columns, rows, column, row.
+// in: 64 x 64 numbers, stored as a box at (column, row) of out. arguments: columns, rows, column, row, whether added.
 void store(const Call& call) {
   const int* n = call.arguments;
   const TensorMap map = emulator::tensor_map(call.out, n[0], n[1], n[0] * 2, 64, 64);
@@ -101,7 +102,7 @@ void store(const Call& call) {
     fence_proxy_async();
     barrier_sync(1, 128);
     if (thread() == 0) {
-      tma_store(map, n[2], n[3], base());
+      (n[4] != 0 ? tma_add : tma_store)(map, n[2], n[3], base());
       tma_store_commit();
       tma_store_wait_read<0>();
     }

@@ -1,4 +1,5 @@
-// The kernels of csrc/cuda/ for Python: compiled with the macros that a specialization defines, and FORWARD or BACKWARD.
+// The kernels of csrc/cuda/ for Python: compiled with the macros that a specialization defines, and FORWARD or
+// BACKWARD.
 #include "emulator.h"
 // After it, because it takes the place of ptx.cuh.
 #ifdef FORWARD
@@ -20,8 +21,6 @@ struct Matrix {
 
 }  // namespace
 
-extern "C" const emulator::u64* counts() { return reinterpret_cast<const emulator::u64*>(&emulator::statistics); }
-
 #ifdef FORWARD
 using Kernel = Sums;
 #else
@@ -36,8 +35,8 @@ extern "C" int forward(emulator::u64 seed, int blocks, const Matrix& x, const Ma
                        const long long* positive_column, const float* scalars, float* row_sums, float* column_sums,
                        float* positive_logit, const int* range, int edge, char* message, emulator::u64 size) {
   return emulator::guarded(message, size, [&] {
-    const ptx::TensorMap of_x = x.in_boxes(kDepth, kHalfRows / kCluster), of_y = y.in_boxes(kDepth, kColumns);
-    emulator::launch(blocks, kCluster, kBytes, kThreads, seed, [&] {
+    const ptx::TensorMap of_x = x.in_boxes(kDepth, kHalfRows), of_y = y.in_boxes(kDepth, kColumns);
+    emulator::launch(blocks, 1, kBytes, kThreads, seed, [&] {
       softmax_forward(of_x, of_y, positive_column, scalars, row_sums, column_sums, positive_logit, range[0], range[1],
                       range[2], range[3], edge);
     });
@@ -45,16 +44,22 @@ extern "C" int forward(emulator::u64 seed, int blocks, const Matrix& x, const Ma
 }
 #else
 extern "C" int backward(emulator::u64 seed, int blocks, const Matrix& x, const Matrix& y, const Matrix& g,
-                        const long long* positive_column, const float* row_coefficient, const signed char* row_in_range,
-                        const float* column_coefficient, const signed char* column_in_range, const float* row_exponent,
-                        const float* column_exponent, const float* scalars, const int* range, char* message,
+                        const Matrix& mirror_g, const long long* positive_column, const float* scalars,
+                        const float* row_coefficient, const float* row_exponent, const signed char* row_in_range,
+                        const float* column_coefficient, const float* column_exponent,
+                        const signed char* column_in_range, const float* mirror_row_coefficient,
+                        const float* mirror_row_exponent, const float* mirror_column_coefficient,
+                        const float* mirror_column_exponent, int put, int mirror_put, const int* range, char* message,
                         emulator::u64 size) {
   return emulator::guarded(message, size, [&] {
-    const ptx::TensorMap of_x = x.in_boxes(kDepth, kHalfRows / kCluster), of_y = y.in_boxes(kDepth, kColumns);
+    const ptx::TensorMap of_x = x.in_boxes(kDepth, kHalfRows), of_y = y.in_boxes(kDepth, kColumns);
     const ptx::TensorMap of_g = g.in_boxes(Entries::kBoxColumns, kHalfRows);
-    emulator::launch(blocks, kCluster, kBytes, kThreads, seed, [&] {
-      softmax_backward(of_x, of_y, of_g, positive_column, row_coefficient, row_in_range, column_coefficient,
-                       column_in_range, row_exponent, column_exponent, scalars, range[0], range[1], range[2], range[3]);
+    const ptx::TensorMap of_mirror = mirror_g.in_boxes(Entries::kBoxColumns, kHalfRows);
+    emulator::launch(blocks, 1, kBytes, kThreads, seed, [&] {
+      softmax_backward(of_x, of_y, of_g, of_mirror, positive_column, scalars, row_coefficient, row_exponent,
+                       row_in_range, column_coefficient, column_exponent, column_in_range, mirror_row_coefficient,
+                       mirror_row_exponent, mirror_column_coefficient, mirror_column_exponent, put, mirror_put,
+                       range[0], range[1], range[2], range[3]);
     });
   });
 }

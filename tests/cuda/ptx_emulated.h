@@ -166,10 +166,16 @@ inline void tma_load_multicast(u32 destination, const TensorMap& map, int column
   if (blocks.empty()) emulator::fail("tma_load_multicast: to no block");
   load_to(destination, map, column, row, barrier, blocks);
 }
-inline void tma_store(const TensorMap& map, int column, int row, u32 source) {
+inline void store_from(const char* name, bool adds, const TensorMap& map, int column, int row, u32 source) {
   ++emulator::statistics.stores;
-  emulator::machine->stores.issue(emulator::matrix_of(map), column, row, source, self());
+  emulator::machine->stores.issue(name, adds, emulator::matrix_of(map), column, row, source, self());
   scheduler().preempt();
+}
+inline void tma_store(const TensorMap& map, int column, int row, u32 source) {
+  store_from("tma_store", false, map, column, row, source);
+}
+inline void tma_add(const TensorMap& map, int column, int row, u32 source) {
+  store_from("tma_add", true, map, column, row, source);
 }
 inline void tma_store_commit() { ++self().store_groups; }
 template <int kGroups>
@@ -208,25 +214,34 @@ inline void wgmma(float (&d)[64], u64 a, u64 b, bool add) {
   together("wgmma", [](emulator::Warp&) {});
 }
 
-inline void stmatrix(u32 address, u32 a, u32 b, u32 c, u32 d) {
-  // Operands of all lanes: what a lane gives lies on its stack until all have come.
+inline void store_matrices(const char* name, bool transposed, u32 address, const u32 (&registers)[4]) {
   struct Row {
-    u32 address, registers[4];
+    u32 address;
+    u16 numbers[4][2];
   };
-  static Row rows[32 * 64];  // of every warp of a cluster
-  Row* of_warp = rows + self().warp->number % 64 * 32;
-  of_warp[self().lane] = {address, {a, b, c, d}};
-  emulator::Thread& thread = self();
-  together("stmatrix", [&](emulator::Warp& warp) {
+  static Row rows[64][32];  // what the lanes of every warp of a cluster give
+  const Row* of_warp = rows[self().warp->number];
+  Row& own = rows[self().warp->number][self().lane];
+  own.address = address;
+  std::memcpy(own.numbers, registers, sizeof registers);
+  together(name, [&](emulator::Warp& warp) {
     ++emulator::statistics.stored_matrices;
-    for (u32 lane = 0; lane < 32; ++lane) {  // row lane % 8 of matrix lane / 8: two numbers from each of four lanes
-      u32 row[4];
-      for (u32 i = 0; i < 4; ++i) row[i] = of_warp[lane % 8 * 4 + i].registers[lane / 8];
-      auto& owner = static_cast<emulator::Thread&>(*warp.lanes[lane]);
-      write_shared("stmatrix", owner, of_warp[lane].address, row, sizeof row);
+    for (u32 lane = 0; lane < 32; ++lane) {  // row lane % 8 of matrix lane / 8
+      u16 row[8];
+      for (u32 column = 0; column < 8; ++column) {
+        const u32 i = transposed ? column : lane % 8, j = transposed ? lane % 8 : column;
+        row[column] = of_warp[i * 4 + j / 2].numbers[lane / 8][j % 2];
+      }
+      auto& writer = static_cast<emulator::Thread&>(*warp.lanes[lane]);
+      write_shared(name, writer, of_warp[lane].address, row, sizeof row);
     }
   });
-  (void)thread;
+}
+inline void stmatrix(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  store_matrices("stmatrix", false, address, {a, b, c, d});
+}
+inline void stmatrix_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  store_matrices("stmatrix_transposed", true, address, {a, b, c, d});
 }
 inline u32 pack(float low, float high) {
   return emulator::to_operand(low) | static_cast<u32>(emulator::to_operand(high)) << 16;
@@ -240,10 +255,10 @@ inline float exp2(float x) {
 template <class Value, class Combine>
 Value of_lanes(const char* name, Value value, const Combine& combine) {
   static Value values[64][32];
-  Value* of_warp = values[self().warp->number % 64];
+  Value* of_warp = values[self().warp->number];
   of_warp[self().lane] = value;
   static Value results[64][32];
-  Value* result = results[self().warp->number % 64];
+  Value* result = results[self().warp->number];
   together(name, [&](emulator::Warp&) { combine(of_warp, result); });
   return result[self().lane];
 }
