@@ -1,8 +1,11 @@
 // Small programs for tests/cuda/test_emulator.py, each by its name: what it does to `in` and `out` is said there.
+#include <algorithm>
+#include <functional>
 #include <map>
 #include <string>
 
 #include "emulator.h"
+#include "machine.h"
 #include "pipeline.h"
 
 namespace {
@@ -131,6 +134,10 @@ void named_barriers(const Call& call) {
   });
 }
 
+void complete(u32 barrier, u32 bytes, u64 phase) {
+  emulator::machine->self().block->complete(emulator::machine->scheduler, barrier, bytes, phase);
+}
+
 // Phases and parities of a barrier of two arrivals and some bytes.
 void phases(const Call& call) {
   block_of(64, call, [&] {
@@ -138,7 +145,7 @@ void phases(const Call& call) {
     make_barrier(barrier, 2);
     mbarrier_wait(barrier, 1);  // the phase before the first counts as complete
     block_sync();
-    const emulator::Mbarrier& state = self().block->mbarriers.at(barrier);
+    const emulator::Mbarrier& state = emulator::machine->self().block->mbarriers.at(barrier);
     if (thread() == 0) {
       mbarrier_arrive(barrier);
       require(state.phase == 0 && state.left == 1, "one arrival is not two");
@@ -151,11 +158,11 @@ void phases(const Call& call) {
       mbarrier_expect(barrier, 100);
       mbarrier_arrive(barrier);
       require(state.phase == 1 && state.left == 0 && state.bytes == 100, "bytes are to come");
-      self().block->complete(scheduler(), barrier, 60, 1);
+      complete(barrier, 60, 1);
       require(state.phase == 1 && state.bytes == 40, "40 are left");
-      self().block->complete(scheduler(), barrier, 40, 1);
+      complete(barrier, 40, 1);
       require(state.phase == 2, "all are there");
-      self().block->complete(scheduler(), barrier, 16, 2);  // before it is told of them
+      complete(barrier, 16, 2);  // before it is told of them
       mbarrier_arrive(barrier);
       require(state.phase == 2 && state.bytes == -16, "they count");
       mbarrier_expect(barrier, 16);

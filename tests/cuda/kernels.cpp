@@ -12,7 +12,7 @@ namespace {
 
 struct Matrix {
   const void* base;
-  emulator::u64 columns, rows, row_bytes;
+  ptx::u64 columns, rows, row_bytes;
 
   ptx::TensorMap in_boxes(int box_columns, int box_rows) const {
     return emulator::tensor_map(base, columns, rows, row_bytes, box_columns, box_rows);
@@ -31,9 +31,9 @@ constexpr int kBytes = Barriers<Kernel::kBytes>::kOffset + Barriers<Kernel::kByt
 extern "C" int shared_bytes() { return kBytes; }
 
 #ifdef FORWARD
-extern "C" int forward(emulator::u64 seed, int blocks, const Matrix& x, const Matrix& y,
-                       const long long* positive_column, const float* scalars, float* row_sums, float* column_sums,
-                       float* positive_logit, const int* range, int edge, char* message, emulator::u64 size) {
+extern "C" int forward(ptx::u64 seed, int blocks, const Matrix& x, const Matrix& y, const long long* positive_column,
+                       const float* scalars, float* row_sums, float* column_sums, float* positive_logit,
+                       const int* range, int edge, char* message, ptx::u64 size) {
   return emulator::guarded(message, size, [&] {
     const ptx::TensorMap of_x = x.in_boxes(kDepth, kHalfRows), of_y = y.in_boxes(kDepth, kColumns);
     emulator::launch(blocks, 1, kBytes, kThreads, seed, [&] {
@@ -43,14 +43,14 @@ extern "C" int forward(emulator::u64 seed, int blocks, const Matrix& x, const Ma
   });
 }
 #else
-extern "C" int backward(emulator::u64 seed, int blocks, const Matrix& x, const Matrix& y, const Matrix& g,
+extern "C" int backward(ptx::u64 seed, int blocks, const Matrix& x, const Matrix& y, const Matrix& g,
                         const Matrix& mirror_g, const long long* positive_column, const float* scalars,
                         const float* row_coefficient, const float* row_exponent, const signed char* row_in_range,
                         const float* column_coefficient, const float* column_exponent,
                         const signed char* column_in_range, const float* mirror_row_coefficient,
                         const float* mirror_row_exponent, const float* mirror_column_coefficient,
                         const float* mirror_column_exponent, int put, int mirror_put, const int* range, char* message,
-                        emulator::u64 size) {
+                        ptx::u64 size) {
   return emulator::guarded(message, size, [&] {
     const ptx::TensorMap of_x = x.in_boxes(kDepth, kHalfRows), of_y = y.in_boxes(kDepth, kColumns);
     const ptx::TensorMap of_g = g.in_boxes(Entries::kBoxColumns, kHalfRows);

@@ -14,7 +14,7 @@ from . import ROOT
 TESTS = ROOT / "tests" / "cuda"
 # No symbol is shared by two libraries of a process: they are compiled for different dtypes and widths.
 COMPILER = (
-    "g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-fno-gnu-unique",
+    "g++", "-O2", "-std=c++17", "-fPIC", "-fno-gnu-unique",
     "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi",
 )  # fmt: skip
 MESSAGE = 1 << 16
@@ -24,11 +24,15 @@ class EmulatorError(Exception):
     """What the emulator found wrong."""
 
 
-def build(source: Path, output: Path, *folders: Path, **macros: str) -> ctypes.CDLL:
-    output.parent.mkdir(parents=True, exist_ok=True)
+def build(source: Path, output: Path, *folders: Path, **macros: str | int) -> ctypes.CDLL:
+    """A library of one source and the emulator, whose object lies beside it for the next one."""
+    half = ["-DHALF"] * ("HALF" in macros)
+    emulator = output.parent / f"emulator{'-half' * len(half)}.o"
+    if not emulator.exists():
+        subprocess.run([*COMPILER, *half, "-c", str(TESTS / "emulator.cpp"), "-o", str(emulator)], check=True)
     options = [f"-D{name}={value}" for name, value in macros.items()]
     options += [f"-I{folder}" for folder in folders]
-    subprocess.run([*COMPILER, *options, str(source), "-o", str(output)], check=True)
+    subprocess.run([*COMPILER, *options, "-shared", str(source), str(emulator), "-o", str(output)], check=True)
     return ctypes.CDLL(str(output))
 
 

@@ -1,68 +1,119 @@
-// The functions of csrc/cuda/ptx.cuh; what each of them is stands there.
-#pragma once
-
+// Definitions of emulator.h. The functions of ptx.cuh are explained there.
 #include "emulator.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "machine.h"
+
+namespace emulator {
+
+Statistics statistics;
+Machine* machine = nullptr;
+
+// Each block of a cluster of 1 or 2, and the clusters one after another in an order of the seed's, runs `body()` with
+// so many threads. Throws Error.
+void launch(u32 blocks, u32 cluster, u32 shared_bytes, u32 threads, u64 seed, void (*body)(const void*),
+            const void* context) {
+  statistics = {};
+  try {
+    if (cluster < 1 || cluster > 8 || blocks % cluster != 0)
+      fail("launch: %u blocks in clusters of %u", blocks, cluster);
+    if (shared_bytes > kSharedBytes)
+      fail("launch: %u bytes of shared memory, and there are %u", shared_bytes, kSharedBytes);
+    if (threads % 32 != 0 || threads < 32 || threads > 1024) fail("launch: %u threads", threads);
+    if (cluster * threads > 2048) fail("launch: %u threads in a cluster, 2048 are emulated", cluster * threads);
+    std::vector<u32> order;
+    for (u32 first = 0; first < blocks; first += cluster) order.push_back(first);
+    Random random(seed);
+    for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.below(static_cast<u32>(i))]);
+    for (u32 first : order) {
+      Machine cluster_machine(first, cluster, blocks, shared_bytes, threads, random.next(), [&] { body(context); });
+      machine = &cluster_machine;
+      cluster_machine.run();
+    }
+  } catch (const Error& error) {
+    throw Error(text("seed %llu: ", seed) + error.what());
+  }
+}
+
+ptx::TensorMap tensor_map(const void* base, u64 columns, u64 rows, u64 row_bytes, u32 box_columns, u32 box_rows,
+                          u32 element, bool swizzle) {
+  const Matrix matrix = {
+      kMagic, const_cast<u8*>(static_cast<const u8*>(base)), columns, rows, row_bytes, box_columns, box_rows, element,
+      swizzle};
+  if (reinterpret_cast<std::uintptr_t>(base) % 16 != 0) fail("tensor_map: the matrix is not aligned to 16 bytes");
+  if (row_bytes % 16 != 0 || row_bytes >= 1ull << 40) fail("tensor_map: rows are %llu bytes apart", row_bytes);
+  if (columns == 0 || rows == 0 || columns > 1ull << 32 || rows > 1ull << 32) fail("tensor_map: an empty matrix");
+  if (box_columns == 0 || box_rows == 0 || box_columns > 256 || box_rows > 256) fail("tensor_map: a box's sides");
+  if (matrix.box_row_bytes() % 16 != 0) fail("tensor_map: a box's rows are %u bytes", matrix.box_row_bytes());
+  if (swizzle && matrix.box_row_bytes() != 128) fail("tensor_map: rows of a swizzled box are not 128 bytes");
+  ptx::TensorMap map = {};
+  static_assert(sizeof matrix <= sizeof map.opaque);
+  std::memcpy(map.opaque, &matrix, sizeof matrix);
+  return map;
+}
+
+static Matrix matrix_of(const ptx::TensorMap& map) {
+  Matrix matrix;
+  std::memcpy(&matrix, map.opaque, sizeof matrix);
+  return matrix;
+}
+
+}  // namespace emulator
 
 namespace ptx {
 
-inline emulator::Thread& self() { return emulator::machine->self(); }
-inline emulator::Scheduler& scheduler() { return emulator::machine->scheduler; }
+static emulator::Thread& self() { return emulator::machine->self(); }
+static emulator::Scheduler& scheduler() { return emulator::machine->scheduler; }
 template <class Action>
-void together(const char* name, const Action& action) {
+static void together(const char* name, const Action& action) {
   scheduler().together(name, action);
 }
 
-inline u32 thread() { return self().index; }
-inline u32 block() { return self().block->index; }
-inline u32 blocks() { return emulator::machine->grid; }
-inline u32 rank_in_cluster() { return self().block->rank; }
+u32 thread() { return self().index; }
+u32 block() { return self().block->index; }
+u32 blocks() { return emulator::machine->grid; }
+u32 rank_in_cluster() { return self().block->rank; }
 
-inline u32 shared_memory() { return emulator::kSharedBase; }
+u32 shared_memory() { return emulator::kSharedBase; }
 template <class Value>
-Value read_shared(u32 address) {
+static Value read_shared(u32 address) {
   Value value;
   ++emulator::statistics.shared_reads;
   self().block->memory.read("load_shared", address, &value, sizeof value);
   scheduler().preempt();
   return value;
 }
-inline float load_shared(u32 address) { return read_shared<float>(address); }
-inline void load_shared(u32 address, float& first, float& second) {
+float load_shared(u32 address) { return read_shared<float>(address); }
+void load_shared(u32 address, float& first, float& second) {
   struct Pair {
     float first, second;
   };
   const Pair pair = read_shared<Pair>(address);
   first = pair.first, second = pair.second;
 }
-inline void write_shared(const char* name, emulator::Thread& thread, u32 address, const void* from, u32 bytes) {
+static void write_shared(const char* name, emulator::Thread& thread, u32 address, const void* from, u32 bytes) {
   emulator::machine->stores.check_write(thread.block, address, bytes);
   const bool leaks = scheduler().random.chance(scheduler().policy.leaks);
   thread.block->memory.write(name, address, from, bytes, thread.writer(), thread.unfenced, leaks);
 }
-inline void store_shared(u32 address, float value) {
+void store_shared(u32 address, float value) {
   ++emulator::statistics.shared_writes;
   write_shared("store_shared", self(), address, &value, sizeof value);
   scheduler().preempt();
 }
 
-template <int kRegisters>
-void set_registers(const char* name, bool more) {
-  static_assert(kRegisters >= 24 && kRegisters <= 256 && kRegisters % 8 == 0);
+void set_registers(const char* name, int registers, bool more) {
   emulator::Block& block = *self().block;
   const u32 warp = self().index / 32;
-  together(name, [&](emulator::Warp&) { block.set_registers(scheduler(), name, warp, kRegisters, more); });
+  together(name, [&](emulator::Warp&) { block.set_registers(scheduler(), name, warp, registers, more); });
   scheduler().until(block.for_registers, [&] { return block.wanted[warp] == 0; }, name);
 }
-template <int kRegisters>
-void take_registers() {
-  set_registers<kRegisters>("take_registers", true);
-}
-template <int kRegisters>
-void give_registers() {
-  set_registers<kRegisters>("give_registers", false);
-}
 
-inline void barrier_sync(u32 barrier, u32 threads) {
+void barrier_sync(u32 barrier, u32 threads) {
   emulator::Block& block = *self().block;
   together("barrier_sync", [&](emulator::Warp& warp) {
     ++emulator::statistics.named_barriers;
@@ -74,14 +125,14 @@ inline void barrier_sync(u32 barrier, u32 threads) {
   scheduler().until(
       block.named[barrier].waiting, [&] { return named.generation != generation; }, "barrier_sync", barrier, threads);
 }
-inline void barrier_arrive(u32 barrier, u32 threads) {
+void barrier_arrive(u32 barrier, u32 threads) {
   emulator::Block& block = *self().block;
   together("barrier_arrive", [&](emulator::Warp&) {
     ++emulator::statistics.named_barriers;
     block.arrive_at_named(scheduler(), "barrier_arrive", barrier, threads);
   });
 }
-inline void block_sync() {
+void block_sync() {
   emulator::Block& block = *self().block;
   together("block_sync", [&](emulator::Warp& warp) {
     ++emulator::statistics.block_barriers;
@@ -91,7 +142,7 @@ inline void block_sync() {
   const u64 generation = self().warp->note;
   scheduler().until(block.named[0].waiting, [&] { return block.named[0].generation != generation; }, "block_sync");
 }
-inline void cluster_sync() {
+void cluster_sync() {
   emulator::NamedBarrier& everyone = emulator::machine->everyone;
   emulator::Thread& own = self();  // an arrival is a release: what the thread did at other blocks' barriers is done
   scheduler().until(own.for_arrivals, [&] { return own.arrivals_under_way == 0; }, "cluster_sync");
@@ -104,37 +155,37 @@ inline void cluster_sync() {
   scheduler().until(everyone.waiting, [&] { return everyone.generation != generation; }, "cluster_sync");
 }
 
-inline void mbarrier_init(u32 barrier, u32 arrivals) {
+void mbarrier_init(u32 barrier, u32 arrivals) {
   self().block->initialize(barrier, arrivals, &self());
   scheduler().preempt();
 }
-inline void mbarrier_init_fence() {
+void mbarrier_init_fence() {
   for (auto& [address, barrier] : self().block->mbarriers) {
     if (barrier.initialized_by == &self()) barrier.fenced = true;
   }
   scheduler().preempt();
 }
-inline void mbarrier_expect(u32 barrier, u32 bytes) {
+void mbarrier_expect(u32 barrier, u32 bytes) {
   ++emulator::statistics.mbarrier_arrivals;
   self().block->arrive(scheduler(), "mbarrier_expect", barrier, bytes, &self());
   scheduler().preempt();
 }
-inline void mbarrier_arrive(u32 barrier) {
+void mbarrier_arrive(u32 barrier) {
   ++emulator::statistics.mbarrier_arrivals;
   self().block->arrive(scheduler(), "mbarrier_arrive", barrier, 0, &self());
   scheduler().preempt();
 }
-inline emulator::Block& block_of_cluster(const char* name, u32 rank) {
+static emulator::Block& block_of_cluster(const char* name, u32 rank) {
   const auto& blocks = emulator::machine->cluster_blocks;
   if (rank >= blocks.size()) emulator::fail("%s: block %u of a cluster of %zu", name, rank, blocks.size());
   return *blocks[rank];
 }
-inline void mbarrier_arrive_at(u32 barrier, u32 rank) {
+void mbarrier_arrive_at(u32 barrier, u32 rank) {
   ++emulator::statistics.remote_arrivals;
   emulator::machine->remote_arrivals.issue(self(), block_of_cluster("mbarrier_arrive_at", rank), barrier);
   scheduler().preempt();
 }
-inline void mbarrier_wait(u32 barrier, u32 parity) {
+void mbarrier_wait(u32 barrier, u32 parity) {
   ++emulator::statistics.mbarrier_waits;
   if (parity > 1) emulator::fail("mbarrier_wait: parity %u", parity);
   scheduler().preempt();
@@ -142,7 +193,7 @@ inline void mbarrier_wait(u32 barrier, u32 parity) {
   scheduler().until(waited.waiting, [&] { return (waited.phase & 1) != parity; }, "mbarrier_wait", barrier, parity);
 }
 
-inline void load_to(u32 destination, const TensorMap& map, int column, int row, u32 barrier,
+static void load_to(u32 destination, const TensorMap& map, int column, int row, u32 barrier,
                     const std::vector<emulator::Block*>& blocks) {
   const emulator::Matrix matrix = emulator::matrix_of(map);
   for (const emulator::Block* block : blocks) {
@@ -153,11 +204,11 @@ inline void load_to(u32 destination, const TensorMap& map, int column, int row, 
   emulator::machine->loads.issue(matrix, destination, column, row, barrier, blocks);
   scheduler().preempt();
 }
-inline void tma_load(u32 destination, const TensorMap& map, int column, int row, u32 barrier) {
+void tma_load(u32 destination, const TensorMap& map, int column, int row, u32 barrier) {
   ++emulator::statistics.loads;
   load_to(destination, map, column, row, barrier, {self().block});
 }
-inline void tma_load_multicast(u32 destination, const TensorMap& map, int column, int row, u32 barrier, u16 mask) {
+void tma_load_multicast(u32 destination, const TensorMap& map, int column, int row, u32 barrier, u16 mask) {
   ++emulator::statistics.multicast_loads;
   std::vector<emulator::Block*> blocks;
   for (u32 rank = 0; rank < 16; ++rank) {
@@ -166,55 +217,50 @@ inline void tma_load_multicast(u32 destination, const TensorMap& map, int column
   if (blocks.empty()) emulator::fail("tma_load_multicast: to no block");
   load_to(destination, map, column, row, barrier, blocks);
 }
-inline void store_from(const char* name, bool adds, const TensorMap& map, int column, int row, u32 source) {
+static void store_from(const char* name, bool adds, const TensorMap& map, int column, int row, u32 source) {
   ++emulator::statistics.stores;
   emulator::machine->stores.issue(name, adds, emulator::matrix_of(map), column, row, source, self());
   scheduler().preempt();
 }
-inline void tma_store(const TensorMap& map, int column, int row, u32 source) {
+void tma_store(const TensorMap& map, int column, int row, u32 source) {
   store_from("tma_store", false, map, column, row, source);
 }
-inline void tma_add(const TensorMap& map, int column, int row, u32 source) {
+void tma_add(const TensorMap& map, int column, int row, u32 source) {
   store_from("tma_add", true, map, column, row, source);
 }
-inline void tma_store_commit() { ++self().store_groups; }
-template <int kGroups>
-void tma_store_wait_read() {
+void tma_store_commit() { ++self().store_groups; }
+void store_wait_read(u32 left) {
   emulator::Thread& thread = self();
-  const u64 groups = thread.store_groups - std::min<u64>(kGroups, thread.store_groups);
+  const u64 groups = thread.store_groups - std::min<u64>(left, thread.store_groups);
   thread.stores_awaited = std::max(thread.stores_awaited, groups);
   scheduler().preempt();
   scheduler().until(
       thread.for_stores, [&] { return emulator::machine->stores.read(thread, groups); }, "tma_store_wait_read");
 }
-inline void fence_proxy_async() {
+void fence_proxy_async() {
   ++emulator::statistics.proxy_fences;
   self().block->memory.fence(self().writer(), self().unfenced);
   scheduler().preempt();
 }
 
-inline void wgmma_fence() {
+void wgmma_fence() {
   ++self().product_fences;
   together("wgmma_fence", [](emulator::Warp&) {});
 }
-inline void wgmma_commit() {
+void wgmma_commit() {
   self().product_groups.push_back(self().products);
   together("wgmma_commit", [](emulator::Warp&) {});
 }
-template <int kGroups>
-void wgmma_wait() {
+void product_wait(u32 left) {
   together("wgmma_wait", [](emulator::Warp&) {});
-  emulator::machine->tensor_cores.wait(self(), kGroups);
+  emulator::machine->tensor_cores.wait(self(), left);
 }
-inline u64 matrix(u32 address) {
-  return static_cast<u64>((address & 0x3FFFF) >> 4) | 1ull << 16 | static_cast<u64>(1024 >> 4) << 32 | 1ull << 62;
-}
-inline void wgmma(float (&d)[64], u64 a, u64 b, bool add) {
+void wgmma(float (&d)[64], u64 a, u64 b, bool add) {
   emulator::machine->tensor_cores.issue(self(), d, a, b, add);
   together("wgmma", [](emulator::Warp&) {});
 }
 
-inline void store_matrices(const char* name, bool transposed, u32 address, const u32 (&registers)[4]) {
+static void store_matrices(const char* name, bool transposed, u32 address, const u32 (&registers)[4]) {
   struct Row {
     u32 address;
     u16 numbers[4][2];
@@ -237,23 +283,21 @@ inline void store_matrices(const char* name, bool transposed, u32 address, const
     }
   });
 }
-inline void stmatrix(u32 address, u32 a, u32 b, u32 c, u32 d) {
-  store_matrices("stmatrix", false, address, {a, b, c, d});
-}
-inline void stmatrix_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
+void stmatrix(u32 address, u32 a, u32 b, u32 c, u32 d) { store_matrices("stmatrix", false, address, {a, b, c, d}); }
+void stmatrix_transposed(u32 address, u32 a, u32 b, u32 c, u32 d) {
   store_matrices("stmatrix_transposed", true, address, {a, b, c, d});
 }
-inline u32 pack(float low, float high) {
+u32 pack(float low, float high) {
   return emulator::to_operand(low) | static_cast<u32>(emulator::to_operand(high)) << 16;
 }
-inline float exp2(float x) {
+float exp2(float x) {
   ++emulator::statistics.exponentials;
   const float y = std::exp2(std::fabs(x) < 0x1p-126f ? 0.0f : x);
   return std::fabs(y) < 0x1p-126f ? 0.0f : y;
 }
 
 template <class Value, class Combine>
-Value of_lanes(const char* name, Value value, const Combine& combine) {
+static Value of_lanes(const char* name, Value value, const Combine& combine) {
   static Value values[64][32];
   Value* of_warp = values[self().warp->number];
   of_warp[self().lane] = value;
@@ -262,14 +306,14 @@ Value of_lanes(const char* name, Value value, const Combine& combine) {
   together(name, [&](emulator::Warp&) { combine(of_warp, result); });
   return result[self().lane];
 }
-inline float shuffle_xor(float value, u32 lanes) {
+float shuffle_xor(float value, u32 lanes) {
   if (lanes > 31) emulator::fail("shuffle_xor: by %u", lanes);
   return of_lanes("shuffle_xor", value, [lanes](const float* from, float* to) {
     ++emulator::statistics.shuffles;
     for (u32 lane = 0; lane < 32; ++lane) to[lane] = from[lane ^ lanes];
   });
 }
-inline bool all_of_warp(bool value) {
+bool all_of_warp(bool value) {
   return of_lanes("all_of_warp", value, [](const bool* from, bool* to) {
     ++emulator::statistics.votes;
     const bool all = std::all_of(from, from + 32, [](bool each) { return each; });
