@@ -111,7 +111,7 @@ def test_every_mutant_is_refused(name):
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_block", "psd_several", "blocks"))
 def test_several_super_blocks_agree_with_float64(name, monkeypatch):
     monkeypatch.setattr(launch, "SCRATCH", 40_000)
-    monkeypatch.setattr(edges, "MOST", 40_000)
+    monkeypatch.setattr(edges, "most", lambda: 40_000)
     check(name, 200, 200, 33)
 
 
@@ -218,7 +218,7 @@ def test_the_suite_of_every_backend(test):
 
 def test_ranks_over_super_blocks_and_segments(monkeypatch):
     monkeypatch.setattr(launch, "SCRATCH", 40_000)
-    monkeypatch.setattr(edges, "MOST", 40_000)
+    monkeypatch.setattr(edges, "most", lambda: 40_000)
     n = 150
     x, scale = unit_rows(n, 16, dtype=torch.float32), torch.tensor(20.0)
     y = matching_rows(x, noise=1.5)

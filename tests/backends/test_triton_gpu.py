@@ -291,9 +291,11 @@ def test_ranks(dtype):
         assert (most > 0).any() and (most == 0).any() and (least == most).double().mean() > 0.9
 
 
+@pytest.mark.parametrize("mib", (64, 384))
 @pytest.mark.parametrize("name", ("hard", "psd"))
-def test_memory_beyond_inputs_and_gradients(name):
-    """64 MiB and 64 bytes a row beyond the gradients; test_triton_operators.py counts the same where nothing runs."""
+def test_memory_beyond_inputs_and_gradients(monkeypatch, name, mib):
+    """The limit and 64 bytes a row beyond the gradients; test_triton_operators.py counts the same where nothing runs."""
+    monkeypatch.setenv("SOFTCLIP_GPU_MIB", str(mib))
     n, d = MEMORY
     x, y, scale = operands(n, n, d, torch.bfloat16)
     target = moved(SQUARE_TARGETS[name](n, n), DEVICE)
@@ -303,7 +305,7 @@ def test_memory_beyond_inputs_and_gradients(name):
     torch.cuda.reset_peak_memory_stats()
     fused(x, y, scale, target)
     used = torch.cuda.max_memory_allocated() - before
-    assert used <= 2 * n * d * 2 + 64 * 2**20 + 64 * n
+    assert used <= 2 * n * d * 2 + mib * 2**20 + 64 * n
 
 
 def test_sampled_rows_beyond_two_to_the_31_elements():

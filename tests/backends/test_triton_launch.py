@@ -288,7 +288,7 @@ from softclip_kernels.backends.triton.softmax_backward import backward
 from softclip_kernels.backends.triton.softmax_forward import forward
 from softclip_kernels.problem import Problem, TeacherOperand, Source
 from softclip_kernels.stats import StatisticsGradient, Wanted
-launch.SCRATCH = edges.MOST = 2**21
+launch.SCRATCH, edges.most = 2**21, lambda: 2**21
 
 def run(problem):
     noted.clear()

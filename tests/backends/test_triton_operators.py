@@ -59,18 +59,22 @@ def meta_problem(n, source):
 
 # Mirrored super-blocks come back to a range of rows, whose sums are kept meanwhile.
 @pytest.mark.parametrize(
-    ("n", "source", "allowed"),
+    ("limit", "n", "source", "allowed"),
     (
-        (N, None, 64 * MIB),
-        (N, Source.EMBEDDINGS, 64 * MIB),
-        (N, Source.TRANSPOSED, 96 * MIB),
-        (N // 2, Source.TRANSPOSED, 64 * MIB),
+        ("64", N, None, 64 * MIB),
+        ("64", N, Source.EMBEDDINGS, 64 * MIB),
+        ("64", N, Source.TRANSPOSED, 96 * MIB),
+        ("64", N // 2, Source.TRANSPOSED, 64 * MIB),
+        ("", N, None, 384 * MIB),
+        ("", N, Source.TRANSPOSED, 384 * MIB),
     ),
 )
 @pytest.mark.parametrize("labels", (False, True))
-def test_memory_beyond_operands_and_gradients(n, source, allowed, labels):
-    """64 bytes a row are for vectors: statistics and coefficients."""
+def test_memory_beyond_operands_and_gradients(monkeypatch, limit, n, source, allowed, labels):
+    """Within SOFTCLIP_GPU_MIB, and 64 bytes a row for vectors: statistics and coefficients."""
     from bench import stubbed
+
+    monkeypatch.setenv("SOFTCLIP_GPU_MIB", limit)
 
     problem, triton = meta_problem(n, source), backends.registered()["triton"]
     if labels:  # several rows may share a column, whose positives are scattered

@@ -67,11 +67,22 @@ def beyond_gradients(monkeypatch, n, width, needs, rounded, mirrored, inverse):
 )
 @pytest.mark.parametrize("n", (4096, 16384, 32768, 131072))
 def test_memory_beyond_the_gradients_is_bounded(monkeypatch, n, needs, rounded, mirrored, whole):
-    """By 64 MiB at a width of 512 and up to 32768 rows, unless mirrored, and by the sums beyond; whether positives are
-    gathered or scattered. The few vectors that come on top are partial sums of dscale, a quarter of a byte a row."""
-    for inverse in (True, False):
+    """By the limit, 64 MiB at a width of 512 and up to 32768 rows, unless mirrored, and by the sums beyond; whether
+    positives are gathered or scattered. The few vectors that come on top are partial sums of dscale, a quarter of a
+    byte a row."""
+    for limit, inverse in product((64, 384), (True, False)):
+        monkeypatch.setenv("SOFTCLIP_GPU_MIB", str(limit))
         beyond = beyond_gradients(monkeypatch, n, 512, needs, rounded, mirrored, inverse)
-        assert beyond <= max(64 * MIB, whole * 2 * 512 * n) + n
+        assert beyond <= max(limit * MIB, whole * 2 * 512 * n) + n
+
+
+@pytest.mark.parametrize("value", ("0", "1", "-5", "2.5", "much"))
+def test_a_limit_that_is_none_is_refused(monkeypatch, value):
+    from softclip_kernels.backends.triton.edges import most
+
+    monkeypatch.setenv("SOFTCLIP_GPU_MIB", value)
+    with pytest.raises(ValueError, match=f"SOFTCLIP_GPU_MIB='{value}'; allowed: a number of MiB from 2 on"):
+        most()
 
 
 # The edge.
