@@ -125,3 +125,9 @@ def test_one_direction(replayed, direction):
     labels = torch.randint(N, (N,))
     check(lambda turn: Weighted(Mix(Hard(labels), SelfTeacher(), weights), weights), direction=direction)
     assert len(replayed) == 1  # rows that share a column are scattered, by PyTorch
+
+
+def test_every_direction_has_recordings_of_its_own(replayed):
+    for direction in ("rows", "columns", "both"):
+        check(lambda turn: Hard(), direction=direction)
+    assert len(replayed) == 6
