@@ -82,12 +82,10 @@ COMMON = [each for each in SPECIALISATIONS if (each.width, each.dtype) == (512, 
 
 def spread(also: Sequence[Specialisation] = ()) -> list[Any]:
     """All as parameters of a test, of which these few are not long: the usual width, and `also`."""
-    spills = pytest.mark.xfail(reason="with one step a mirrored tile spills a register", strict=True)
-
-    def marks(each: Specialisation) -> list[pytest.MarkDecorator]:
-        return [pytest.mark.long] * (each not in (*COMMON, *also)) + [spills] * (each.width == 64 and each.parts == 2)
-
-    return [pytest.param(each, id=str(each), marks=marks(each)) for each in SPECIALISATIONS]
+    return [
+        pytest.param(each, id=str(each), marks=[] if each in (*COMMON, *also) else pytest.mark.long)
+        for each in SPECIALISATIONS
+    ]
 
 
 # Tools.
@@ -188,6 +186,8 @@ class Code:
                 marks = lives.partition("|")[0]
                 instructions.append(instruction[1])
                 read = {r for at, r in columns.items() if at < len(marks) and marks[at] in "^vx"}
+                if "CALL." in instruction[1]:  # marked with all that a function might take; its own are its code's
+                    read = set()
                 registers.append(read if columns else _named(instruction[1]))
         return Code(instructions, registers, [_next(place, each, labels) for place, each in enumerate(instructions)])
 

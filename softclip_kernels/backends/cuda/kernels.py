@@ -48,7 +48,7 @@ def kernel(file: str, name: str, defines: Defines, shared_bytes: int, device: to
 
 def loaded(file: str, name: str, defines: Defines, shared_bytes: int, device: torch.device) -> bool:
     """Whether `kernel` would only look it up."""
-    return (_index(device), file, name, defines, shared_bytes) in _functions
+    return (_index(device), file, defines, name, shared_bytes) in _functions
 
 
 def cubin(file: str, defines: Defines) -> bytes:
