@@ -276,7 +276,7 @@ def unavailable(reason):
         ({"FOLDERS": ()}, "the text of the CUDA kernels is in none of"),
         ({"SOFTCLIP_CUDA": "0"}, "SOFTCLIP_CUDA=0 turns them off"),
     ),
-    ids=str,
+    ids=lambda each: each if isinstance(each, str) else ",".join(each),
 )
 def test_what_is_missing_is_the_reason(machine, monkeypatch, changed, reason):
     for name, value in changed.items():

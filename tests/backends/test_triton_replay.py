@@ -201,11 +201,13 @@ def test_every_device_has_recordings_of_its_own(monkeypatch, noted):
     launches(noted, of)
 
 
-@pytest.mark.parametrize("module", ("launch.SCRATCH", "edges.MOST"))
-def test_limits_of_memory_are_those_of_now(monkeypatch, noted, module):
+@pytest.mark.parametrize(
+    ("module", "value"), (("launch.SCRATCH", 2**18), ("edges.most", lambda: 2**18)), ids=("forward", "backward")
+)
+def test_limits_of_memory_are_those_of_now(monkeypatch, noted, module, value):
     of = problem(2600)
     before = [launches(noted, of) for _ in range(4)][-1]
-    monkeypatch.setattr(f"softclip_kernels.backends.triton.{module}", 2**18)
+    monkeypatch.setattr(f"softclip_kernels.backends.triton.{module}", value)
     expected = computed(monkeypatch, noted, of)
     assert launches(noted, of) == expected != before
 
