@@ -12,11 +12,11 @@
 constexpr int kFactor = FACTOR, kBound = BOUND, kTeacherFactor = TEACHER_FACTOR, kTeacherBound = TEACHER_BOUND;
 constexpr float kHeadroom = HEADROOM;
 constexpr int kFlagGroup = FLAG_GROUP;
-constexpr int kParts = 1 + MIRROR;
+constexpr int kOutputs = 1 + MIRROR;
 constexpr bool kTied = TIED;
 static_assert(kRows / kFlagGroup <= 32 && kColumns / kFlagGroup <= 32, "a warp reads the flags of a tile");
 
-enum Put : int { kLeave, kStore, kAdd };
+enum Put : int { kStore, kAdd };
 
 // What rows (columns) are multiplied with.
 struct Vectors {
@@ -33,8 +33,8 @@ struct Part {
 struct Input {
   const long long* positive_column;  // (N,), or null
   const float* scalars;
-  Part parts[kParts];  // the tile's own; the mirror's, of this tile's rows and columns
-  const ptx::TensorMap* g[kParts];
+  Part parts[kOutputs];  // the tile's own; the mirror's, of this tile's rows and columns
+  const ptx::TensorMap* g[kOutputs];
 };
 
 // Whether all of the positions [first, first + length) before `end` are in range: of a flag for each thread of a warp.
@@ -53,19 +53,19 @@ struct Entries {
   // A quarter of a tile, 64 rows and columns, leaves as a box by way of shared memory. Behind it lie what the columns
   // are multiplied with, and their positives.
   static constexpr int kBoxColumns = 64;
-  static constexpr u32 kBoxBytes = kHalfRows * kBoxColumns * 2;
+  static constexpr u32 kBoxBytes = kStageRows * kBoxColumns * 2;
   static constexpr u32 kVectorBytes = kColumns * 4;
-  static constexpr u32 kUsed = kBoxBytes + (2 * kParts + MIRROR) * kVectorBytes;
+  static constexpr u32 kUsed = kBoxBytes + (2 * kOutputs + MIRROR) * kVectorBytes;
   static constexpr u32 kBytes = (kUsed + 1023) / 1024 * 1024;  // so that the other consumer's box begins as it must
 
   const Share& share;
   const Input& in;
   const u32 memory, consumer;
   const Lane lane;
-  float factor[kParts], reference[kParts];
+  float factor[kOutputs], reference[kOutputs];
   int panel = -1;  // the tile's local_column whose vectors are in shared memory
   Positives positives;
-  float coefficient[kParts][kThreadRows];
+  float coefficient[kOutputs][kThreadRows];
   bool in_range;         // of the flags that this thread of a warp has asked for
   bool mirror_positive;  // some column of the tile has its positive among the tile's rows
 
@@ -73,22 +73,22 @@ struct Entries {
       : share(share), in(in), memory(memory), consumer(consumer) {
     factor[0] = in.scalars[kFactor];
     reference[0] = fmaxf(in.scalars[kBound] - kHeadroom, 0.0f);
-    if (kParts > 1) {
-      factor[kParts - 1] = in.scalars[kTied ? kFactor : kTeacherFactor];
-      reference[kParts - 1] = fmaxf(in.scalars[kTied ? kBound : kTeacherBound] - kHeadroom, 0.0f);
+    if (kOutputs > 1) {
+      factor[kOutputs - 1] = in.scalars[kTied ? kFactor : kTeacherFactor];
+      reference[kOutputs - 1] = fmaxf(in.scalars[kTied ? kBound : kTeacherBound] - kHeadroom, 0.0f);
     }
   }
 
   DEVICE u32 coefficients(int part) const { return memory + kBoxBytes + 2 * part * kVectorBytes; }
   DEVICE u32 exponents(int part) const { return coefficients(part) + kVectorBytes; }
-  DEVICE u32 column_positives() const { return coefficients(kParts); }
+  DEVICE u32 column_positives() const { return coefficients(kOutputs); }
 
   DEVICE void prepare(const Tile& tile) {
     const int corner_row = tile.row, last = share.row_end - 1;
     positives.load(in.positive_column, share, tile, lane);
     in_range = true;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kOutputs; ++part) {
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i) {
         const int row = corner_row + lane.row + row_offset(i);
@@ -115,7 +115,7 @@ struct Entries {
     const bool inside = column < share.column_end;
     ptx::barrier_sync(kOwn + consumer, kWarpgroup);
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kOutputs; ++part) {
       const Vectors& of = in.parts[part].columns;
       ptx::store_shared(coefficients(part) + 4 * lane.thread, inside ? of.coefficient[column] : 0.0f);
       ptx::store_shared(exponents(part) + 4 * lane.thread, inside ? of.exponent[column] : 0.0f);
@@ -140,7 +140,7 @@ struct Entries {
 
   template <int kBox, int kHalf>
   DEVICE void quarter(Accumulator& d, const Tile& tile) {
-    float value[kParts][32];  // of two rows, kBoxColumns / 4 columns, in the layout of ptx::wgmma
+    float value[kOutputs][32];  // of two rows, kBoxColumns / 4 columns, in the layout of ptx::wgmma
     if (in_range) {
       compute<kBox, kHalf, true>(d, value, tile);
     } else {
@@ -148,17 +148,17 @@ struct Entries {
     }
     without_positives<kBox, kHalf>(value, tile);
     put<kBox, kHalf, false>(value[0], tile);
-    if (MIRROR) put<kBox, kHalf, true>(value[kParts - 1], tile);
+    if (MIRROR) put<kBox, kHalf, true>(value[kOutputs - 1], tile);
   }
 
   // kInRange: one exponential serves both directions; else each has its own, relative to its log-sum-exp.
   template <int kBox, int kHalf, bool kInRange>
-  DEVICE void compute(Accumulator& d, float (&value)[kParts][32], const Tile& tile) {
+  DEVICE void compute(Accumulator& d, float (&value)[kOutputs][32], const Tile& tile) {
     constexpr int kFirst = kBox * kBoxColumns / 4;  // of the thread's columns
-    float row_exponent[kParts][2] = {};
+    float row_exponent[kOutputs][2] = {};
     if (!kInRange) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int part = 0; part < kOutputs; ++part) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int row = tile.row + lane.row + row_offset(2 * kHalf + i);
@@ -168,9 +168,9 @@ struct Entries {
     }
 #pragma unroll
     for (int j = 0; j < kBoxColumns / 4; j += 2) {
-      float of_column[kParts][2];
+      float of_column[kOutputs][2];
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int part = 0; part < kOutputs; ++part) {
         const u32 vector = kInRange ? coefficients(part) : exponents(part);
         ptx::load_shared(vector + 4 * (lane.column + column_offset(kFirst + j)), of_column[part][0],
                          of_column[part][1]);
@@ -182,7 +182,7 @@ struct Entries {
           const float dot = entry(d, 2 * kHalf + i, kFirst + j + k);
           const float e = kInRange ? ptx::exp2(fmaf(dot, factor[0], -reference[0])) : 0.0f;
 #pragma unroll
-          for (int part = 0; part < kParts; ++part) {
+          for (int part = 0; part < kOutputs; ++part) {
             float& out = value[part][4 * (j / 2) + 2 * i + k];
             if (kInRange) {
               const bool shared = part == 0 || kTied;
@@ -199,7 +199,7 @@ struct Entries {
   }
 
   template <int kBox, int kHalf>
-  DEVICE void without_positives(float (&value)[kParts][32], const Tile& tile) {
+  DEVICE void without_positives(float (&value)[kOutputs][32], const Tile& tile) {
     constexpr int kFirst = kBox * kBoxColumns / 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -219,7 +219,7 @@ struct Entries {
         const int positive = __float_as_int(ptx::load_shared(column_positives() + 4 * column));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (positive == row + 8 * i) value[kParts - 1][4 * (j / 2) + 2 * i + j % 2] = 0.0f;
+          if (positive == row + 8 * i) value[kOutputs - 1][4 * (j / 2) + 2 * i + j % 2] = 0.0f;
         }
       }
     }
@@ -227,8 +227,7 @@ struct Entries {
 
   template <int kBox, int kHalf, bool kTransposed>
   DEVICE void put(const float (&value)[32], const Tile& tile) {
-    constexpr int kPart = kTransposed ? kParts - 1 : 0;
-    if (in.parts[kPart].put == kLeave) return;
+    constexpr int kPart = kTransposed ? kOutputs - 1 : 0;
     const u32 box = memory;
     if (lane.thread == 0) ptx::tma_store_wait_read<0>();
     ptx::barrier_sync(kOwn + consumer, kWarpgroup);
@@ -250,7 +249,7 @@ struct Entries {
     ptx::fence_proxy_async();
     ptx::barrier_sync(kOwn + consumer, kWarpgroup);
     if (lane.thread == 0) {
-      const int along_rows = tile.local_row + kHalf * kHalfRows;
+      const int along_rows = tile.local_row + kHalf * kStageRows;
       const int along_columns = tile.local_column + kBox * kBoxColumns;
       const int row = kTransposed ? along_columns : along_rows, column = kTransposed ? along_rows : along_columns;
       if (in.parts[kPart].put == kAdd) {
@@ -283,10 +282,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                  static_cast<Put>(put)};
   in.g[0] = &g;
   if (MIRROR) {  // a row is the mirror's column
-    in.parts[kParts - 1] = {{mirror_row_coefficient, mirror_row_exponent, column_in_range},
-                            {mirror_column_coefficient, mirror_column_exponent, row_in_range},
-                            static_cast<Put>(mirror_put)};
-    in.g[kParts - 1] = &mirror_g;
+    in.parts[kOutputs - 1] = {{mirror_row_coefficient, mirror_row_exponent, column_in_range},
+                              {mirror_column_coefficient, mirror_column_exponent, row_in_range},
+                              static_cast<Put>(mirror_put)};
+    in.g[kOutputs - 1] = &mirror_g;
   }
-  run<Entries>(x, y, share, in);
+  run<Entries>(Operands{{&x}, {&y}}, share, in);
 }

@@ -137,5 +137,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                     float* positive_logit, int row_start, int row_end, int column_start, int column_end, int edge) {
   const Share share(row_start, row_end, column_start, column_end);
   const Output out{positive_column, scalars, row_sums, column_sums, positive_logit, edge};
-  run<Sums>(x, y, share, out);
+  run<Sums>(Operands{{&x}, {&y}}, share, out);
 }

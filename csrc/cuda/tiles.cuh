@@ -4,13 +4,15 @@
 // A tile has kRows rows of x and kColumns columns, rows of y. A block stays for many tiles, in three warpgroups:
 //
 //   producer      one thread of it asks for boxes: the panel, all of kColumns rows of y, which stays in shared memory
-//                 for all tiles beside it, and the stages, kDepth columns of half of a tile's rows of x, which stream
+//                 for all tiles beside it, and the stages, kDepth columns of rows of x, which stream
 //   consumers     two, which take tiles in turns: while one multiplies, the other finishes its tile
 //
 //   consumer 0    | multiply tile 0 | epilogue 0 ....| multiply tile 2 | epilogue 2 ....
 //   consumer 1                      | multiply tile 1 | epilogue 1 ....| multiply tile 3 | ...
 //
-// docs/cuda.md has pictures of a block's time and memory.
+// A tile's accumulator has two parts, each of 64 x 128. Usually these are its upper and its lower half, of 128 columns.
+// With PAIR they are two products of the same 128 rows and 64 columns, transposed: the panel is then the first operand,
+// and there are two panels and two matrices that stream. docs/cuda.md has pictures of a block's time and memory.
 #ifndef SOFTCLIP_TILES
 #define SOFTCLIP_TILES
 
@@ -20,13 +22,18 @@ using ptx::u16;
 using ptx::u32;
 using ptx::u64;
 
-// Defined for each compilation: WIDTH, of the embeddings, a multiple of kDepth; STAGES; HALF for float16 instead of
-// bfloat16.
+// Defined for each compilation: WIDTH, of the embeddings, a multiple of kDepth; STAGES; PAIR, 0 or 1; HALF for float16
+// instead of bfloat16.
 constexpr int kWidth = WIDTH;
 constexpr int kStages = STAGES;
 
+constexpr bool kPair = PAIR;
+constexpr int kParts = 2;  // of an accumulator
+constexpr int kPanels = kPair ? 2 : 1;
+
 constexpr int kRows = 128;
-constexpr int kColumns = 128;
+constexpr int kColumns = kPair ? 64 : 128;
+constexpr int kStageRows = kPair ? kRows : kRows / kParts;
 constexpr int kDepth = 64;  // columns of a box: 128 bytes, the longest row that is swizzled
 constexpr int kSteps = kWidth / kDepth;
 constexpr int kInFlight = 1;     // stages whose products are on their way while the next ones are asked for
@@ -34,16 +41,13 @@ constexpr int kWarpgroup = 128;  // threads
 constexpr int kThreads = 3 * kWarpgroup;
 static_assert(kWidth % kDepth == 0 && kSteps >= 1, "WIDTH");
 
-// A consumer's tile: two halves of 64 rows, in the layout of ptx::wgmma.
-constexpr int kHalfRows = 64;
-constexpr int kHalves = kRows / kHalfRows;
-using Accumulator = float[kHalves][64];
+using Accumulator = float[kParts][64];  // each part in the layout of ptx::wgmma
 
 // Shared memory, in bytes from its beginning. Boxes are swizzled by their address, hence multiples of 1024.
-constexpr u32 kStageBytes = kHalfRows * kDepth * 2;
+constexpr u32 kStageBytes = kStageRows * kDepth * 2;
 constexpr u32 kPanelStep = kColumns * kDepth * 2;
 constexpr u32 kPanel = 0;
-constexpr u32 kStage = kPanel + kSteps * kPanelStep;
+constexpr u32 kStage = kPanel + kPanels * kSteps * kPanelStep;
 constexpr u32 kEpilogue = kStage + kStages * kStageBytes;  // kEpilogueBytes for each consumer
 template <u32 kEpilogueBytes>
 struct Barriers {
@@ -62,6 +66,12 @@ struct Tile {
   int local_row, local_column;  // in the super-block
 };
 
+// What a block multiplies: with PAIR the second of each is that of the second product.
+struct Operands {
+  const ptx::TensorMap* x[kPanels];  // streams
+  const ptx::TensorMap* y[kPanels];  // stays
+};
+
 // This block's share of the tiles of a super-block: numbers [first, last), down one panel after the other.
 struct Share {
   int row_start, row_end, column_start, column_end;
@@ -71,8 +81,7 @@ struct Share {
   DEVICE Share(int row_start, int row_end, int column_start, int column_end)
       : row_start(row_start), row_end(row_end), column_start(column_start), column_end(column_end) {
     height = (row_end - row_start + kRows - 1) / kRows;
-    const int panels = (column_end - column_start + kColumns - 1) / kColumns;
-    const long long tiles = static_cast<long long>(height) * panels;
+    const long long tiles = static_cast<long long>(height) * panels();
     first = static_cast<int>(tiles * ptx::block() / ptx::blocks());
     last = static_cast<int>(tiles * (ptx::block() + 1) / ptx::blocks());
   }
@@ -85,6 +94,7 @@ struct Share {
     tile.column = column_start + tile.local_column;
     return tile;
   }
+  DEVICE int panels() const { return (column_end - column_start + kColumns - 1) / kColumns; }
   // How many panels the tile's lies behind the share's first.
   DEVICE int nth_panel(int number) const { return number / height - first / height; }
 };
@@ -102,53 +112,55 @@ struct Position {
   }
 };
 
-template <class Barriers>
-DEVICE void produce(const Share& share, const Barriers& barriers, u32 memory, const ptx::TensorMap& x,
-                    const ptx::TensorMap& y) {
+template <class Share, class Barriers>
+DEVICE void produce(const Share& share, const Barriers& barriers, u32 memory, const Operands& operands) {
   Position position(0);
   for (int number = share.first; number < share.last; ++number) {
     const Tile tile = share.tile(number);
-    if (number == share.first || tile.local_row == 0) {
+    if (number == share.first || share.nth_panel(number) > share.nth_panel(number - 1)) {
       // A panel takes the place of the one before, when both consumers have left that.
       ptx::mbarrier_wait(barriers.panel_empty(), (share.nth_panel(number) & 1) ^ 1);
-      ptx::mbarrier_expect(barriers.panel_full(), kSteps * kPanelStep);
-      for (int step = 0; step < kSteps; ++step) {
-        ptx::tma_load(memory + kPanel + step * kPanelStep, y, step * kDepth, tile.column, barriers.panel_full());
+      ptx::mbarrier_expect(barriers.panel_full(), kPanels * kSteps * kPanelStep);
+      for (int n = 0; n < kPanels * kSteps; ++n) {
+        ptx::tma_load(memory + kPanel + n * kPanelStep, *operands.y[n / kSteps], n % kSteps * kDepth, tile.column,
+                      barriers.panel_full());
       }
     }
-    for (int n = 0; n < kSteps * kHalves; ++n) {
-      const int column = n / kHalves * kDepth, row = tile.row + n % kHalves * kHalfRows;
+    for (int n = 0; n < kSteps * kParts; ++n) {
+      const int column = n / kParts * kDepth, part = n % kParts;
+      const int row = tile.row + (kPair ? 0 : part * kStageRows);
       const u32 full = barriers.full(position.stage);
       const u32 stage = memory + kStage + position.stage * kStageBytes;
       ptx::mbarrier_wait(barriers.empty(position.stage), position.parity ^ 1);
       ptx::mbarrier_expect(full, kStageBytes);
-      ptx::tma_load(stage, x, column, row, full);
+      ptx::tma_load(stage, *operands.x[kPair ? part : 0], column, row, full);
       position.advance();
     }
   }
 }
 
-// The products of a tile: d = x_tile y_panel^T. Returns when all are there, and lets the other consumer begin as soon
-// as all are on their way (`pass_on`).
+// The products of a tile: d = x y^T, or with PAIR its transpose. Returns when all are there, and lets the other
+// consumer begin as soon as all are on their way (`pass_on`).
 template <class Barriers, class PassOn>
 DEVICE void multiply(Accumulator& d, Position position, const Barriers& barriers, u32 memory, u32 thread,
                      const PassOn& pass_on) {
   Position read = position;  // the first stage that is not released yet
 #pragma unroll 1
   for (int step = 0; step < kSteps; ++step) {
-    const u64 b = ptx::matrix(memory + kPanel + step * kPanelStep);
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
+    for (int part = 0; part < kParts; ++part) {
       ptx::mbarrier_wait(barriers.full(position.stage), position.parity);
-      const u64 a = ptx::matrix(memory + kStage + position.stage * kStageBytes);
+      const u64 panel = ptx::matrix(memory + kPanel + ((kPair ? part : 0) * kSteps + step) * kPanelStep);
+      const u64 stage = ptx::matrix(memory + kStage + position.stage * kStageBytes);
+      const u64 a = kPair ? panel : stage, b = kPair ? stage : panel;
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) {  // 16 numbers of a row, in units of 16 bytes
-        ptx::wgmma(d[half], a + k * 2, b + k * 2, step > 0 || k > 0);
+        ptx::wgmma(d[part], a + k * 2, b + k * 2, step > 0 || k > 0);
       }
       ptx::wgmma_commit();
       position.advance();
-      if (step * kHalves + half >= kInFlight) {
+      if (step * kParts + part >= kInFlight) {
         ptx::wgmma_wait<kInFlight>();
         if (thread == 0) ptx::mbarrier_arrive(barriers.empty(read.stage));
         read.advance();
@@ -167,7 +179,7 @@ DEVICE void multiply(Accumulator& d, Position position, const Barriers& barriers
 constexpr u32 kTurn = 1;
 constexpr u32 kOwn = 3;
 
-template <class Epilogue, class Barriers>
+template <class Epilogue, class Share, class Barriers>
 DEVICE void consume(const Share& share, const Barriers& barriers, u32 memory, u32 consumer, Epilogue& epilogue) {
   const u32 thread = ptx::thread() % kWarpgroup;
   const auto nth_panel = [&](int number) { return share.nth_panel(number < share.last ? number : share.last - 1); };
@@ -199,7 +211,7 @@ DEVICE void consume(const Share& share, const Barriers& barriers, u32 memory, u3
     // A panel that this consumer has skipped was waited for by the other, whose turn came before.
     ptx::mbarrier_wait(barriers.panel_full(), panel & 1);
     epilogue.prepare(tile);
-    multiply(d, Position((number - share.first) * kSteps * kHalves), barriers, memory, thread, pass_on);
+    multiply(d, Position((number - share.first) * kSteps * kParts), barriers, memory, thread, pass_on);
     leave_panels(next_panel);
     epilogue.finish(d, tile, next_panel > panel || number + 2 >= share.last);
   }
@@ -211,8 +223,8 @@ DEVICE void consume(const Share& share, const Barriers& barriers, u32 memory, u3
 //   prepare(tile)                   before the products: asks for what finish() needs, so that it arrives meanwhile
 //   finish(d, tile, last_of_panel)  the finished products; whether the consumer has no other tile of this panel
 //   end()                           after the last tile
-template <class Epilogue, class... Arguments>
-DEVICE void run(const ptx::TensorMap& x, const ptx::TensorMap& y, const Share& share, const Arguments&... arguments) {
+template <class Epilogue, class Share, class... Arguments>
+DEVICE void run(const Operands& operands, const Share& share, const Arguments&... arguments) {
   using OwnBarriers = Barriers<Epilogue::kBytes>;
   const u32 memory = ptx::shared_memory();
   const OwnBarriers barriers{memory + OwnBarriers::kOffset};
@@ -230,7 +242,7 @@ DEVICE void run(const ptx::TensorMap& x, const ptx::TensorMap& y, const Share& s
   const u32 warpgroup = ptx::thread() / kWarpgroup;
   if (warpgroup == 0) {
     ptx::give_registers<24>();
-    if (ptx::thread() == 0) produce(share, barriers, memory, x, y);
+    if (ptx::thread() == 0) produce(share, barriers, memory, operands);
   } else {
     ptx::take_registers<240>();
     const u32 consumer = warpgroup - 1;
@@ -248,7 +260,8 @@ struct Lane {
         row(16 * warp + thread % 32 / 4),
         column(2 * (thread % 4)) {}
 };
-constexpr int kThreadRows = 2 * kHalves;          // of a tile that a thread has entries of
+// Without PAIR:
+constexpr int kThreadRows = 2 * kParts;           // of a tile that a thread has entries of
 constexpr int kThreadColumns = kColumns / 8 * 2;  // likewise
 // The i-th of its rows within the tile, less lane.row; the j-th of its columns, less lane.column; and their entry.
 DEVICE constexpr int row_offset(int i) { return i / 2 * 64 + i % 2 * 8; }

@@ -38,6 +38,7 @@ struct Load {
 
 struct Store {
   Matrix matrix;
+  bool adds;  // to what is there, in the embeddings' dtype
   u32 source;
   int column, row;
   Thread* issuer;
@@ -144,11 +145,11 @@ class Stores : public Source {
   explicit Stores(Scheduler& scheduler) : scheduler_(scheduler) {}
   Pending<Store> under_way;
 
-  void issue(const Matrix& matrix, int column, int row, u32 source, Thread& issuer) {
-    if (matrix.magic != kMagic) fail("tma_store: no tensor map");
-    issuer.block->memory.check("tma_store", source, matrix.box_bytes(), matrix.swizzle ? 1024 : 128);
+  void issue(const char* name, bool adds, const Matrix& matrix, int column, int row, u32 source, Thread& issuer) {
+    if (matrix.magic != kMagic) fail("%s: no tensor map", name);
+    issuer.block->memory.check(name, source, matrix.box_bytes(), matrix.swizzle ? 1024 : 128);
     issuer.stores_needed = issuer.store_groups + 1;
-    under_way.add({matrix, source, column, row, &issuer, issuer.store_groups,
+    under_way.add({matrix, adds, source, column, row, &issuer, issuer.store_groups,
                    pieces(scheduler_.random, matrix, {issuer.block}, 0),
                    scheduler_.random.chance(scheduler_.policy.stalls)});
   }
@@ -192,7 +193,16 @@ class Stores : public Source {
       for (u32 i = 0; i < 16; i += m.element) {
         const i64 column = store.column + static_cast<i64>((byte + i) / m.element);
         if (column < 0 || column >= static_cast<i64>(m.columns)) continue;
-        std::memcpy(m.base + row * m.row_bytes + column * m.element, from + i, m.element);
+        u8* to = m.base + row * m.row_bytes + column * m.element;
+        if (!store.adds) {
+          std::memcpy(to, from + i, m.element);
+          continue;
+        }
+        u16 own, other;
+        std::memcpy(&own, to, 2);
+        std::memcpy(&other, from + i, 2);
+        own = to_operand(from_operand(own) + from_operand(other));
+        std::memcpy(to, &own, 2);
       }
     }
   }

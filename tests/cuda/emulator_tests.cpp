@@ -1,8 +1,11 @@
 // Small programs for tests/cuda/test_emulator.py, each by its name: what it does to `in` and `out` is said there.
+#include <algorithm>
+#include <functional>
 #include <map>
 #include <string>
 
 #include "emulator.h"
+#include "machine.h"
 #include "pipeline.h"
 
 namespace {
@@ -81,17 +84,18 @@ void product(const Call& call) {
   });
 }
 
-// Thread t gives registers 4 t .. 4 t + 3 of in; matrix m's row r goes to 16 (8 m + r). out: shared memory, words.
+// Thread t gives registers 4 t .. 4 t + 3 of in; matrix m's row r goes to 16 (8 m + r). arguments: transposed. out:
+// shared memory, words.
 void store_matrix(const Call& call) {
   block_of(32, call, [&] {
     const auto* in = static_cast<const u32*>(call.in) + 4 * thread();
-    stmatrix(base() + 16 * thread(), in[0], in[1], in[2], in[3]);
+    (call.arguments[0] != 0 ? stmatrix_transposed : stmatrix)(base() + 16 * thread(), in[0], in[1], in[2], in[3]);
     block_sync();
     for (u32 i = thread(); i < 128; i += 32) static_cast<float*>(call.out)[i] = load_shared(base() + 4 * i);
   });
 }
 
-// in: 64 x 64 numbers, stored as a box at (column, row) of out. arguments: columns, rows, column, row.
+// in: 64 x 64 numbers, stored as a box at (column, row) of out. arguments: columns, rows, column, row, whether added.
 void store(const Call& call) {
   const int* n = call.arguments;
   const TensorMap map = emulator::tensor_map(call.out, n[0], n[1], n[0] * 2, 64, 64);
@@ -101,7 +105,7 @@ void store(const Call& call) {
     fence_proxy_async();
     barrier_sync(1, 128);
     if (thread() == 0) {
-      tma_store(map, n[2], n[3], base());
+      (n[4] != 0 ? tma_add : tma_store)(map, n[2], n[3], base());
       tma_store_commit();
       tma_store_wait_read<0>();
     }
@@ -130,6 +134,10 @@ void named_barriers(const Call& call) {
   });
 }
 
+void complete(u32 barrier, u32 bytes, u64 phase) {
+  emulator::machine->self().block->complete(emulator::machine->scheduler, barrier, bytes, phase);
+}
+
 // Phases and parities of a barrier of two arrivals and some bytes.
 void phases(const Call& call) {
   block_of(64, call, [&] {
@@ -137,7 +145,7 @@ void phases(const Call& call) {
     make_barrier(barrier, 2);
     mbarrier_wait(barrier, 1);  // the phase before the first counts as complete
     block_sync();
-    const emulator::Mbarrier& state = self().block->mbarriers.at(barrier);
+    const emulator::Mbarrier& state = emulator::machine->self().block->mbarriers.at(barrier);
     if (thread() == 0) {
       mbarrier_arrive(barrier);
       require(state.phase == 0 && state.left == 1, "one arrival is not two");
@@ -150,11 +158,11 @@ void phases(const Call& call) {
       mbarrier_expect(barrier, 100);
       mbarrier_arrive(barrier);
       require(state.phase == 1 && state.left == 0 && state.bytes == 100, "bytes are to come");
-      self().block->complete(scheduler(), barrier, 60, 1);
+      complete(barrier, 60, 1);
       require(state.phase == 1 && state.bytes == 40, "40 are left");
-      self().block->complete(scheduler(), barrier, 40, 1);
+      complete(barrier, 40, 1);
       require(state.phase == 2, "all are there");
-      self().block->complete(scheduler(), barrier, 16, 2);  // before it is told of them
+      complete(barrier, 16, 2);  // before it is told of them
       mbarrier_arrive(barrier);
       require(state.phase == 2 && state.bytes == -16, "they count");
       mbarrier_expect(barrier, 16);

@@ -150,6 +150,6 @@ struct Machine {
   }
 };
 
-inline Machine* machine = nullptr;
+extern Machine* machine;  // that runs
 
 }  // namespace emulator

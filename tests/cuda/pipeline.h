@@ -2,6 +2,8 @@
 // way of shared memory. It runs as it should, or with one fault.
 #pragma once
 
+#include <cstring>
+
 #include "emulator.h"
 
 namespace pipeline {

@@ -4,57 +4,29 @@ pipeline that is right under every seed, and faults that some seed finds."""
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.emulated import TESTS, EmulatorError, aligned, build, call, exact, rounded
 
-HERE = Path(__file__).parent
 SEEDS = 60  # of the pipeline; every fault is found by far fewer
-NAN = 0xFFFF
-
-
-class EmulatorError(Exception):
-    pass
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("emulator") / "emulator_tests.so"
-    command = ["g++", "-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(path)]
-    subprocess.run([*command, str(HERE / "emulator_tests.cpp")], check=True)
-    return ctypes.CDLL(str(path))
+    return build(TESTS / "emulator_tests.cpp", tmp_path_factory.mktemp("emulator") / "emulator_tests.so")
 
 
 @pytest.fixture(scope="session")
 def run(library: ctypes.CDLL) -> Callable[..., np.ndarray]:
     """Calls a program of emulator_tests.cpp."""
 
-    def call(name: str, *arguments: int, into: np.ndarray, of: np.ndarray | None = None, seed: int = 1) -> np.ndarray:
-        message = ctypes.create_string_buffer(4096)
-        given = (ctypes.c_int * 8)(*arguments)
-        failed = library.run(
-            name.encode(), ctypes.c_uint64(seed), given, pointer(of), pointer(into), message, ctypes.c_uint64(4096)
-        )
-        if failed:
-            raise EmulatorError(message.value.decode())
+    def program(name: str, *arguments: int, into: np.ndarray, of: np.ndarray | None = None, seed: int = 1):
+        call(library.run, name.encode(), ctypes.c_uint64(seed), (ctypes.c_int * 8)(*arguments), of, into)
         return into
 
-    return call
-
-
-def pointer(array: np.ndarray | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if array is None else array.ctypes.data)
-
-
-def aligned(shape: tuple[int, ...], dtype: type = np.uint16) -> np.ndarray:
-    """Zeros whose address is a multiple of 128."""
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 128, np.uint8)
-    start = -raw.ctypes.data % 128
-    return raw[start : start + size].view(dtype).reshape(shape)
+    return program
 
 
 def numbered(*shape: int) -> np.ndarray:
@@ -62,18 +34,6 @@ def numbered(*shape: int) -> np.ndarray:
     found = aligned(shape)
     found[...] = np.arange(found.size).reshape(shape) + 1
     return found
-
-
-def bfloat16(values: np.ndarray) -> np.ndarray:
-    """Rounded to nearest, ties to even, as the 16 bits."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
-    found = aligned(values.shape)
-    found[...] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return found
-
-
-def values(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 # Loads.
@@ -141,16 +101,16 @@ def fragments(result: np.ndarray) -> np.ndarray:
 def test_a_product_reads_what_its_descriptors_name_and_leaves_fragments(run, steps, seed):
     first, count = steps
     numbers = np.random.default_rng(0).standard_normal((192, 128))
-    operands = bfloat16(numbers)
+    operands = rounded(numbers)
     found = run("product", first, count, 0, of=operands, into=aligned((128, 64), np.float32), seed=seed)
-    part = values(operands)[:, 16 * first : 16 * (first + count)].astype(np.float64)
+    part = exact(operands)[:, 16 * first : 16 * (first + count)]
     np.testing.assert_allclose(found, fragments(part[:64] @ part[64:].T), rtol=0, atol=1e-4)
 
 
 def test_a_product_adds_to_its_registers(run):
-    operands = bfloat16(np.random.default_rng(0).standard_normal((192, 128)))
+    operands = rounded(np.random.default_rng(0).standard_normal((192, 128)))
     found = run("product", 0, 3, 1, of=operands, into=aligned((128, 64), np.float32))
-    part = values(operands)[:, :48].astype(np.float64)
+    part = exact(operands)[:, :48]
     before = np.arange(128 * 64).reshape(128, 64)
     np.testing.assert_allclose(found, before + fragments(part[:64] @ part[64:].T), rtol=1e-6, atol=1e-4)
 
@@ -158,9 +118,13 @@ def test_a_product_adds_to_its_registers(run):
 # Stores.
 
 
-def test_stmatrix_takes_two_numbers_of_four_lanes_to_a_row(run):
+@pytest.mark.parametrize("transposed", (0, 1))
+def test_stmatrix_takes_two_numbers_of_four_lanes_to_a_row(run, transposed):
+    """Or with .trans to a column."""
     registers = numbered(32, 4, 2)  # of a lane: matrix, half
-    found = run("store_matrix", of=registers, into=aligned((4, 8, 8)))
+    found = run("store_matrix", transposed, of=registers, into=aligned((4, 8, 8)))
+    if transposed:
+        found = found.swapaxes(1, 2)
     for lane in range(32):
         for matrix in range(4):
             at = found[matrix, lane // 4, lane % 4 * 2 : lane % 4 * 2 + 2]
@@ -169,12 +133,16 @@ def test_stmatrix_takes_two_numbers_of_four_lanes_to_a_row(run):
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("corner", ((0, 0), (64, 64), (40, 80), (-3, -5)))
-def test_a_stored_box_drops_what_is_beyond_the_matrix(run, corner, seed):
+@pytest.mark.parametrize("adds", (False, True))
+def test_a_stored_box_drops_what_is_beyond_the_matrix(run, corner, adds, seed):
     column, row = corner
-    tile = numbered(64, 64)
-    found = run("store", 96, 100, column, row, of=tile, into=aligned((100, 96)), seed=seed)
+    random = np.random.default_rng(0)
+    tile, found = rounded(random.standard_normal((64, 64))), rounded(random.standard_normal((100, 96)))
     expected = np.zeros((356, 352), np.uint16)
-    expected[128 + row : 192 + row, 128 + column : 192 + column] = tile
+    expected[128:228, 128:224] = found
+    block = expected[128 + row : 192 + row, 128 + column : 192 + column]
+    block[...] = rounded(exact(block) + exact(tile)) if adds else tile
+    run("store", 96, 100, column, row, adds, of=tile, into=found, seed=seed)
     np.testing.assert_array_equal(found, expected[128:228, 128:224])
 
 
@@ -200,7 +168,7 @@ def test_lanes_exchange_vote_and_round(run):
         np.testing.assert_allclose(powers, expected, rtol=1e-6)
         np.testing.assert_array_equal(vote, all_above)
         both = packed.view(np.uint16).reshape(32, 2)
-        np.testing.assert_array_equal(both, bfloat16(np.stack((x, -x), axis=1)))
+        np.testing.assert_array_equal(both, rounded(np.stack((x, -x), axis=1)))
 
 
 def test_registers_are_never_more_than_a_block_has(run):
@@ -277,23 +245,20 @@ def pipeline(library: ctypes.CDLL) -> Callable[..., str | None]:
     """Runs the pipeline and returns what is wrong, or None."""
     rows, depth = 300, 128
     random = np.random.default_rng(0)
-    x, y = (bfloat16(random.standard_normal((n, depth))) for n in (rows, 256))
-    exact = values(x).astype(np.float64) @ values(y).astype(np.float64).T
+    x, y = (rounded(random.standard_normal((n, depth))) for n in (rows, 256))
+    expected = exact(x) @ exact(y).T
 
-    def call(seed: int, cluster: int, fault: str = "", stages: int = 3) -> str | None:
+    def one(seed: int, cluster: int, fault: str = "", stages: int = 3) -> str | None:
         out = aligned((rows, 256))
-        out[...] = NAN
-        message = ctypes.create_string_buffer(1 << 16)
-        failed = library.run_pipeline(
-            fault.encode(), ctypes.c_uint64(seed), cluster, stages, rows, depth, pointer(x), pointer(y), pointer(out),
-            message, ctypes.c_uint64(1 << 16),
-        )  # fmt: skip
-        if failed:
-            return message.value.decode()
-        error = np.abs(values(out) - exact)
-        return None if np.all(error <= 2.0**-8 * np.abs(exact) + 1e-4) else "a wrong number"
+        out[...] = 0xFFFF
+        try:
+            call(library.run_pipeline, fault.encode(), ctypes.c_uint64(seed), cluster, stages, rows, depth, x, y, out)
+        except EmulatorError as error:
+            return str(error)
+        error = np.abs(exact(out) - expected)
+        return None if np.all(error <= 2.0**-8 * np.abs(expected) + 1e-4) else "a wrong number"
 
-    return call
+    return one
 
 
 @pytest.mark.parametrize("cluster", (1, 2))

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "barriers.h"
+#include "statistics.h"
 
 namespace emulator {
 
@@ -32,12 +33,5 @@ struct Thread : Fibre {
   u32 arrivals_under_way = 0;  // at barriers of the cluster
   Waiting for_arrivals;
 };
-
-struct Statistics {
-  u64 loads, multicast_loads, load_bytes, stores, products, stored_matrices, shuffles, votes, exponentials;
-  u64 shared_reads, shared_writes, mbarrier_arrivals, remote_arrivals, mbarrier_waits, named_barriers, block_barriers;
-  u64 cluster_barriers, proxy_fences, steps;
-};
-inline Statistics statistics;  // of the launch under way or the last one; what a warp does at once counts once
 
 }  // namespace emulator

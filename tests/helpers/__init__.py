@@ -4,6 +4,8 @@ backends     the backends that tests run over, and their dtypes
 candidates   every tile shape that a Triton kernel may take
 cuda_driver  a driver of CUDA without a GPU, which notes what it is handed
 data         a tiny data set, and a configuration that trains on it in seconds
+emulated     C++ that runs in the emulator of tests/cuda/, built and called
+emulated_kernels  the kernels of csrc/cuda/ in it, against float64
 engines      two tiny towers in a DeepSpeed engine, and the plain loop that training must equal
 faults/      what breaks in a job's ranks on purpose
 hosts/       what tests of other people's trainers share

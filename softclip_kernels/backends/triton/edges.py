@@ -22,8 +22,8 @@ ENDS = 512
 # What an entry costs that streams in along the side of a tile, in products: by others on an H100, tiles of 128 x 256
 # without multicast reach 0.84 of the largest products' rate, and L2 feeds tiles of 128 x 128 at 0.63 of it.
 STREAM = 100
-# MiB that the backward pass takes beyond operands and gradients, where it can be. An edge of 8192 is a fifth faster than
-# what 64 MiB hold (docs/triton.md), which SOFTCLIP_GPU_MIB=64 goes back to.
+# MiB that the backward pass takes beyond operands and gradients, where it can be. An edge of 8192 is a fifth faster
+# than what 64 MiB hold (docs/triton.md), to which SOFTCLIP_GPU_MIB=64 goes back.
 MIB, VARIABLE = 384, "SOFTCLIP_GPU_MIB"
 
 

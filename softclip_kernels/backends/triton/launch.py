@@ -72,7 +72,9 @@ def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
     if launch_pass.overlapping:  # a descriptor's rows do not
         unsuitable |= {shapes.TMA}
     suitable = _suitable(kind, launch_pass.case, architecture(launch_pass.problem.x.device), unsuitable)
-    return (*suitable, shapes.SM90_SHAPE) if _offers_sm90(kind, launch_pass) else suitable
+    if not _offers_sm90(kind, launch_pass):
+        return suitable
+    return *suitable, shapes.SM90_PAIR if kind == "forward" and launch_pass.taught else shapes.SM90_SHAPE
 
 
 def _offers_sm90(kind: str, launch_pass: Pass) -> bool:
@@ -95,8 +97,8 @@ def _suitable(kind: str, case: tuple[str, bool, int], device: str, unsuitable: f
 
 def choose_shape(kind: str, launch_pass: Pass, trial: tuning.Trial) -> Shape:
     problem, suitable = launch_pass.problem, candidates(kind, launch_pass)
-    if kernels.forced() and shapes.SM90_SHAPE in suitable:
-        return shapes.SM90_SHAPE
+    if kernels.forced() and suitable[-1].way == shapes.SM90:
+        return suitable[-1]
 
     def case() -> str:
         return _case(problem.x.device, launch_pass.signature())

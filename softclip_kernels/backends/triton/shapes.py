@@ -52,7 +52,8 @@ class Shape(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-SM90_SHAPE = Shape(128, 128, 64, 12, 9, SM90)  # of stages at least so many
+# The CUDA kernels' tiles, with one product and with two; of stages at least so many.
+SM90_SHAPE, SM90_PAIR = Shape(128, 128, 64, 12, 9, SM90), Shape(128, 64, 64, 12, 5, SM90)
 
 
 @functools.cache
@@ -140,7 +141,7 @@ def product_candidates(plain: bool, itemsize: int, architecture: str) -> tuple[S
 @functools.cache
 def every_name(architecture: str) -> frozenset[str]:
     """Of every candidate that the clock may choose, for whatever problem, the CUDA kernels' way as a name too."""
-    found: set[Shape] = {SM90_SHAPE} if architecture == SM90_ARCHITECTURE else set()
+    found: set[Shape] = {SM90_SHAPE, SM90_PAIR} if architecture == SM90_ARCHITECTURE else set()
     for plain, itemsize in itertools.product((True, False), (2, 4)):
         found.update(product_candidates(plain, itemsize, architecture))
         for kind, mode in itertools.product(("forward", "backward"), ("none", "logits", "embeddings", "transposed")):

@@ -21,7 +21,7 @@ from ..cuda.nvrtc import CompileError
 from ..cuda.tensor_map import TensorMap
 from . import coefficients, launch, sums
 from .passes import Pass
-from .shapes import SM90_SHAPE, Shape
+from .shapes import SM90_PAIR, SM90_SHAPE, Shape
 from .tiles import BOUND, FACTOR, SCALE, TEACHER_BOUND, TEACHER_FACTOR
 from .tuning import SelfTestError
 
@@ -29,16 +29,15 @@ logger = logging.getLogger("softclip_kernels")
 
 DTYPES = (torch.bfloat16, torch.float16)
 WIDEST = 512  # of the embeddings: so much of a panel of 128 rows stays in shared memory
-KINDS = {"forward": ("none",), "backward": ("none", "embeddings", "transposed")}  # of pass, and their modes
+MODES = ("none", "embeddings", "transposed")  # where a teacher's logits come from
 
 # Of csrc/cuda/tiles.cuh and its kernels.
 THREADS = 384
-HALF_ROWS, DEPTH = 64, 64  # of a box of x; of y there are as many rows as a tile has columns
-G_BOX = (64, 64)
+DEPTH = 64  # columns of a box
+G_BOX = (64, DEPTH)
 SHARED_BYTES = 227 * 1024  # that a block may have
-STAGE_BYTES = HALF_ROWS * DEPTH * 2 + 16  # with its two barriers
 MOST_STAGES = 12
-LEAVE, STORE, ADD = range(3)  # enum Put
+STORE, ADD = range(2)  # enum Put
 
 
 def why_not(kind: str, launch_pass: Pass) -> str | None:
@@ -60,7 +59,7 @@ def _unsuitable(kind: str, launch_pass: Pass) -> str | None:
     problem = launch_pass.problem
     operands = [problem.x, problem.y, launch_pass.teacher_x, launch_pass.teacher_y]
     given = [operand for operand in operands if operand is not None]
-    if mode not in KINDS.get(kind, ()):
+    if kind not in ("forward", "backward") or mode not in MODES:
         return f"they have no {kind} pass with a teacher's logits from: {mode}"
     if not plain or any(operand.stride(0) < operand.shape[1] for operand in given):
         return (
@@ -72,6 +71,10 @@ def _unsuitable(kind: str, launch_pass: Pass) -> str | None:
         return "they take bfloat16 or float16, one dtype for all embeddings"
     if max(operand.shape[1] for operand in given) > WIDEST:
         return f"they take widths up to {WIDEST}"
+    if kind == "forward" and len({operand.shape[1] for operand in given}) > 1:
+        return "their forward pass takes a teacher of the student's width"
+    if kind == "forward" and launch_pass.mirrored and not launch_pass.tied:
+        return "their forward pass takes a swapped teacher of the student's scale"
     return None
 
 
@@ -101,7 +104,7 @@ _failed: dict[_Kernel, str] = {}
 def _needed(kind: str, launch_pass: Pass) -> list[_Kernel]:
     x = launch_pass.problem.x
     if kind == "forward":
-        return [_forward_kernel(x)]
+        return [_forward_pair_kernel(x, launch_pass.mirrored) if launch_pass.taught else _forward_kernel(x)]
     if launch_pass.teacher_x is not None:
         return list(dict.fromkeys(_backward_kernel(own) for own in (x, launch_pass.teacher_x)))
     return [_backward_kernel(x, launch_pass.mirrored, launch_pass.tied)]
@@ -109,14 +112,18 @@ def _needed(kind: str, launch_pass: Pass) -> list[_Kernel]:
 
 def _forward_kernel(x: Tensor) -> _Kernel:
     column_sums = 4 * 128 * 4  # of the four warps of a consumer
-    return _kernel("softmax_forward", x, column_sums, {"SCALE": SCALE.value, "HEADROOM": f"{sums.HEADROOM.value}f"})
+    return _kernel("softmax_forward", x, column_sums, _FORWARD)
+
+
+def _forward_pair_kernel(x: Tensor, mirrored: bool) -> _Kernel:
+    row_sums, places = 4 * (3 + mirrored) * 128 * 4, 128 * 4 + 16
+    return _kernel("softmax_forward_pair", x, row_sums + places, _FORWARD | _TEACHER | {"MIRROR": int(mirrored)}, 2)
 
 
 def _backward_kernel(x: Tensor, mirrored: bool = False, tied: bool = False) -> _Kernel:
     box_and_vectors = 8192 + (3072 if mirrored else 1024)
-    macros = {
-        "TEACHER_FACTOR": TEACHER_FACTOR.value,
-        "TEACHER_BOUND": TEACHER_BOUND.value,
+    macros: dict[str, str | int] = {
+        **_TEACHER,
         "FLAG_GROUP": coefficients.FLAG_GROUP.value,
         "HEADROOM": f"{coefficients.HEADROOM.value}f",
         "MIRROR": int(mirrored),
@@ -125,15 +132,24 @@ def _backward_kernel(x: Tensor, mirrored: bool = False, tied: bool = False) -> _
     return _kernel("softmax_backward", x, box_and_vectors, macros)
 
 
-def _kernel(name: str, x: Tensor, epilogue_bytes: int, macros: dict[str, str | int]) -> _Kernel:
-    """With as many stages as the shared memory holds beside the panel and what the two consumers' epilogues need."""
-    width = x.shape[1]
-    fixed = 2 * width * SM90_SHAPE.block_n + 2 * epilogue_bytes + 16
-    stages = min((SHARED_BYTES - fixed) // STAGE_BYTES, MOST_STAGES)
-    macros = macros | {"WIDTH": width, "STAGES": stages, "FACTOR": FACTOR.value, "BOUND": BOUND.value}
-    if x.dtype == torch.float16:
-        macros["HALF"] = 1
-    return f"{name}.cu", name, tuple(macros.items()), fixed + stages * STAGE_BYTES
+_FORWARD: dict[str, str | int] = {"SCALE": SCALE.value, "HEADROOM": f"{sums.HEADROOM.value}f"}
+_TEACHER: dict[str, str | int] = {"TEACHER_FACTOR": TEACHER_FACTOR.value, "TEACHER_BOUND": TEACHER_BOUND.value}
+
+
+def _kernel(name: str, x: Tensor, epilogue_bytes: int, macros: dict[str, str | int], products: int = 1) -> _Kernel:
+    """With as many stages as the shared memory holds beside the panels and what the two consumers' epilogues need."""
+    width, shape = x.shape[1], SM90_PAIR if products == 2 else SM90_SHAPE
+    stage = 2 * DEPTH * _stage_rows(shape) + 16  # with its two barriers
+    fixed = 2 * width * shape.block_n * products + 2 * epilogue_bytes + 16
+    stages = min((SHARED_BYTES - fixed) // stage, MOST_STAGES)
+    own = {"WIDTH": width, "STAGES": stages, "PAIR": products - 1, "FACTOR": FACTOR.value, "BOUND": BOUND.value}
+    half = {"HALF": 1} if x.dtype == torch.float16 else {}
+    return f"{name}.cu", name, tuple((macros | own | half).items()), fixed + stages * stage
+
+
+def _stage_rows(shape: Shape) -> int:
+    """Of a box of x; of y there are as many rows as a tile has columns."""
+    return shape.block_m if shape == SM90_PAIR else shape.block_m // 2
 
 
 class _Blocks:
@@ -156,23 +172,31 @@ class _Blocks:
         self.launch(self.processors, THREADS, 1, torch.cuda.current_stream(self.device).cuda_stream)
 
 
-def _maps(x: Tensor, y: Tensor) -> list[Any]:
+def _maps(x: Tensor, y: Tensor, shape: Shape = SM90_SHAPE) -> list[Any]:
     """The matrices of the tensor maps are kept by who makes the launch."""
-    return [TensorMap.of(x, (HALF_ROWS, DEPTH)), TensorMap.of(y, (SM90_SHAPE.block_n, DEPTH))]
+    return [TensorMap.of(x, (_stage_rows(shape), DEPTH)), TensorMap.of(y, (shape.block_n, DEPTH))]
 
 
 _NOTHING = c_uint64(0)  # a pointer that the kernel does not follow
 
 
 class Sums:
-    """The launch of softmax_forward.cu: `arguments` as softmax_forward_kernel takes them."""
+    """The launch of softmax_forward.cu or, with a teacher, softmax_forward_pair.cu; `arguments` as
+    softmax_forward_kernel takes them."""
 
-    def __init__(self, arguments: dict[str, Any]) -> None:
+    def __init__(self, launch_pass: Pass, arguments: dict[str, Any]) -> None:
         a = arguments
         positive = _NOTHING if a["positive_column"] is None else a["positive_column"]
-        self.operands = a["x"], a["y"]
-        outputs = [a["scalars"], a["row_sums"], a["column_sums"], a["positive_logit"]]
-        self.blocks = _Blocks(_forward_kernel(a["x"]), [*_maps(a["x"], a["y"]), positive, *outputs], a["edge"])
+        sums = [a["row_sums"], a["column_sums"]]
+        if launch_pass.taught:
+            kernel = _forward_pair_kernel(a["x"], launch_pass.mirrored)
+            teacher = (a["y"], a["x"]) if launch_pass.mirrored else (a["teacher_x"], a["teacher_y"])
+            maps = [*_maps(a["x"], a["y"], SM90_PAIR), *_maps(*teacher, SM90_PAIR)]
+            sums += [a["mirror_row_sums"], a["mirror_column_sums"]]
+        else:
+            kernel, maps = _forward_kernel(a["x"]), _maps(a["x"], a["y"])
+        self.operands = a  # alive as long as the launch
+        self.blocks = _Blocks(kernel, [*maps, positive, a["scalars"], *sums, a["positive_logit"]], a["edge"])
 
     def __call__(self, programs: int, row_start: int, row_end: int, column_start: int, column_end: int) -> None:
         self.blocks(slice(row_start, row_end), slice(column_start, column_end))
@@ -184,7 +208,8 @@ class GradientBlocks:
 
     A teacher's part, of embeddings of its own, is a second launch of the same kernel, which adds to the student's. A
     mirrored super-block is filled as by softmax_exchange.py: a launch on it and one on its mirror, each of which brings
-    its own part and the other's. What is added is rounded to 16 bits before, and in a fixed order.
+    its own part and the other's. On the diagonal, where they are one, both parts are added to zeros, in whatever order:
+    of two numbers the sum is the same. What is added is rounded to 16 bits before.
     """
 
     def __init__(self, launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor, _: Shape) -> None:
@@ -213,8 +238,8 @@ class GradientBlocks:
             if self.added is not None:
                 self.added(i, j)
         elif i == j:
-            self._exchange(i, i, (self.g, self.g), (STORE, LEAVE))
-            self._exchange(i, i, (self.g, self.g), (LEAVE, ADD))
+            self.g.zero_()
+            self._exchange(i, i, (self.g, self.g), (ADD, ADD))
         else:
             self._exchange(i, j, (self.g, self.mirror_g), (STORE, STORE))
             self._exchange(j, i, (self.mirror_g, self.g), (ADD, ADD))
@@ -226,7 +251,7 @@ class GradientBlocks:
     def _one(self, of: str, x: Tensor, y: Tensor, scalars: Tensor, put: int) -> _Blocks:
         g = TensorMap.of(self.g, G_BOX)
         vectors = self._vectors("row", of) + self._vectors("column", of)
-        rest = [_NOTHING] * 4 + [c_int(put), c_int(LEAVE)]
+        rest = [_NOTHING] * 4 + [c_int(put), c_int(put)]
         arguments = [*_maps(x, y), g, g, self._positive(), scalars, *vectors, *rest]
         return _Blocks(_backward_kernel(x), arguments)
 

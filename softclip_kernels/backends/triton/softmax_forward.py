@@ -338,7 +338,7 @@ class _Sums:
             processors = launch.processors(problem.x.device)
             self.call = PersistentCall(softmax_forward_persistent_kernel, arguments, shape, processors)
         elif shape.way == SM90:
-            self.call = sm90.Sums(arguments)
+            self.call = sm90.Sums(launch_pass, arguments)
         else:
             self.call = Call(softmax_forward_kernel, arguments, shape.options())
         arguments = constants | partial | results
@@ -355,16 +355,15 @@ class _Sums:
         }
         self.add_call = Call(sums_kernel, arguments, {})
 
-    def totals(self, i: slice, j: slice) -> list[Tensor]:
-        """Of a super-block alone, what `call` leaves: the sums of its rows and of its columns."""
+    def totals(self, i: slice, j: slice) -> dict[str, Tensor]:
+        """What `call` leaves of a super-block, added over the slots: (statistics, positions) of rows and columns, and
+        of its mirror's."""
+        for slots in self.partial.values():
+            slots.zero_()  # some are left alone
         self.call(**launch.over(self.shape, i, j))
-        parts = (
-            (i, j, self.partial["row_sums"], self.shape.block_n),
-            (j, i, self.partial["column_sums"], self.shape.block_m),
-        )
-        return [
-            sums[: launch.tiles(other, block), :, : own.stop - own.start].sum(0) for own, other, sums, block in parts
-        ]
+        along = {"row_sums": i, "column_sums": j, "mirror_row_sums": j, "mirror_column_sums": i}
+        lengths = {name: part.stop - part.start for name, part in along.items()}
+        return {name: slots.sum(0)[:, : lengths[name]] for name, slots in self.partial.items()}
 
     def add(self, i: slice, j: slice) -> None:
         directions = 2 if self.mirrored and i != j else 1  # beside the diagonal the mirror's too
@@ -379,20 +378,20 @@ def _tuned_sums(launch_pass: Pass, positive_logit: Tensor, results: dict[str, An
         sums, problem = _Sums(launch_pass, positive_logit, results, shape), launch_pass.problem
         i, j = next(launch.super_blocks(problem.rows, problem.columns, sums.edge, launch_pass.mirrored))
         if shape.way == SM90:
-            _test(sums, launch_pass, positive_logit, results, (i, j))
+            _test(sums, launch_pass, positive_logit, results)
         return functools.partial(sums.call, **launch.over(shape, i, j)), launch.entries(i, j)
 
     return _Sums(launch_pass, positive_logit, results, launch.choose_shape("forward", launch_pass, trial))
 
 
-def _test(
-    sums: _Sums, launch_pass: Pass, positive_logit: Tensor, results: dict[str, Any], block: tuple[slice, slice]
-) -> None:
-    """Whether the sums agree with those of the first candidate, on the super-block that is to be timed."""
-    positive_logit.zero_()
-    found = [*sums.totals(*block), positive_logit.clone()]
+def _test(sums: _Sums, launch_pass: Pass, positive_logit: Tensor, results: dict[str, Any]) -> None:
+    """Raises SelfTestError unless the sums agree with those of the first candidate, on a super-block of both."""
     trusted = _Sums(launch_pass, positive_logit, results, launch.candidates("forward", launch_pass)[0])
-    positive_logit.zero_()
-    expected = [*trusted.totals(*block), positive_logit]
-    for what, own, other in zip(("row sums", "column sums", "positives' logits"), found, expected, strict=True):
-        sm90.check(what, own[..., None], other[..., None], tolerance=2e-3)
+    edge, problem = min(sums.edge, trusted.edge), launch_pass.problem
+    block = slice(0, min(edge, problem.rows)), slice(0, min(edge, problem.columns))
+    totals = []
+    for each in (sums, trusted):
+        positive_logit.zero_()
+        totals.append(each.totals(*block) | {"positive_logit": positive_logit.clone()})
+    for name, found in totals[0].items():
+        sm90.check(name, found[..., None], totals[1][name][..., None], tolerance=2e-3)
