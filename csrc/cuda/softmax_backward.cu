@@ -2,8 +2,8 @@
 // into the scratch of softclip_kernels/backends/triton/softmax_backward.py.
 //
 // A softmax's part of a tile is e (a_i + b_j), with e = 2^(logit - reference) and the coefficients of coefficients.py.
-// With MIRROR a tile has two parts: its own, and what it brings to its mirror (J, I), transposed, to which the mirror's
-// logits are the teacher's. Which part is stored, or added to what is there already, a launch says for each.
+// With MIRROR a tile has two outputs: its own, and what it brings to its mirror (J, I), transposed, to which its logits
+// are the teacher's. Whether an output is stored or added to what is there, a launch says for each.
 #include "tiles.cuh"
 
 // Defined for each compilation, as Triton's kernels have them: places of `scalars`, how far the reference of the
@@ -25,7 +25,7 @@ struct Vectors {
   const signed char* in_range;  // of every kFlagGroup
 };
 
-struct Part {
+struct Output {
   Vectors rows, columns;
   Put put;
 };
@@ -33,7 +33,7 @@ struct Part {
 struct Input {
   const long long* positive_column;  // (N,), or null
   const float* scalars;
-  Part parts[kOutputs];  // the tile's own; the mirror's, of this tile's rows and columns
+  Output outputs[kOutputs];  // the tile's own; the mirror's, as its vectors lie along this tile's rows and columns
   const ptx::TensorMap* g[kOutputs];
 };
 
@@ -79,8 +79,8 @@ struct Entries {
     }
   }
 
-  DEVICE u32 coefficients(int part) const { return memory + kBoxBytes + 2 * part * kVectorBytes; }
-  DEVICE u32 exponents(int part) const { return coefficients(part) + kVectorBytes; }
+  DEVICE u32 coefficients(int of) const { return memory + kBoxBytes + 2 * of * kVectorBytes; }
+  DEVICE u32 exponents(int of) const { return coefficients(of) + kVectorBytes; }
   DEVICE u32 column_positives() const { return coefficients(kOutputs); }
 
   DEVICE void prepare(const Tile& tile) {
@@ -88,14 +88,14 @@ struct Entries {
     positives.load(in.positive_column, share, tile, lane);
     in_range = true;
 #pragma unroll
-    for (int part = 0; part < kOutputs; ++part) {
+    for (int of = 0; of < kOutputs; ++of) {
 #pragma unroll
       for (int i = 0; i < kThreadRows; ++i) {
         const int row = corner_row + lane.row + row_offset(i);
-        coefficient[part][i] = in.parts[part].rows.coefficient[row < last ? row : last];
+        coefficient[of][i] = in.outputs[of].rows.coefficient[row < last ? row : last];
       }
-      in_range &= flag_in_range(in.parts[part].rows, corner_row, share.row_end, kRows);
-      in_range &= flag_in_range(in.parts[part].columns, tile.column, share.column_end, kColumns);
+      in_range &= flag_in_range(in.outputs[of].rows, corner_row, share.row_end, kRows);
+      in_range &= flag_in_range(in.outputs[of].columns, tile.column, share.column_end, kColumns);
     }
   }
 
@@ -115,10 +115,10 @@ struct Entries {
     const bool inside = column < share.column_end;
     ptx::barrier_sync(kOwn + consumer, kWarpgroup);
 #pragma unroll
-    for (int part = 0; part < kOutputs; ++part) {
-      const Vectors& of = in.parts[part].columns;
-      ptx::store_shared(coefficients(part) + 4 * lane.thread, inside ? of.coefficient[column] : 0.0f);
-      ptx::store_shared(exponents(part) + 4 * lane.thread, inside ? of.exponent[column] : 0.0f);
+    for (int of = 0; of < kOutputs; ++of) {
+      const Vectors& columns = in.outputs[of].columns;
+      ptx::store_shared(coefficients(of) + 4 * lane.thread, inside ? columns.coefficient[column] : 0.0f);
+      ptx::store_shared(exponents(of) + 4 * lane.thread, inside ? columns.exponent[column] : 0.0f);
     }
     if (MIRROR) {
       const int* halves = reinterpret_cast<const int*>(in.positive_column);  // as Positives takes them
@@ -140,78 +140,75 @@ struct Entries {
 
   template <int kBox, int kHalf>
   DEVICE void quarter(Accumulator& d, const Tile& tile) {
-    float value[kOutputs][32];  // of two rows, kBoxColumns / 4 columns, in the layout of ptx::wgmma
+    output<kBox, kHalf, 0>(d, tile);
+    if (MIRROR) output<kBox, kHalf, kOutputs - 1>(d, tile);
+  }
+
+  template <int kBox, int kHalf, int kOutput>
+  DEVICE void output(Accumulator& d, const Tile& tile) {
+    float value[32];  // of two rows, kBoxColumns / 4 columns, in the layout of ptx::wgmma
     if (in_range) {
-      compute<kBox, kHalf, true>(d, value, tile);
+      compute<kBox, kHalf, kOutput, true>(d, value, tile);
     } else {
-      compute<kBox, kHalf, false>(d, value, tile);
+      compute<kBox, kHalf, kOutput, false>(d, value, tile);
     }
-    without_positives<kBox, kHalf>(value, tile);
-    put<kBox, kHalf, false>(value[0], tile);
-    if (MIRROR) put<kBox, kHalf, true>(value[kOutputs - 1], tile);
+    without_positives<kBox, kHalf, kOutput>(value, tile);
+    put<kBox, kHalf, kOutput>(value, tile);
   }
 
   // kInRange: one exponential serves both directions; else each has its own, relative to its log-sum-exp.
-  template <int kBox, int kHalf, bool kInRange>
-  DEVICE void compute(Accumulator& d, float (&value)[kOutputs][32], const Tile& tile) {
-    constexpr int kFirst = kBox * kBoxColumns / 4;  // of the thread's columns
-    float row_exponent[kOutputs][2] = {};
+  template <int kBox, int kHalf, int kOutput, bool kInRange>
+  DEVICE void compute(Accumulator& d, float (&value)[32], const Tile& tile) {
+    constexpr int kFirst = kBox * kBoxColumns / 4;         // of the thread's columns
+    constexpr bool kShared = MIRROR && kTied && kInRange;  // the first output leaves its exponentials to the second
+    float row_exponent[2] = {};
     if (!kInRange) {
 #pragma unroll
-      for (int part = 0; part < kOutputs; ++part) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int row = tile.row + lane.row + row_offset(2 * kHalf + i);
-          if (row < share.row_end) row_exponent[part][i] = in.parts[part].rows.exponent[row];
-        }
+      for (int i = 0; i < 2; ++i) {
+        const int row = tile.row + lane.row + row_offset(2 * kHalf + i);
+        if (row < share.row_end) row_exponent[i] = in.outputs[kOutput].rows.exponent[row];
       }
     }
 #pragma unroll
     for (int j = 0; j < kBoxColumns / 4; j += 2) {
-      float of_column[kOutputs][2];
-#pragma unroll
-      for (int part = 0; part < kOutputs; ++part) {
-        const u32 vector = kInRange ? coefficients(part) : exponents(part);
-        ptx::load_shared(vector + 4 * (lane.column + column_offset(kFirst + j)), of_column[part][0],
-                         of_column[part][1]);
-      }
+      float of_column[2];
+      const u32 vector = kInRange ? coefficients(kOutput) : exponents(kOutput);
+      ptx::load_shared(vector + 4 * (lane.column + column_offset(kFirst + j)), of_column[0], of_column[1]);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          const float dot = entry(d, 2 * kHalf + i, kFirst + j + k);
-          const float e = kInRange ? ptx::exp2(fmaf(dot, factor[0], -reference[0])) : 0.0f;
-#pragma unroll
-          for (int part = 0; part < kOutputs; ++part) {
-            float& out = value[part][4 * (j / 2) + 2 * i + k];
-            if (kInRange) {
-              const bool shared = part == 0 || kTied;
-              const float of_part = shared ? e : ptx::exp2(fmaf(dot, factor[part], -reference[part]));
-              out = of_part * (coefficient[part][2 * kHalf + i] + of_column[part][k]);
-            } else {
-              const float logit = dot * factor[part];
-              out = through_exponent(logit, of_column[part][k]) + through_exponent(logit, row_exponent[part][i]);
-            }
+          float& dot = entry(d, 2 * kHalf + i, kFirst + j + k);
+          float& out = value[4 * (j / 2) + 2 * i + k];
+          if (kInRange) {
+            const bool known = kShared && kOutput > 0;
+            const float e = known ? dot : ptx::exp2(fmaf(dot, factor[kOutput], -reference[kOutput]));
+            if (kShared) dot = e;
+            out = e * (coefficient[kOutput][2 * kHalf + i] + of_column[k]);
+          } else {
+            const float logit = dot * factor[kOutput];
+            out = through_exponent(logit, of_column[k]) + through_exponent(logit, row_exponent[i]);
           }
         }
       }
     }
   }
 
-  template <int kBox, int kHalf>
-  DEVICE void without_positives(float (&value)[kOutputs][32], const Tile& tile) {
+  template <int kBox, int kHalf, int kOutput>
+  DEVICE void without_positives(float (&value)[32], const Tile& tile) {
     constexpr int kFirst = kBox * kBoxColumns / 4;
+    if (kOutput == 0) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int place = positives.place(2 * kHalf + i, share, tile, lane);
-      if (place >= 0) {
+      for (int i = 0; i < 2; ++i) {
+        const int place = positives.place(2 * kHalf + i, share, tile, lane);
+        if (place >= 0) {
 #pragma unroll
-        for (int j = 0; j < kBoxColumns / 4; ++j) {
-          if (place == column_offset(kFirst + j)) value[0][4 * (j / 2) + 2 * i + j % 2] = 0.0f;
+          for (int j = 0; j < kBoxColumns / 4; ++j) {
+            if (place == column_offset(kFirst + j)) value[4 * (j / 2) + 2 * i + j % 2] = 0.0f;
+          }
         }
       }
-    }
-    if (MIRROR && mirror_positive) {
+    } else if (mirror_positive) {
       const int row = tile.row + lane.row + row_offset(2 * kHalf);
 #pragma unroll
       for (int j = 0; j < kBoxColumns / 4; ++j) {
@@ -219,15 +216,15 @@ struct Entries {
         const int positive = __float_as_int(ptx::load_shared(column_positives() + 4 * column));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (positive == row + 8 * i) value[kOutputs - 1][4 * (j / 2) + 2 * i + j % 2] = 0.0f;
+          if (positive == row + 8 * i) value[4 * (j / 2) + 2 * i + j % 2] = 0.0f;
         }
       }
     }
   }
 
-  template <int kBox, int kHalf, bool kTransposed>
+  template <int kBox, int kHalf, int kOutput>
   DEVICE void put(const float (&value)[32], const Tile& tile) {
-    constexpr int kPart = kTransposed ? kOutputs - 1 : 0;
+    constexpr bool kTransposed = kOutput > 0;
     const u32 box = memory;
     if (lane.thread == 0) ptx::tma_store_wait_read<0>();
     ptx::barrier_sync(kOwn + consumer, kWarpgroup);
@@ -252,10 +249,10 @@ struct Entries {
       const int along_rows = tile.local_row + kHalf * kStageRows;
       const int along_columns = tile.local_column + kBox * kBoxColumns;
       const int row = kTransposed ? along_columns : along_rows, column = kTransposed ? along_rows : along_columns;
-      if (in.parts[kPart].put == kAdd) {
-        ptx::tma_add(*in.g[kPart], column, row, box);
+      if (in.outputs[kOutput].put == kAdd) {
+        ptx::tma_add(*in.g[kOutput], column, row, box);
       } else {
-        ptx::tma_store(*in.g[kPart], column, row, box);
+        ptx::tma_store(*in.g[kOutput], column, row, box);
       }
       ptx::tma_store_commit();
     }
@@ -277,14 +274,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                      int mirror_put, int row_start, int row_end, int column_start, int column_end) {
   const Share share(row_start, row_end, column_start, column_end);
   Input in{positive_column, scalars, {}, {}};
-  in.parts[0] = {{row_coefficient, row_exponent, row_in_range},
-                 {column_coefficient, column_exponent, column_in_range},
-                 static_cast<Put>(put)};
+  in.outputs[0] = {{row_coefficient, row_exponent, row_in_range},
+                   {column_coefficient, column_exponent, column_in_range},
+                   static_cast<Put>(put)};
   in.g[0] = &g;
   if (MIRROR) {  // a row is the mirror's column
-    in.parts[kOutputs - 1] = {{mirror_row_coefficient, mirror_row_exponent, column_in_range},
-                              {mirror_column_coefficient, mirror_column_exponent, row_in_range},
-                              static_cast<Put>(mirror_put)};
+    in.outputs[kOutputs - 1] = {{mirror_row_coefficient, mirror_row_exponent, column_in_range},
+                                {mirror_column_coefficient, mirror_column_exponent, row_in_range},
+                                static_cast<Put>(mirror_put)};
     in.g[kOutputs - 1] = &mirror_g;
   }
   run<Entries>(Operands{{&x}, {&y}}, share, in);
