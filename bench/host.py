@@ -2,7 +2,8 @@
 
 python -m bench host               time and PyTorch's operators, a line for each loss and size
 
-`passes` is the backend's forward and backward together (goal: 0.4 ms), `whole` with the loss and autograd around them.
+`passes` is the backend's forward and backward together, from the operands to the loss and from its gradient to theirs,
+`whole` with the targets and autograd around them.
 On the CPU's tensors, whose vectors PyTorch really computes on, so small sizes tell most. The driver's own time for a
 launch comes on top of it.
 """
@@ -18,11 +19,13 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from softclip_kernels import backends
 from softclip_kernels.backends.triton import TritonBackend
+from softclip_kernels.linear_form import LinearForms, ReducedGradient
 from softclip_kernels.problem import Problem
 from softclip_kernels.stats import InputGradients, Statistics, StatisticsGradient, Wanted
 
@@ -94,6 +97,24 @@ class Watched:
     ) -> InputGradients:
         with self._around_backward:
             return self._backend.backward(problem, known, gradient, wanted)
+
+    def forward_and_loss(
+        self, problem: Problem, forms: LinearForms, shares: tuple[float, float]
+    ) -> tuple[Statistics, Tensor] | None:
+        with self._around_forward:
+            return self._backend.forward_and_loss(problem, forms, shares)
+
+    def reduced(
+        self, problem: Problem, known: Statistics, forms: LinearForms, shares: tuple[float, float]
+    ) -> Tensor | None:
+        with self._around_forward:
+            return self._backend.reduced(problem, known, forms, shares)
+
+    def backward_of_reduced(
+        self, problem: Problem, known: Statistics, gradient: ReducedGradient, wanted: Wanted
+    ) -> InputGradients:
+        with self._around_backward:
+            return self._backend.backward_of_reduced(problem, known, gradient, wanted)
 
 
 class Stopwatch:

@@ -14,7 +14,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from softclip_kernels.backends.triton import TritonBackend, call, launch
+from softclip_kernels.backends.triton import TritonBackend, call, launch, replay
 
 Launch = tuple[str, tuple[int, ...], tuple[Any, ...]]  # a kernel's name, its grid, its arguments
 Note = Callable[[Launch], object]
@@ -81,6 +81,7 @@ def gpu(
             mock.patch.object(launch, "processors", lambda device: 132),  # noqa: PT008
             mock.patch.object(launch, "add_product", lambda *_: None),  # noqa: PT008
             mock.patch.object(call, "_compiled", {}),
+            mock.patch.object(replay, "_recordings", {}),
             mock.patch.object(TritonBackend, "why_not", lambda self, problem: None),  # noqa: PT008
         ):
             yield

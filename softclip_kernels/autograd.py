@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import backends, ops
 from .distributed import sharded
 from .distributed.exchange import Layout
 from .linear_form import LinearForms, ReducedGradient
@@ -85,7 +85,9 @@ class SoftmaxStatisticsFunction(torch.autograd.Function):
 class LocalLoss(NamedTuple):
     """A reduced loss of one process, without linear terms.
 
-    forms     the losses as linear forms of the statistics, whose dots are the positives', where there are any
+    known_forms  the losses as linear forms of the statistics, whose dots are the positives', where there are any; None
+                 where they depend on the statistics
+    forms     the same, from the statistics
     losses    row losses (N,) and column losses (M,) of these forms, None for a direction that is not in the loss
     shares    what a row's and what a column's loss count in the reduced loss; 0 of a direction that is not in it
     diagonal  whether row i's positive is column i, for all of them
@@ -93,6 +95,7 @@ class LocalLoss(NamedTuple):
     backend   one of backends.registered(), or "auto"
     """
 
+    known_forms: LinearForms | None
     forms: Callable[[Statistics], LinearForms]
     losses: Callable[[LinearForms, LossParts], tuple[Tensor | None, Tensor | None]]
     shares: tuple[float, float]
@@ -112,6 +115,18 @@ def reduced(rows: Tensor | None, columns: Tensor | None, shares: tuple[float, fl
     return rows.sum() * shares[0] + columns.sum() * shares[1]
 
 
+def _reduced(
+    problem: Problem, statistics: Statistics, forms: LinearForms, local: LocalLoss, backend: backends.Backend | None
+) -> Tensor:
+    """The backend's own where it has one."""
+    reduce = getattr(backend, "reduced", None)
+    loss = None if reduce is None else reduce(problem, statistics, forms, local.shares)
+    if loss is None:
+        rows, columns = local.losses(forms, LossParts(statistics, (), ()))
+        loss = reduced(rows, columns, local.shares)
+    return loss
+
+
 class LocalLossFunction(torch.autograd.Function):
     """The loss, 0-d, differentiable with respect to the problem's x, y and scale, and where ranks are counted,
     Statistics' row and column ranks, which are not. Statistics, linear forms and reduction are one node of the graph: a
@@ -122,15 +137,17 @@ class LocalLossFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor, scale: Tensor, problem: Problem, local: LocalLoss
     ) -> Tensor | tuple[Tensor, ...]:
         backend = ops.unwatched(problem, local.backend)
-        statistics = (
-            ops.statistics_of(problem, local.backend) if backend is None else backend.forward(problem, local.learns)
-        )
-        forms = local.forms(statistics)
-        if (reduce := getattr(backend, "reduced", None)) is not None:
-            loss = reduce(problem, statistics, forms, local.shares)
+        forms, at_once = local.known_forms, getattr(backend, "forward_and_loss", None)
+        computed = None if forms is None or at_once is None else at_once(problem, forms, local.shares)
+        if forms is not None and computed is not None:
+            statistics, loss = computed
         else:
-            rows, columns = local.losses(forms, LossParts(statistics, (), ()))
-            loss = reduced(rows, columns, local.shares)
+            statistics = (
+                ops.statistics_of(problem, local.backend) if backend is None else backend.forward(problem, local.learns)
+            )
+            if forms is None:
+                forms = local.forms(statistics)
+            loss = _reduced(problem, statistics, forms, local, backend)
         coefficients, ctx.forms = forms.kept()
         known = (statistics.rows.packed, statistics.columns.packed, statistics.positive_logit, statistics.scalars)
         tensors, ctx.sources = problem.tensors(), problem.sources()

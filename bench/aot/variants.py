@@ -12,12 +12,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from softclip_kernels.backends.triton import (
+    adjoint,
     coefficients,
     gradients,
+    linear_forms,
     norms,
     online,
     persistent,
     products,
+    reduced_loss,
     scalars,
     softmax_backward,
     softmax_backward_persistent,
@@ -25,6 +28,7 @@ from softclip_kernels.backends.triton import (
     softmax_forward,
     softmax_forward_persistent,
     sums,
+    total,
 )
 from softclip_kernels.backends.triton.passes import MODES
 from softclip_kernels.backends.triton.shapes import (
@@ -53,6 +57,9 @@ KERNELS: dict[str, tuple[ModuleType, str]] = {
     "scalars": (scalars, "scalars_kernel"),
     "products": (products, "products_kernel"),
     "finish": (gradients, "finish_kernel"),
+    "total": (total, "total_kernel"),
+    "loss": (reduced_loss, "loss_kernel"),
+    "adjoint": (adjoint, "adjoint_kernel"),
 }
 # Of those without a matrix product, the modes that they distinguish.
 VECTOR_MODES = {
@@ -60,6 +67,9 @@ VECTOR_MODES = {
     "sums": ("none", "embeddings", "transposed"),
     "norms": ("none",),
     "scalars": ("none", "logits", "embeddings"),
+    "total": ("none",),
+    "loss": ("none", "logits"),
+    "adjoint": ("none", "logits"),
 }
 SHARED_LIMIT = {  # architecture to the bytes of shared memory that a program may take
     "sm_80": 163 * 1024,
@@ -93,6 +103,8 @@ FEATURES = {
     "unit": "unit",
     "result": "result",
     "inner": "inner",
+    "zeroed": "positive",
+    **{name: "vectors" for name in linear_forms.VECTORS},
 }
 
 
@@ -213,12 +225,15 @@ def variants(architecture: str) -> list[Variant]:
 def _vector_variants() -> list[Variant]:
     """Of the kernels whose tiles are no matrix product's, in the modes that they distinguish; plain, and with
     everything."""
-    everything = _EVERYTHING | {"unit", "teacher's scale", "previous"}
+    everything = _EVERYTHING | {"unit", "teacher's scale", "previous", "vectors"}
     shapes = {  # a mirrored super-block's sums know its tiles, others take any
         "coefficients": Shape(1, 1, 1, coefficients.WARPS, 3),
         "sums": Shape(128, 64, 1, 4, 3),
         "norms": Shape(norms.ROWS, norms.WIDTH, 1, 4, 3),
         "scalars": Shape(1, 1, 1, 4, 3),
+        "total": Shape(1, 1, 1, 4, 3),
+        "loss": Shape(1, 1, 1, 4, 3),
+        "adjoint": Shape(1, 1, 1, 4, 3),
     }
     plain = [Variant(kernel, mode, shape) for kernel, shape in shapes.items() for mode in VECTOR_MODES[kernel]]
     return [*plain, *(replace(each, features=everything, even=False, aligned=False) for each in plain)]
@@ -277,6 +292,14 @@ def compile_variant(variant: Variant, architecture: str) -> Any:
     return triton.compile(source, target=_target(architecture), options=variant.shape.options())
 
 
+_BLOCKS = {
+    "sums": sums.BLOCK,
+    "total": total.AT_ONCE,
+    "loss": reduced_loss.AT_ONCE,
+    "adjoint": adjoint.BLOCK,
+}
+
+
 def _constants(variant: Variant) -> dict[str, Any]:
     teacher_dtype = variant.teacher_dtype or variant.dtype
     return {
@@ -287,7 +310,10 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "MIRRORED": variant.mode == "transposed",
         "OWN_PRODUCT": variant.mode == "embeddings",
         "PART": softmax_exchange.ADD if "previous" in variant.features else softmax_exchange.STORE,
-        "BLOCK": sums.BLOCK if variant.kernel == "sums" else coefficients.BLOCK,
+        "BLOCK": _BLOCKS.get(variant.kernel, coefficients.BLOCK),
+        "ROWS": True,
+        "SEEN": "segments" in variant.features,
+        "POSITIVE": True,
         "STATISTICS": int(variant.student) + 2 * (variant.mode != "none") + ("ranks" in variant.features),
         "STUDENT": variant.student,
         "TEACHER": MODES[variant.mode],
@@ -296,7 +322,7 @@ def _constants(variant: Variant) -> dict[str, Any]:
         "FLATTEN": persistent.flat(variant.shape),
         "EVEN": variant.even,
         "TEACHER_EVEN": variant.even,
-        "COLUMNS": "columns" in variant.features,
+        "COLUMNS": variant.kernel == "loss" or "columns" in variant.features,
         "PRECISION": variant.precision if variant.dtype == "fp32" else "ieee",
         "TEACHER_PRECISION": variant.precision if teacher_dtype == "fp32" else "ieee",
         **variant.shape.constants(),
@@ -319,7 +345,7 @@ def _type(kind: str, variant: Variant) -> str:
 
 def _divisible(kind: str, variant: Variant) -> bool:
     """Whether the launcher finds that the value is divisible by 16."""
-    usual = {"i32": False, "i32 stride": variant.aligned, "i32 width": variant.even, "i32 edge": True}
+    usual = {"i32": False, "fp32": False, "i32 stride": variant.aligned, "i32 width": variant.even, "i32 edge": True}
     return usual.get(kind, not kind.startswith("box"))  # a descriptor's alignment is its own
 
 

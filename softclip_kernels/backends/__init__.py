@@ -39,10 +39,13 @@ class Backend(Protocol):
     `statistics`, which may stem from a larger problem than this block. A product that no wanted gradient takes is not
     made. Kernels of low precision leave the positives' entries of G out, and finish.py adds them in full precision.
 
-    A backend whose kernels take linear forms (linear_form.py) has two operations more, which are then called in the
-    place of a dozen operators of PyTorch:
+    A backend whose kernels take linear forms (linear_form.py) has operations more, which are then called in the place
+    of a dozen operators of PyTorch:
 
-        reduced(problem, statistics, forms, shares)                    the sum of the losses times their shares, 0-d
+        reduced(problem, statistics, forms, shares)                    the sum of the losses times their shares, 0-d, or
+                                                                       None where it leaves that to PyTorch
+        forward_and_loss(problem, forms, shares)                       forward and reduced at once, or None; it may have
+                                                                       none
         backward_of_reduced(problem, statistics, gradient, wanted)     backward, of a ReducedGradient
     """
 

@@ -258,6 +258,7 @@ def _loss(
     if shares is not None and layout.exchange is None and not target.linear and not traced:
         positive = target.lowered.positive
         local = autograd.LocalLoss(
+            known_forms=target.known_forms(request.direction),
             forms=lambda statistics: target.forms(statistics, request.direction),
             losses=lambda forms, parts: target.losses(forms, parts, layout),
             shares=shares,
@@ -292,7 +293,7 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
     diagonal = request.target is None or (type(request.target) is Hard and request.target.is_diagonal)
     if diagonal and known.diagonal is not None:
         return known.diagonal.lowered.problem(x, y, scale), known.diagonal, layout
-    context = Context((x, y, scale), layout, request.backend, request.direction)
+    context = Context((x, y, scale), layout, request.backend, request.direction, kept=known.kept)
 
     def lower() -> LoweredTarget:
         lowered = request.lower(context)
@@ -313,24 +314,29 @@ def _prepare(request: Request) -> tuple[Problem, CompletedTarget, Layout]:
 @dataclass
 class _Known:
     """What follows from the shapes of a call alone, once it is known: the layout of operands in which nothing is wrong,
-    and CLIP's own target."""
+    CLIP's own target, and what else targets keep. `kept` is None where nothing is."""
 
     layout: Layout | None = None
     diagonal: CompletedTarget | None = None
+    kept: dict[str, Tensor] | None = None
 
 
 # By what the shapes are, of so few rows that a call takes as long to prepare as to compute.
-SMALL, MOST_KNOWN = 4096, 16
+SMALL, MOST_KNOWN = {"cpu": 4096, "cuda": 16384}, 16
 _by_shapes: dict[Any, _Known] = {}
 
 
 def _known_of(request: Request) -> _Known:
-    """What is known from calls of the same shapes, and is to be filled; of one process, on the CPU, where nothing
-    watches."""
+    """What is known from calls of the same shapes, and is to be filled; of one process, where nothing watches."""
     x, y = request.x, request.y
-    if request.group is not None or ops.watched(x) or ops.watched(y) or not x.is_cpu or x.dim() != 2 or len(x) > SMALL:
+    if request.group is not None or ops.watched(x) or ops.watched(y) or x.dim() != 2:
         return _Known()
-    operands = x.shape, y.shape, x.dtype, y.dtype, y.device, x.layout, y.layout
+    kind = x.device.type
+    if len(x) > SMALL.get(kind, -1) or (kind == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return _Known()  # a graph's memory is filled when it is replayed, and not kept for it
+    # Nobody but a stream waits for what it computes: each has tensors of its own.
+    stream = torch.cuda.current_stream(x.device).cuda_stream if kind == "cuda" else 0
+    operands = x.shape, y.shape, x.dtype, y.dtype, x.device, y.device, stream, x.layout, y.layout
     key = *operands, request.reduction, request.direction, request.backend, torch.is_inference_mode_enabled()
     try:
         known = _by_shapes.get(key)
@@ -339,7 +345,7 @@ def _known_of(request: Request) -> _Known:
     if known is None:
         if len(_by_shapes) >= MOST_KNOWN:
             _by_shapes.clear()
-        known = _by_shapes[key] = _Known()
+        known = _by_shapes[key] = _Known(kept={})
     return known
 
 

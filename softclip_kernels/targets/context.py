@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .. import checks
@@ -17,13 +18,15 @@ Coefficients = Coefficient | tuple[Coefficient, Coefficient]
 @dataclass(frozen=True)
 class Context:
     """What lowering may look at: x (N, D) and y (M, D), this rank's rows and columns, and scale, 0-d; the properties
-    are detached. `direction`: whose losses are asked for, as softclip_loss takes it."""
+    are detached. `direction`: whose losses are asked for, as softclip_loss takes it. `kept`: what later calls of the
+    same shapes may take again, None where nothing is kept."""
 
     operands: tuple[Tensor, Tensor, Tensor]  # x, y, scale
     layout: Layout
     backend: str = "auto"
     direction: str = "both"
     segments: tuple[Tensor, Tensor] | None = None
+    kept: dict[str, Tensor] | None = None
 
     @property
     def x(self) -> Tensor:
@@ -36,6 +39,14 @@ class Context:
     @property
     def scale(self) -> Tensor:
         return self.operands[2].detach()
+
+    def row_numbers(self) -> Tensor:
+        """Of this rank's rows among all, (n_local,) int64, never to be written to."""
+        kept = {} if self.kept is None else self.kept
+        if "row numbers" not in kept:
+            start, length = self.layout.row_start, self.layout.n_local
+            kept["row numbers"] = torch.arange(start, start + length, device=self.layout.device)
+        return kept["row numbers"]
 
     def row_vector(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a per-row tensor given for its own rows or for all."""

@@ -57,7 +57,7 @@ class Hard(Target):
         layout = context.layout
         if self.labels is None:
             checks.square("the diagonal target Hard()", layout.n, layout.m)
-            index = torch.arange(layout.row_start, layout.row_start + layout.n_local, device=layout.device)
+            index = context.row_numbers()
             inverse = index if layout.exchange is None else None  # else it would have to travel with the columns
             aligned = layout.aligned
             return LoweredTarget(positive=IndexTerm(1.0, 1.0, index, own=aligned, diagonal=aligned, inverse=inverse))

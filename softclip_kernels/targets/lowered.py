@@ -116,9 +116,24 @@ class CompletedTarget:
         """The terms whose dots are PyTorch's work."""
         return tuple(completed.term for completed in self.linear)
 
+    def known_forms(self, direction: str = "both") -> LinearForms | None:
+        """The `forms`; None where they depend on the statistics."""
+        lowered = self.lowered
+        if lowered.segments is not None:
+            return None
+        for teacher in lowered.teachers:
+            if teacher.row_potential is not None or teacher.column_potential is not None:
+                return None
+        return self._forms(None, None, direction)
+
     def forms(self, statistics: Statistics, direction: str = "both") -> LinearForms:
         """The row losses and the column losses as linear functions of the statistics, which teachers' masses may depend
         on; None for a direction that is not asked for. The positives' dots are the first."""
+        return self._forms(statistics.rows, statistics.columns, direction)
+
+    def _forms(
+        self, of_rows: SoftmaxStatistics | None, of_columns: SoftmaxStatistics | None, direction: str
+    ) -> LinearForms:
         lowered = self.lowered
         terms = self.linear if self.positive is None else (self.positive, *self.linear)
         rows = columns = None
@@ -126,13 +141,13 @@ class CompletedTarget:
         if direction != "columns":
             hard = [(each.term.row_coefficient, each.row_sum) for each in terms]
             soft = [(each.row_coefficient, each.row_potential) for each in lowered.teachers]
-            rows = _form(statistics.rows, hard, soft, lowered.row_weight, segmented)
+            rows = _form(of_rows, hard, soft, lowered.row_weight, segmented)
         if direction == "both" and self._is_alike_in_both_directions:
             columns = rows
         elif direction != "rows":
             hard = [(each.term.column_coefficient, each.column_sum) for each in terms]
             soft = [(each.column_coefficient, each.column_potential) for each in lowered.teachers]
-            columns = _form(statistics.columns, hard, soft, lowered.column_weight, segmented)
+            columns = _form(of_columns, hard, soft, lowered.column_weight, segmented)
         return LinearForms(rows, columns)
 
     @property
@@ -173,22 +188,25 @@ def _alike(row: Coefficient | None, column: Coefficient | None) -> bool:
 
 
 def _form(
-    statistics: SoftmaxStatistics,
+    statistics: SoftmaxStatistics | None,
     hard: list[tuple[Coefficient, Coefficient]],
     soft: list[tuple[Coefficient, Tensor | None]],
     weight: Coefficient | None,
     segmented: bool,
 ) -> LinearForm:
-    """One direction's, from hard terms' coefficients and sums, and teachers' coefficients and potentials."""
+    """One direction's, from hard terms' coefficients and sums, and teachers' coefficients and potentials; statistics
+    where there are potentials or segments."""
     means = tuple(
-        coefficient if potential is None else _teacher_mass(coefficient, potential, statistics.teacher_lse[k])
+        coefficient
+        if potential is None or statistics is None
+        else _teacher_mass(coefficient, potential, statistics.teacher_lse[k])
         for k, (coefficient, potential) in enumerate(soft)
     )
     mass: Coefficient = 0.0
     for part in (*(times(coefficient, total) for coefficient, total in hard), *means):
         mass = plus(mass, part)
     seen = None
-    if segmented:
+    if segmented and statistics is not None:
         seen = statistics.lse.detach() != -torch.inf
         mass = seen.to(statistics.lse.dtype) * mass
     dots = tuple(coefficient for coefficient, _ in hard)

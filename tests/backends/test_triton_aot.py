@@ -22,7 +22,7 @@ COMPILED = [
 ]
 HARD_FORWARD, BACKWARD = ("forward", "forward-persistent"), ("backward", "backward-persistent")
 RESERVED = 1024  # bytes of shared memory that the chip takes for every program, beside its own
-WITHOUT_PRODUCTS = ("coefficients", "sums", "norms", "scalars", "finish")
+WITHOUT_PRODUCTS = ("coefficients", "sums", "norms", "scalars", "finish", "total", "loss", "adjoint")
 # Exponentials of a whole tile on its usual way. A pair of tiles with a tied teacher takes one for each of the two.
 EXPONENTIALS = {
     ("none", False): 1,

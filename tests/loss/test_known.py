@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 
 import pytest
 import torch
@@ -102,8 +103,67 @@ def test_only_so_much_is_kept(known, monkeypatch):
         loss_of(n=n)
         assert 1 <= len(known) <= softmax.MOST_KNOWN
     known.clear()
-    monkeypatch.setattr(softmax, "SMALL", N)
+    monkeypatch.setitem(softmax.SMALL, "cpu", N)
     loss_of(n=N + 1)
     assert not known
     loss_of(n=N)
     assert len(known) == 1
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """GPUs that are none: a Request for tensors on them, on the current stream, where a graph may be captured."""
+    state = types.SimpleNamespace(stream=7, capturing=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=state.stream))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(softmax.ops, "watched", lambda x: False)
+
+    class OnGpu:
+        dtype, layout, shape = torch.bfloat16, torch.strided, torch.Size([N, D])
+
+        def __init__(self, n, device):
+            self.n, self.device = n, torch.device("cuda", device)
+
+        def __len__(self):
+            return self.n
+
+        def dim(self):
+            return 2
+
+    state.known = lambda n=N, x=0, y=0: softmax._known_of(softmax.Request(OnGpu(n, x), OnGpu(n, y), 1.0))
+    return state
+
+
+def test_a_gpus_streams_keep_their_own(gpus):
+    """Nobody but a stream waits for what it computes."""
+    first = gpus.known()
+    assert gpus.known() is first and first.kept is not None
+    gpus.stream = 8
+    assert gpus.known() is not first
+    gpus.stream = 7
+    assert gpus.known() is first
+
+
+def test_every_gpu_keeps_its_own(gpus):
+    """And operands on two of them are not those of one, which were right."""
+    assert len({id(gpus.known(x=x, y=y)) for x in (0, 1) for y in (0, 1)}) == 4
+
+
+def test_nothing_is_kept_of_a_graph_or_for_it(gpus):
+    """What it computes is there when it is replayed, and what it reads must stay where it was."""
+    first, gpus.capturing = gpus.known(), True
+    captured = gpus.known()
+    assert captured is not first and captured.kept is None and captured is not gpus.known()
+
+
+def test_nothing_large_is_kept(gpus):
+    assert gpus.known(n=softmax.SMALL["cuda"] + 1).kept is None
+
+
+def test_row_numbers_are_kept(known):
+    """Whatever the target around them."""
+    half = Mix(Hard(), SelfTeacher(swap="paired"), 0.5)
+    loss_of(half)
+    (kept,) = [each.kept["row numbers"] for each in known.values()]
+    loss_of(half)
+    assert next(each.kept["row numbers"] for each in known.values()) is kept and kept.tolist() == list(range(N))

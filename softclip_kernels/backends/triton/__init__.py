@@ -1,5 +1,6 @@
 """The Triton backend: GPUs, and the CPU through Triton's interpreter.
 
+operations        the block operations as passes that may be replayed
 softmax_forward   the forward block operation: one pass over tiles, one exponential an entry for rows and columns
 sums              from its partial sums to the statistics
 online            the online softmax, for rows (columns) whose centered sums left the range of fp32
@@ -15,7 +16,11 @@ positive_entries  the gradient at every row's positive, in full precision
 norms, scalars    how large logits may be; a launch's numbers that only the device knows
 tiles             what the kernels share: tile order, the streamed matrix product, masks, the places of arguments
 passes            from a problem to the kernels' arguments, one pass for each teacher
+reduced_loss      the loss from its statistics; linear_forms: what it takes
+adjoint           the statistics' gradient from the loss's
+total             the sum of a vector
 call              a launch of a kernel that costs the host little
+replay            a pass that was recorded, launched again with other pointers; recorder, recording
 launch            what the launches of a problem share: super-blocks, precision, sums of products
 shapes            candidate tile shapes by architecture and problem
 tuning            which candidate a GPU runs: timed once, remembered in a file
@@ -32,9 +37,12 @@ import importlib.util
 import os
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ...linear_form import LinearForms, ReducedGradient
 from ...problem import Problem
 from ...stats import InputGradients, Statistics, StatisticsGradient, Wanted
 
@@ -72,10 +80,20 @@ class TritonBackend:
         return {"triton": importlib.metadata.version("triton")} | ({"interpreter": "on"} if _interpreted() else {})
 
     def forward(self, problem: Problem, keep: bool = False) -> Statistics:
-        from .softmax_forward import forward
-
         with _on(problem.x.device):
-            return forward(problem)
+            return _operations().forward(problem)
+
+    def forward_and_loss(
+        self, problem: Problem, forms: LinearForms, shares: tuple[float, float]
+    ) -> tuple[Statistics, Tensor] | None:
+        with _on(problem.x.device):
+            return _operations().forward_and_loss(problem, forms, shares)
+
+    def reduced(
+        self, problem: Problem, statistics: Statistics, forms: LinearForms, shares: tuple[float, float]
+    ) -> Tensor | None:
+        with _on(problem.x.device):
+            return _operations().reduced(problem, statistics, forms, shares)
 
     def backward(
         self,
@@ -84,10 +102,21 @@ class TritonBackend:
         gradient: StatisticsGradient,
         wanted: Wanted,
     ) -> InputGradients:
-        from .softmax_backward import backward
-
         with _on(problem.x.device):
-            return backward(problem, statistics, gradient.contiguous(), wanted)
+            return _operations().backward(problem, statistics, gradient, wanted)
+
+    def backward_of_reduced(
+        self, problem: Problem, statistics: Statistics, gradient: ReducedGradient, wanted: Wanted
+    ) -> InputGradients:
+        with _on(problem.x.device):
+            return _operations().backward_of_reduced(problem, statistics, gradient, wanted)
+
+
+@cache
+def _operations() -> Any:
+    from . import operations
+
+    return operations
 
 
 @cache
@@ -101,4 +130,9 @@ def _interpreted() -> bool:
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOWHERE
+    return torch.cuda.device(device)
+
+
+_NOWHERE: AbstractContextManager[object] = contextlib.nullcontext()

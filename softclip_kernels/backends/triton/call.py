@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from types import NoneType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ class Call:
         self.signature = _signature(kernel)
         self.compiled: CompiledKernel | None = None
         self.plain: list[Any] = []  # the arguments in order, as the compiled kernel takes them
+        self.pointers: set[int] = set()  # which of them are tensors' pointers, where a pass is recorded
 
     def __call__(self, programs: int, **changing: Any) -> None:
+        recording = recorder
         if self.compiled is not None:
             for name, value in changing.items():
                 self.plain[self.signature.places[name]] = value.data_ptr() if isinstance(value, Tensor) else value
@@ -39,16 +41,32 @@ class Call:
             arguments = self.signature.in_order(self.fixed | changing)
             self.plain, kinds = _plain_and_kinds(arguments, self.signature)
             kind = (id(self.kernel), *self.options.values(), *kinds)
+            if recording is not None:
+                self.pointers = {place for place, value in enumerate(arguments) if isinstance(value, Tensor)}
             self.compiled = _compiled.get(kind)
             if self.compiled is None:
+                if recording is not None:
+                    recording.interrupt()
                 named = dict(zip(self.signature.places, arguments, strict=True))
                 compiled = self.kernel[(programs,)](**named, **self.options)
                 if isinstance(compiled, CompiledKernel):  # the interpreter compiles nothing
                     _compiled[kind] = compiled
                 return
         self.compiled[(programs, 1, 1)](*self.plain)
+        if recording is not None:
+            recording.note(self, programs)
 
 
+class Recorder(Protocol):
+    """Is told of launches."""
+
+    def note(self, launched: Call, programs: int) -> None: ...
+
+    def interrupt(self) -> None:
+        """Something happens that the next pass of the kind will not need, such as a choice of tiles."""
+
+
+recorder: Recorder | None = None  # of a pass that is to be replayed (replay.py)
 _compiled: dict[Hashable, CompiledKernel] = {}
 
 
@@ -85,7 +103,7 @@ def _signature(kernel: Any) -> _Signature:
 
 
 _AMD = bool(torch.version.hip)
-_VALUES = frozenset([int, bool, str, NoneType])
+_VALUES = frozenset([int, bool, float, str, NoneType])
 
 
 def _plain_and_kinds(arguments: Sequence[Any], signature: _Signature) -> tuple[list[Any], list[Hashable]]:

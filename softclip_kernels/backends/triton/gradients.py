@@ -22,6 +22,7 @@ from ...stats import InputGradients, Wanted
 from . import launch
 from .call import Call, ceil_div, strides
 from .products import Operands, Products
+from .total import total
 
 ROWS, WIDTH = 16, 128  # of a program's tile, which walks along the width
 
@@ -161,7 +162,7 @@ class Gradients:
                 positives.add_gradient(self.problem, coefficient, None, self.gy)
             dy = self._finished(self.gy, columns=True)
         self.gy = None
-        return InputGradients(self.dx, dy, None if self.inner is None else self.inner.sum())
+        return InputGradients(self.dx, dy, None if self.inner is None else total(self.inner))
 
     def _empty(self, length: int, dtype: torch.dtype) -> Tensor:
         return self.problem.x.new_empty(length, self.problem.x.shape[1], dtype=dtype)

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "y_step": "i32 step",
     "width": "i32 width",
     "largest": "*fp32",
+    "zeroed": "*fp32?",
     "rows": "i32",
     "columns": "i32",
 }
@@ -48,25 +49,29 @@ def norms_kernel(
     y_step,
     width,
     largest,
+    zeroed,
     rows,
     columns,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """largest (programs,) fp32: of every BLOCK_M rows of x (rows, width), then of y (columns, width), the largest
-    squared norm."""
+    squared norm. zeroed (rows,): becomes 0, which takes no launch of its own here."""
     index = tl.program_id(0)
     row_programs = tl.cdiv(rows, BLOCK_M)
     if index < row_programs:
         value = largest_square((x, x_stride, x_step), index * BLOCK_M, rows, width, BLOCK_M, BLOCK_N)
+        if zeroed is not None:
+            i = index * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(zeroed + i, tl.zeros((BLOCK_M,), tl.float32), mask=i < rows)
     else:
         start = (index - row_programs) * BLOCK_M
         value = largest_square((y, y_stride, y_step), start, columns, width, BLOCK_M, BLOCK_N)
     tl.store(largest + index, value)
 
 
-def largest_squares(x: Tensor, y: Tensor) -> Tensor:
-    """(programs,) fp32, as norms_kernel fills it."""
+def largest_squares(x: Tensor, y: Tensor, zeroed: Tensor | None = None) -> Tensor:
+    """(programs,) fp32, as norms_kernel fills it, and with it `zeroed` (rows,) fp32."""
     rows, columns = x.shape[0], y.shape[0]
     of_rows, of_columns = programs(rows, columns)
     largest = x.new_empty(of_rows + of_columns, dtype=torch.float32)
@@ -75,6 +80,7 @@ def largest_squares(x: Tensor, y: Tensor) -> Tensor:
         "y": y,
         "width": x.shape[1],
         "largest": largest,
+        "zeroed": zeroed,
         "rows": rows,
         "columns": columns,
         "BLOCK_M": ROWS,

@@ -139,13 +139,13 @@ class Pass:
         }
 
 
-def passes(problem: Problem, known: Tensor | None = None) -> tuple[list[Pass], Tensor]:
+def passes(problem: Problem, known: Tensor | None = None, zeroed: Tensor | None = None) -> tuple[list[Pass], Tensor]:
     """The launches that cover a problem, of which the first holds the student and each holds one teacher; and their
-    scalars as in Statistics: `known` where those are given."""
+    scalars as in Statistics: `known` where those are given. `zeroed` (N,) fp32 becomes 0 where they are not."""
     problem = _with_contiguous_vectors(problem)
     biases = [_Biases.of(teacher) for teacher in problem.teachers or (None,)]
     if known is None:
-        known = scalars(problem, [(of.top_row, of.top_column) for of in biases])
+        known = scalars(problem, [(of.top_row, of.top_column) for of in biases], zeroed)
     return [_pass(problem, k, of, known[k]) for k, of in enumerate(biases)], known
 
 

@@ -97,11 +97,14 @@ def scalars_kernel(
         tl.store(scalars + unused, 0.0)
 
 
-def scalars(problem: Problem, top_biases: Sequence[tuple[Tensor | None, Tensor | None]]) -> Tensor:
-    """(max(1, K), 8) fp32: of each pass, whose teacher's largest row bias and column bias are given."""
+def scalars(
+    problem: Problem, top_biases: Sequence[tuple[Tensor | None, Tensor | None]], zeroed: Tensor | None = None
+) -> Tensor:
+    """(max(1, K), 8) fp32: of each pass, whose teacher's largest row bias and column bias are given. `zeroed`: as
+    largest_squares takes it."""
     passes = max(1, len(problem.teachers))
     numbers = problem.x.new_empty(passes, SCALARS, dtype=torch.float32)
-    largest = largest_squares(problem.x, problem.y)
+    largest = largest_squares(problem.x, problem.y, zeroed)
     of_rows, of_columns = programs(problem.rows, problem.columns)
     for k in range(passes):
         teacher = problem.teachers[k] if problem.teachers else None

@@ -284,7 +284,7 @@ def forward(problem: Problem) -> Statistics:
     n, m, teachers = problem.rows, problem.columns, len(problem.teachers)
     like = problem.x.new_empty(0, dtype=torch.float32)
     rows, columns = (like.new_empty(1 + 2 * teachers, length) for length in (n, m))
-    positive_logit = like.new_zeros(n if problem.positive_column is not None else 0)
+    positive_logit = like.new_empty(n if problem.positive_column is not None else 0)
     ranked = problem.row_threshold is not None
     row_ranks, column_ranks = (like.new_empty(length if ranked else 0, dtype=torch.int64) for length in (n, m))
     row_in_range, column_in_range = (like.new_empty(length, dtype=torch.int8) for length in (n, m))
@@ -296,7 +296,7 @@ def forward(problem: Problem) -> Statistics:
         "row_ranks": row_ranks if ranked else None,
         "column_ranks": column_ranks if ranked else None,
     }
-    launch_passes, scalars = passes(problem)
+    launch_passes, scalars = passes(problem, zeroed=positive_logit if len(positive_logit) else None)
     for k, launch_pass in enumerate(launch_passes):
         own_results = results | {"teacher": k}
         sums = _tuned_sums(launch_pass, positive_logit, own_results)

@@ -24,6 +24,7 @@ import torch
 from triton.runtime.errors import TritonError
 
 from ..cuda.driver import DriverError
+from . import call
 from .shapes import ARCHITECTURES, SM90, TIMED, Shape, every_name
 
 logger = logging.getLogger("softclip_kernels")
@@ -122,6 +123,8 @@ def _forced(kind: str, shapes: Sequence[Shape]) -> Shape | None:
 
 def _fastest(key: str, shapes: Sequence[Shape], trial: Trial) -> tuple[Shape, str]:
     """A shape and why. Shapes that do not compile or do not fit this GPU are left out."""
+    if call.recorder is not None:
+        call.recorder.interrupt()
     times: dict[Shape, float] = {}
     left_out: dict[str, str] = {}
     for shape in shapes:
