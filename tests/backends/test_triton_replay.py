@@ -109,7 +109,7 @@ def test_the_launches_are_the_same(monkeypatch, noted, n, candidate, teach):
 
     monkeypatch.setenv("SOFTCLIP_CANDIDATE", candidate)
     monkeypatch.setattr(launch, "SCRATCH", 2**21)  # several super-blocks
-    monkeypatch.setattr(edges, "MOST", 2**21)
+    monkeypatch.setattr(edges, "most", lambda: 2**21)
     of = problem(n) if teach is not external else external(problem())
     if candidate and teach(of).teachers:
         pytest.skip("for the loss without a teacher")
@@ -345,7 +345,7 @@ def test_memory_is_that_of_a_computed_pass(monkeypatch, noted, teach, candidate)
         return found
 
     monkeypatch.setattr(launch, "SCRATCH", 2**21)
-    monkeypatch.setattr(edges, "MOST", 2**21)
+    monkeypatch.setattr(edges, "most", lambda: 2**21)
     monkeypatch.setattr(recorder, "VECTOR", 2**14)
     of = teach(problem(2600))
     launches(noted, of)  # compiles

@@ -82,7 +82,7 @@ def _not_loaded(kind: str, launch_pass: Pass) -> str | None:
     for needed in _needed(kind, launch_pass):
         if needed in _failed:
             return _failed[needed]
-        if torch.cuda.is_current_stream_capturing() and not kernels.loaded(*needed, device):
+        if torch.cuda.is_current_stream_capturing() and not kernels.loaded(device, *needed):
             return "a CUDA graph is being captured, and they are not loaded yet"
         try:
             kernels.kernel(*needed, device)
