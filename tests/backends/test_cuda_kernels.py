@@ -110,6 +110,15 @@ def test_a_device_has_one_module_of_a_file_and_its_macros(machine):
     assert len(compiler.compiled) == 2
 
 
+def test_whether_one_is_loaded_can_be_asked(machine):
+    stand_in, compiler = machine
+    given = ("softmax.cu", "statistics", DEFINES, 1000)
+    assert not kernels.loaded(*given, GPU) and not stand_in.called and not compiler.compiled
+    get()
+    assert kernels.loaded(*given, GPU) and not kernels.loaded(*given, OTHER)
+    assert not kernels.loaded("softmax.cu", "gradient", DEFINES, 1000, GPU)
+
+
 def test_threads_that_ask_at_once_wait_for_one_compilation(machine):
     stand_in, compiler = machine
     compile_now = compiler.compile

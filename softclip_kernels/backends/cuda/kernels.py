@@ -49,7 +49,8 @@ def kernel(file: str, name: str, defines: Defines, shared_bytes: int, device: to
 
 def loaded(device: torch.device, *kernel_of: Any) -> bool:
     """Whether `kernel(*kernel_of, device)` would only look it up."""
-    return (_index(device), *kernel_of) in _functions
+    file, name, defines, shared_bytes = kernel_of
+    return (_index(device), file, defines, name, shared_bytes) in _functions
 
 
 def cubin(file: str, defines: Defines) -> bytes:

@@ -80,7 +80,7 @@ def candidates(kind: str, launch_pass: Pass) -> tuple[Shape, ...]:
 def _offers_sm90(kind: str, launch_pass: Pass) -> bool:
     """Whether the CUDA kernels are worth their compilation, and can run."""
     problem = launch_pass.problem
-    if architecture(problem.x.device) != shapes.SM90_ARCHITECTURE:
+    if architecture(problem.x.device) != shapes.SM90_ARCHITECTURE and not kernels.forced():  # then the reason is raised
         return False
     named = shapes.SM90 in os.environ.get(tuning.CANDIDATE, "")
     if not (named or kernels.forced() or tuning.times(problem.rows * problem.columns)):
