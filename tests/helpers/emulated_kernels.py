@@ -23,7 +23,7 @@ EPSILON = 2.0**-23
 # of exponentials lies, forward and backward.
 MACROS = {"SCALE": 0, "FACTOR": 1, "BOUND": 2, "TEACHER_FACTOR": 3, "TEACHER_BOUND": 4, "FLAG_GROUP": FLAG_GROUP}
 HEADROOM = {"forward": 103.87, "backward": 60.0}
-LEAVE, STORE, ADD = range(3)  # enum Put
+STORE, ADD = range(2)  # enum Put
 TEACHER_RATIO = 0.7  # of the teacher's scale to the student's, where they are not tied
 
 Ranges = tuple[int, int, int, int]  # row_start, row_end, column_start, column_end
@@ -253,7 +253,7 @@ def scratch(problem: Problem, drawn: bool = False) -> Fenced:
 
 def backward(
     library: ctypes.CDLL, problem: Problem, gradient: Gradient, blocks: int, seed: int, g: np.ndarray,
-    mirror_g: np.ndarray, put: tuple[int, int] = (STORE, LEAVE),
+    mirror_g: np.ndarray, put: tuple[int, int] = (STORE, STORE),
 ) -> None:  # fmt: skip
     """By so many blocks: the tiles' own parts to g, and what they bring to their mirrors to mirror_g."""
     vectors = []
@@ -321,19 +321,15 @@ def wrong(
     """What is wrong with a launch under a seed; gradient: for the backward kernel."""
     if gradient is None:
         return wrong_sums(problem, forward(library, problem, blocks, seed))
-    puts = ((STORE, STORE), (ADD, ADD), (STORE, LEAVE), (LEAVE, ADD)) if specialization.mirror else ((STORE, LEAVE),)
+    puts = ((STORE, STORE), (ADD, ADD), (STORE, ADD), (ADD, STORE)) if specialization.mirror else ((STORE,), (ADD,))
     put = puts[seed // 3 % len(puts)]
     scratches = [scratch(problem, drawn=each == ADD) for each in put]
     before = [each.array.copy() for each in scratches]
-    backward(library, problem, gradient, blocks, seed, scratches[0].array, scratches[1].array, put)
+    backward(library, problem, gradient, blocks, seed, scratches[0].array, scratches[-1].array, (put[0], put[-1]))
     for mirror, (each, held, how) in enumerate(zip(scratches, before, put, strict=True)):
-        found = each.check()
-        if how == LEAVE:
-            problems = None if np.array_equal(found, held) else "a scratch that was to be left is written"
-        else:
-            problems = wrong_entries(problem, gradient, found, bool(mirror), held if how == ADD else None)
-        if problems is not None:
-            return problems
+        what = wrong_entries(problem, gradient, each.check(), bool(mirror), held if how == ADD else None)
+        if what is not None:
+            return what
     return None
 
 

@@ -257,7 +257,7 @@ MUTANTS = [
             "vectors of the first panel": ("if (tile.local_column != panel)", "if (panel < 0)"),
             "flags of one lane": ("    in_range = ptx::all_of_warp(in_range);\n", ""),
             "flags of rows alone": (
-                "      in_range &= flag_in_range(in.parts[part].columns, tile.column, share.column_end, kColumns);\n",
+                "      in_range &= flag_in_range(in.outputs[of].columns, tile.column, share.column_end, kColumns);\n",
                 "",
             ),
         },
@@ -266,7 +266,7 @@ MUTANTS = [
         "softmax_backward.cu",
         MIRRORED,
         {
-            "the mirror is stored where it is added": ("ptx::tma_add(*in.g[kPart]", "ptx::tma_store(*in.g[kPart]"),
+            "the mirror is stored where it is added": ("ptx::tma_add(*in.g[kOutput]", "ptx::tma_store(*in.g[kOutput]"),
             "the mirror is not transposed": ("ptx::stmatrix_transposed(address", "ptx::stmatrix(address"),
             "the mirror's rows are the tile's": (
                 "const int row = kTransposed ? along_columns : along_rows",
