@@ -204,8 +204,8 @@ def _at_equal_clock(share: float, clock: Clock, contenders: Mapping[str, Callabl
 
 
 def memory(case: Case) -> Row:
-    """The allocator's peak during a second forward and backward pass, beyond inputs and gradients: as it comes, and with
-    the limit that the goal is for."""
+    """The allocator's peak during a second forward and backward pass, beyond inputs and gradients: as it comes, and
+    with the limit that the goal is for."""
     x, y, scale = case.operands()
     run = timing.forward_backward(case.fused("triton"), x, y, scale)
 

@@ -24,7 +24,7 @@ def small_super_blocks() -> Iterator[None]:
     """Within, super-blocks of both passes are as small as tiles allow: small problems have several, as large ones."""
     from softclip_kernels.backends.triton import edges, launch  # triton may be missing where this is imported
 
-    with mock.patch.object(edges, "most", lambda: 0), mock.patch.object(launch, "SCRATCH", 0):
+    with mock.patch.object(edges, "most", return_value=0), mock.patch.object(launch, "SCRATCH", 0):
         yield
 
 

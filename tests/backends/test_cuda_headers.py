@@ -55,6 +55,7 @@ FACTS = {
 IN_C = {
     ctypes.c_int: "int",
     ctypes.c_uint: "unsigned int",
+    ctypes.c_ubyte: "unsigned char",
     ctypes.c_uint64: "uint64_t",
     ctypes.c_void_p: "void *",
     ctypes.c_char_p: "const char *",

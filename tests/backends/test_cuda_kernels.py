@@ -113,10 +113,10 @@ def test_a_device_has_one_module_of_a_file_and_its_macros(machine):
 def test_whether_one_is_loaded_can_be_asked(machine):
     stand_in, compiler = machine
     given = ("softmax.cu", "statistics", DEFINES, 1000)
-    assert not kernels.loaded(*given, GPU) and not stand_in.modules and not compiler.compiled
+    assert not kernels.loaded(GPU, *given) and not stand_in.modules and not compiler.compiled
     get()
-    assert kernels.loaded(*given, GPU) and not kernels.loaded(*given, OTHER)
-    assert not kernels.loaded("softmax.cu", "gradient", DEFINES, 1000, GPU)
+    assert kernels.loaded(GPU, *given) and not kernels.loaded(OTHER, *given)
+    assert not kernels.loaded(GPU, "softmax.cu", "gradient", DEFINES, 1000)
 
 
 def test_threads_that_ask_at_once_wait_for_one_compilation(machine):
@@ -285,7 +285,7 @@ def unavailable(reason):
         ({"FOLDERS": ()}, "the text of the CUDA kernels is in none of"),
         ({"SOFTCLIP_CUDA": "0"}, "SOFTCLIP_CUDA=0 turns them off"),
     ),
-    ids=str,
+    ids=lambda each: each if isinstance(each, str) else ",".join(each),
 )
 def test_what_is_missing_is_the_reason(machine, monkeypatch, changed, reason):
     for name, value in changed.items():

@@ -180,7 +180,10 @@ def forward_arguments(**others):
 def test_the_hard_forward_pass(hopper, dtype):
     assert sums_launch(hopper, problem(900, dtype=dtype)) == forward_arguments()
     given = hopper.arguments(hopper.launched[0])
-    assert [(given[name].dtype, given[name].box) for name in "xy"] == [(DTYPES[dtype], [64, 64]), (DTYPES[dtype], [64, 128])]
+    assert [(given[name].dtype, given[name].box) for name in "xy"] == [
+        (DTYPES[dtype], [64, 64]),
+        (DTYPES[dtype], [64, 128]),
+    ]
 
 
 @pytest.mark.parametrize("swapped", (True, False))
@@ -237,7 +240,9 @@ def test_a_pass_is_theirs_where_they_are_asked_for(hopper, monkeypatch, case, va
             covered[row_start:row_end, column_start:column_end] += 1
             if name == "softmax_forward_pair" and case == "swapped" and row_start != column_start:
                 covered[column_start:column_end, row_start:row_end] += 1
-        assert len(ranges) > 3 and bool((covered == (2 if (case, name[-8:]) == ("own teacher", "backward") else 1)).all())
+        assert len(ranges) > 3 and bool(
+            (covered == (2 if (case, name[-8:]) == ("own teacher", "backward") else 1)).all()
+        )
 
 
 @pytest.mark.xfail(reason="the recorder of a replayed pass does not see launches of CUDA kernels", strict=True)

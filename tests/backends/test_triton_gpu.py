@@ -294,7 +294,7 @@ def test_ranks(dtype):
 @pytest.mark.parametrize("mib", (64, 384))
 @pytest.mark.parametrize("name", ("hard", "psd"))
 def test_memory_beyond_inputs_and_gradients(monkeypatch, name, mib):
-    """The limit and 64 bytes a row beyond the gradients; test_triton_operators.py counts the same where nothing runs."""
+    """The limit and 64 bytes a row beyond the gradients: what test_triton_operators.py counts where nothing runs."""
     monkeypatch.setenv("SOFTCLIP_GPU_MIB", str(mib))
     n, d = MEMORY
     x, y, scale = operands(n, n, d, torch.bfloat16)

@@ -109,7 +109,7 @@ def test_the_launches_are_the_same(monkeypatch, noted, n, candidate, teach):
 
     monkeypatch.setenv("SOFTCLIP_CANDIDATE", candidate)
     monkeypatch.setattr(launch, "SCRATCH", 2**21)  # several super-blocks
-    monkeypatch.setattr(edges, "MOST", 2**21)
+    monkeypatch.setattr(edges, "most", lambda: 2**21)
     of = problem(n) if teach is not external else external(problem())
     if candidate and teach(of).teachers:
         pytest.skip("for the loss without a teacher")
@@ -201,11 +201,13 @@ def test_every_device_has_recordings_of_its_own(monkeypatch, noted):
     launches(noted, of)
 
 
-@pytest.mark.parametrize("module", ("launch.SCRATCH", "edges.MOST"))
-def test_limits_of_memory_are_those_of_now(monkeypatch, noted, module):
+@pytest.mark.parametrize(
+    ("module", "value"), (("launch.SCRATCH", 2**18), ("edges.most", lambda: 2**18)), ids=("forward", "backward")
+)
+def test_limits_of_memory_are_those_of_now(monkeypatch, noted, module, value):
     of = problem(2600)
     before = [launches(noted, of) for _ in range(4)][-1]
-    monkeypatch.setattr(f"softclip_kernels.backends.triton.{module}", 2**18)
+    monkeypatch.setattr(f"softclip_kernels.backends.triton.{module}", value)
     expected = computed(monkeypatch, noted, of)
     assert launches(noted, of) == expected != before
 
@@ -343,7 +345,7 @@ def test_memory_is_that_of_a_computed_pass(monkeypatch, noted, teach, candidate)
         return found
 
     monkeypatch.setattr(launch, "SCRATCH", 2**21)
-    monkeypatch.setattr(edges, "MOST", 2**21)
+    monkeypatch.setattr(edges, "most", lambda: 2**21)
     monkeypatch.setattr(recorder, "VECTOR", 2**14)
     of = teach(problem(2600))
     launches(noted, of)  # compiles

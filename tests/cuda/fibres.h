@@ -157,7 +157,9 @@ __attribute__((naked, noinline, noipa)) static void switch_context(void** /*from
 
 class Scheduler {
  public:
-  Scheduler(u64 seed, std::function<void()> body) : random(seed), policy(random), body_(std::move(body)) {}
+  Scheduler(u64 seed, u32 warps, std::function<void()> body) : random(seed), policy(random), body_(std::move(body)) {
+    warps_.reserve(warps);
+  }
 
   Random random;
   Policy policy;
@@ -257,16 +259,19 @@ class Scheduler {
     return scheduler;
   }
 
-  // Stacks are kept for the next launch. Their tops differ in the lower bits, so that they share no sets of the caches.
-  static u8* stack_end(u32 index) {
-    static std::vector<u8*> stacks;
-    while (stacks.size() <= index) {
-      void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-      if (stack == MAP_FAILED) throw std::bad_alloc();
-      mprotect(stack, 4096, PROT_NONE);
-      stacks.push_back(static_cast<u8*>(stack));
+  // Stacks are one piece of memory, kept for the next launch. Their tops differ in the lower bits, so that they share
+  // no sets of the caches.
+  u8* stack_end(u32 index) const {
+    static u8* stacks = nullptr;
+    static std::size_t bytes = 0;
+    if (bytes < warps_.capacity() * 32 * kStack) {
+      if (stacks != nullptr) munmap(stacks, bytes);
+      bytes = warps_.capacity() * 32 * kStack;
+      void* found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (found == MAP_FAILED) fail("no memory for %zu bytes of stacks", bytes);
+      stacks = static_cast<u8*>(found);
     }
-    return stacks[index] + kStack - index % 37 * 832;
+    return stacks + (index + 1) * kStack - index % 37 * 832;
   }
 
   static void enter() {

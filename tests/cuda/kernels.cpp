@@ -35,7 +35,7 @@ extern "C" int forward(ptx::u64 seed, int blocks, const Matrix& x, const Matrix&
                        const float* scalars, float* row_sums, float* column_sums, float* positive_logit,
                        const int* range, int edge, char* message, ptx::u64 size) {
   return emulator::guarded(message, size, [&] {
-    const ptx::TensorMap of_x = x.in_boxes(kDepth, kHalfRows), of_y = y.in_boxes(kDepth, kColumns);
+    const ptx::TensorMap of_x = x.in_boxes(kDepth, kStageRows), of_y = y.in_boxes(kDepth, kColumns);
     emulator::launch(blocks, 1, kBytes, kThreads, seed, [&] {
       softmax_forward(of_x, of_y, positive_column, scalars, row_sums, column_sums, positive_logit, range[0], range[1],
                       range[2], range[3], edge);
@@ -52,9 +52,9 @@ extern "C" int backward(ptx::u64 seed, int blocks, const Matrix& x, const Matrix
                         const float* mirror_column_exponent, int put, int mirror_put, const int* range, char* message,
                         ptx::u64 size) {
   return emulator::guarded(message, size, [&] {
-    const ptx::TensorMap of_x = x.in_boxes(kDepth, kHalfRows), of_y = y.in_boxes(kDepth, kColumns);
-    const ptx::TensorMap of_g = g.in_boxes(Entries::kBoxColumns, kHalfRows);
-    const ptx::TensorMap of_mirror = mirror_g.in_boxes(Entries::kBoxColumns, kHalfRows);
+    const ptx::TensorMap of_x = x.in_boxes(kDepth, kStageRows), of_y = y.in_boxes(kDepth, kColumns);
+    const ptx::TensorMap of_g = g.in_boxes(Entries::kBoxColumns, kStageRows);
+    const ptx::TensorMap of_mirror = mirror_g.in_boxes(Entries::kBoxColumns, kStageRows);
     emulator::launch(blocks, 1, kBytes, kThreads, seed, [&] {
       softmax_backward(of_x, of_y, of_g, of_mirror, positive_column, scalars, row_coefficient, row_exponent,
                        row_in_range, column_coefficient, column_exponent, column_in_range, mirror_row_coefficient,

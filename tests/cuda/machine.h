@@ -12,7 +12,7 @@ namespace emulator {
 struct Machine {
   Machine(u32 first_block, u32 cluster, u32 blocks, u32 shared_bytes, u32 threads, u64 seed,
           const std::function<void()>& body)
-      : scheduler(seed, body),
+      : scheduler(seed, cluster * threads / 32, body),
         loads(scheduler),
         stores(scheduler),
         remote_arrivals(scheduler),

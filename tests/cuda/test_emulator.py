@@ -4,11 +4,13 @@ pipeline that is right under every seed, and faults that some seed finds."""
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from helpers.emulated import TESTS, EmulatorError, aligned, build, call, exact, rounded
+from helpers.emulated_kernels import KERNELS
 
 SEEDS = 60  # of the pipeline; every fault is found by far fewer
 
@@ -34,6 +36,18 @@ def numbered(*shape: int) -> np.ndarray:
     found = aligned(shape)
     found[...] = np.arange(found.size).reshape(shape) + 1
     return found
+
+
+def test_every_function_of_ptx_is_emulated():
+    """With the same parameters; and what it computes without an instruction is the same text."""
+    real = (KERNELS / "ptx.cuh").read_text()
+    emulated = " ".join((TESTS / "emulator.h").read_text().split())
+    declared = [" ".join(each.split()) for each in re.findall(r"^DEVICE ([^{]+?) \{", real, re.M)]
+    assert len(declared) > 30
+    missing = [each for each in declared if f" {each};" not in emulated and f" {each} {{" not in emulated]
+    assert not missing
+    (descriptor,) = re.findall(r"^DEVICE (u64 matrix\(.*?^\})", real, re.M | re.S)
+    assert " ".join(descriptor.split()) in emulated
 
 
 # Loads.

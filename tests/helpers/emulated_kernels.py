@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from . import ROOT
-from .emulated import TESTS, Fenced, Matrix, build, call, exact, rounded
+from .emulated import TESTS, Fenced, Matrix, aligned, build, call, exact, rounded
 
 KERNELS = ROOT / "csrc" / "cuda"
 ROWS = COLUMNS = 128  # of a tile
@@ -23,7 +23,7 @@ EPSILON = 2.0**-23
 # of exponentials lies, forward and backward.
 MACROS = {"SCALE": 0, "FACTOR": 1, "BOUND": 2, "TEACHER_FACTOR": 3, "TEACHER_BOUND": 4, "FLAG_GROUP": FLAG_GROUP}
 HEADROOM = {"forward": 103.87, "backward": 60.0}
-LEAVE, STORE, ADD = range(3)  # enum Put
+STORE, ADD = range(2)  # enum Put
 TEACHER_RATIO = 0.7  # of the teacher's scale to the student's, where they are not tied
 
 Ranges = tuple[int, int, int, int]  # row_start, row_end, column_start, column_end
@@ -44,11 +44,11 @@ class Specialization:
         kinds = ("half",) * self.half + ("mirror",) * self.mirror + ("tied",) * self.tied
         return "-".join((self.kernel, str(self.width), str(self.stages), *kinds))
 
-    def build(self, folder: Path, kernels: Path = KERNELS) -> ctypes.CDLL:
+    def build(self, folder: Path, kernels: Path = KERNELS, name: str = "") -> ctypes.CDLL:
         macros = MACROS | {"WIDTH": self.width, "STAGES": self.stages, "HEADROOM": f"{HEADROOM[self.kernel]}f"}
-        macros |= {self.kernel.upper(): 1, "MIRROR": int(self.mirror), "TIED": int(self.tied)}
+        macros |= {self.kernel.upper(): 1, "PAIR": 0, "MIRROR": int(self.mirror), "TIED": int(self.tied)}
         macros |= {"HALF": 1} if self.half else {}
-        return build(TESTS / "kernels.cpp", folder / f"{self}.so", TESTS, kernels, **macros)
+        return build(TESTS / "kernels.cpp", folder / f"{name or self}.so", TESTS, kernels, **macros)
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,15 @@ class Problem:
             positive[3] = -1
         column = positive.astype(np.int64) if positives else None
         return cls(rounded(x, half), rounded(y, half), half, scale, column, ranges or (0, n, 0, m))
+
+    def with_gaps(self, numbers: int) -> Problem:
+        """Of rows with so many NaN behind each."""
+        x, y = (aligned((len(each), each.shape[1] + numbers)) for each in (self.x, self.y))
+        for wide, narrow in ((x, self.x), (y, self.y)):
+            wide[...] = 0xFFFF
+            wide[:, : narrow.shape[1]] = narrow
+        width = self.x.shape[1]
+        return replace(self, x=x[:, :width], y=y[:, :width])
 
     @cached_property
     def dots(self) -> np.ndarray:
@@ -244,7 +253,7 @@ def scratch(problem: Problem, drawn: bool = False) -> Fenced:
 
 def backward(
     library: ctypes.CDLL, problem: Problem, gradient: Gradient, blocks: int, seed: int, g: np.ndarray,
-    mirror_g: np.ndarray, put: tuple[int, int] = (STORE, LEAVE),
+    mirror_g: np.ndarray, put: tuple[int, int] = (STORE, STORE),
 ) -> None:  # fmt: skip
     """By so many blocks: the tiles' own parts to g, and what they bring to their mirrors to mirror_g."""
     vectors = []
@@ -303,3 +312,43 @@ def wrong_entries(
     if not np.array_equal(beyond, np.full_like(found, 0xFFFF) if before is None else before):
         return "G is written beyond the tiles of the super-block"
     return None
+
+
+def wrong(
+    specialization: Specialization, library: ctypes.CDLL, problem: Problem, gradient: Gradient | None, blocks: int,
+    seed: int,
+) -> str | None:  # fmt: skip
+    """What is wrong with a launch under a seed; gradient: for the backward kernel."""
+    if gradient is None:
+        return wrong_sums(problem, forward(library, problem, blocks, seed))
+    puts = ((STORE, STORE), (ADD, ADD), (STORE, ADD), (ADD, STORE)) if specialization.mirror else ((STORE,), (ADD,))
+    put = puts[seed // 3 % len(puts)]
+    scratches = [scratch(problem, drawn=each == ADD) for each in put]
+    before = [each.array.copy() for each in scratches]
+    backward(library, problem, gradient, blocks, seed, scratches[0].array, scratches[-1].array, (put[0], put[-1]))
+    for mirror, (each, held, how) in enumerate(zip(scratches, before, put, strict=True)):
+        what = wrong_entries(problem, gradient, each.check(), bool(mirror), held if how == ADD else None)
+        if what is not None:
+            return what
+    return None
+
+
+LENGTHS = (1, 63, 64, 65, 127, 129, 300, 700)
+SCALES = (1.0, 14.3, 100.0)
+
+
+def wrong_sizes(specialization: Specialization, library: ctypes.CDLL) -> list[object]:
+    """What is wrong over all lengths of rows and columns (the same for mirrors) and all scales, each under one seed,
+    with one to four blocks, some with groups that are out of range."""
+    found = []
+    for case, (n, m, scale) in enumerate(product(LENGTHS, LENGTHS, SCALES)):
+        if specialization.mirror and n != m:
+            continue
+        problem = Problem.draw(n, m, specialization.width, scale, specialization.half, positives=case % 5 != 4)
+        gradient = None
+        if specialization.kernel == "backward":
+            gradient = Gradient.draw(problem, 0.1 * (case % 2), specialization.mirror, specialization.tied)
+        what = wrong(specialization, library, problem, gradient, 1 + case % 4, case)
+        if what is not None:
+            found.append((n, m, scale, what))
+    return found

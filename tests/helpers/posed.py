@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from softclip_kernels.backends.cuda import driver, kernels, launch, tensor_map
 from softclip_kernels.problem import Problem, Source, TeacherOperand
@@ -130,9 +131,17 @@ def hopper(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hopper]:
         patch.delenv(name, raising=False)
     patch.setenv("XDG_CACHE_HOME", str(cache))
     triton_launch._case.cache_clear()
-    with stubbed.gpu(found.note):
+    with stubbed.gpu(found.note), _OnTheCpu():
         yield found
     triton_launch._case.cache_clear()
+
+
+class _OnTheCpu(TorchFunctionMode):
+    """What is allocated on the GPU lies on the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        options = options or {}
+        return function(*arguments, **(options | {"device": "cpu"} if options.get("device") == GPU else options))
 
 
 def new_process(patch: pytest.MonkeyPatch) -> None:

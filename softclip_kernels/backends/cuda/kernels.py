@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import Any
 
 import torch
 
@@ -46,8 +47,9 @@ def kernel(file: str, name: str, defines: Defines, shared_bytes: int, device: to
         return _functions[key]
 
 
-def loaded(file: str, name: str, defines: Defines, shared_bytes: int, device: torch.device) -> bool:
-    """Whether `kernel` would only look it up."""
+def loaded(device: torch.device, *kernel_of: Any) -> bool:
+    """Whether `kernel(*kernel_of, device)` would only look it up."""
+    file, name, defines, shared_bytes = kernel_of
     return (_index(device), file, defines, name, shared_bytes) in _functions
 
 

@@ -75,9 +75,19 @@ class TensorMap:
         rows, columns = shape
         self._sizes[0], self._sizes[1] = columns, rows
         self._strides[0] = _stride_bytes(rows, columns, *matrix.stride())
-        code = self._entry(self.address, dtype, 2, address, *self._fixed)
+        self._dtype = dtype
+        self._encode(address)
+
+    def move(self, address: int) -> None:
+        """The same of a matrix that lies elsewhere, at a multiple of 16."""
+        if address != self._matrix:
+            self._encode(address)
+
+    def _encode(self, address: int) -> None:
+        code = self._entry(self.address, self._dtype, 2, address, *self._fixed)
         if code:
             raise self._driver.error("cuTensorMapEncodeTiled", code)
+        self._matrix = address
 
 
 def _stride_bytes(rows: int, columns: int, row_stride: int, step: int) -> int:

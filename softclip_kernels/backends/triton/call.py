@@ -57,10 +57,19 @@ class Call:
             recording.note(self, programs)
 
 
+class Launched(Protocol):
+    """A launch that was made: a CompiledKernel or what passes for one, its arguments in order with pointers as plain
+    numbers, and which they are."""
+
+    compiled: Any
+    plain: list[Any]
+    pointers: set[int]
+
+
 class Recorder(Protocol):
     """Is told of launches."""
 
-    def note(self, launched: Call, programs: int) -> None: ...
+    def note(self, launched: Launched, programs: int) -> None: ...
 
     def interrupt(self) -> None:
         """Something happens that the next pass of the kind will not need, such as a choice of tiles."""

@@ -50,7 +50,7 @@ class Place(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Notes allocations, and the launches of every Call of this thread."""
+    """Notes allocations, and the launches of every Call and CudaCall of this thread."""
 
     def __init__(self, tensors: Sequence[Tensor | None], numbers: tuple[float, ...]) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Recorder(TorchDispatchMode):
         """Something happens that the next pass of the kind will not need, such as a choice of tiles."""
         self.interrupted |= self.thread == threading.get_ident()
 
-    def note(self, launched: call.Call, programs: int) -> None:
+    def note(self, launched: call.Launched, programs: int) -> None:
         if self.thread != threading.get_ident() or self.impossible or self.interrupted:
             return
         self._free()

@@ -8,7 +8,6 @@ launch stays as it is. docs/cuda.md.
 from __future__ import annotations
 
 import logging
-from ctypes import c_int, c_uint64
 from typing import Any
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from ..cuda import Unavailable, kernels
 from ..cuda.driver import DriverError
-from ..cuda.launch import Launch
 from ..cuda.nvrtc import CompileError
-from ..cuda.tensor_map import TensorMap
 from . import coefficients, launch, sums
+from .cuda_call import Box, CudaCall, Zeros
 from .passes import Pass
 from .shapes import SM90_PAIR, SM90_SHAPE, Shape
 from .tiles import BOUND, FACTOR, SCALE, TEACHER_BOUND, TEACHER_FACTOR
@@ -84,7 +82,7 @@ def _not_loaded(kind: str, launch_pass: Pass) -> str | None:
     for needed in _needed(kind, launch_pass):
         if needed in _failed:
             return _failed[needed]
-        if torch.cuda.is_current_stream_capturing() and not kernels.loaded(*needed, device):
+        if torch.cuda.is_current_stream_capturing() and not kernels.loaded(device, *needed):
             return "a CUDA graph is being captured, and they are not loaded yet"
         try:
             kernels.kernel(*needed, device)
@@ -106,7 +104,7 @@ def _needed(kind: str, launch_pass: Pass) -> list[_Kernel]:
     if kind == "forward":
         return [_forward_pair_kernel(x, launch_pass.mirrored) if launch_pass.taught else _forward_kernel(x)]
     if launch_pass.teacher_x is not None:
-        return list(dict.fromkeys(_backward_kernel(own) for own in (x, launch_pass.teacher_x)))
+        return [_backward_kernel(x), _backward_kernel(launch_pass.teacher_x, teacher=True)]
     return [_backward_kernel(x, launch_pass.mirrored, launch_pass.tied)]
 
 
@@ -120,7 +118,8 @@ def _forward_pair_kernel(x: Tensor, mirrored: bool) -> _Kernel:
     return _kernel("softmax_forward_pair", x, row_sums + places, _FORWARD | _TEACHER | {"MIRROR": int(mirrored)}, 2)
 
 
-def _backward_kernel(x: Tensor, mirrored: bool = False, tied: bool = False) -> _Kernel:
+def _backward_kernel(x: Tensor, mirrored: bool = False, tied: bool = False, teacher: bool = False) -> _Kernel:
+    """teacher: x are a teacher's embeddings, whose logits' factor and bound the kernel reads for its own."""
     box_and_vectors = 8192 + (3072 if mirrored else 1024)
     macros: dict[str, str | int] = {
         **_TEACHER,
@@ -129,6 +128,8 @@ def _backward_kernel(x: Tensor, mirrored: bool = False, tied: bool = False) -> _
         "MIRROR": int(mirrored),
         "TIED": int(tied),
     }
+    if teacher:
+        macros |= {"FACTOR": TEACHER_FACTOR.value, "BOUND": TEACHER_BOUND.value}
     return _kernel("softmax_backward", x, box_and_vectors, macros)
 
 
@@ -144,7 +145,7 @@ def _kernel(name: str, x: Tensor, epilogue_bytes: int, macros: dict[str, str | i
     stages = min((SHARED_BYTES - fixed) // stage, MOST_STAGES)
     own = {"WIDTH": width, "STAGES": stages, "PAIR": products - 1, "FACTOR": FACTOR.value, "BOUND": BOUND.value}
     half = {"HALF": 1} if x.dtype == torch.float16 else {}
-    return f"{name}.cu", name, tuple((macros | own | half).items()), fixed + stages * stage
+    return f"{name}.cu", name, tuple((own | macros | half).items()), fixed + stages * stage
 
 
 def _stage_rows(shape: Shape) -> int:
@@ -153,31 +154,22 @@ def _stage_rows(shape: Shape) -> int:
 
 
 class _Blocks:
-    """A launch over super-blocks, by a block for each multiprocessor: `arguments` in the kernel's order up to the
-    super-block's own."""
+    """A launch over super-blocks, by a block for each multiprocessor: `arguments` in the kernel's order, of which those
+    behind `fixed` are set for every launch, the super-block's range among them."""
 
-    def __init__(self, kernel: _Kernel, arguments: list[Any], edge: int | None = None) -> None:
-        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-        self.device = tensors[0].device
-        self.kept = tensors  # alive as long as the launch, which knows their addresses alone
-        self.ranges = [c_int() for _ in range(4)]
-        plain = [c_uint64(argument.data_ptr()) if isinstance(argument, Tensor) else argument for argument in arguments]
-        last = [] if edge is None else [c_int(edge)]
-        self.launch = Launch(kernels.kernel(*kernel, self.device), [*plain, *self.ranges, *last])
-        self.processors = launch.processors(self.device)
+    def __init__(self, kernel: _Kernel, fixed: list[Any], *last: int) -> None:
+        device = next(argument.device for argument in fixed if isinstance(argument, Tensor))
+        self.call = CudaCall(kernels.kernel(*kernel, device), THREADS, [*fixed, *[0] * 4, *last])
+        self.range = len(fixed)
+        self.processors = launch.processors(device)
 
-    def __call__(self, i: slice, j: slice) -> None:
-        for place, value in zip(self.ranges, (i.start, i.stop, j.start, j.stop), strict=True):
-            place.value = value
-        self.launch(self.processors, THREADS, 1, torch.cuda.current_stream(self.device).cuda_stream)
+    def __call__(self, i: slice, j: slice, put: tuple[int, ...] = ()) -> None:
+        values = (*put, i.start, i.stop, j.start, j.stop)
+        self.call(self.processors, dict(enumerate(values, self.range - len(put))))
 
 
-def _maps(x: Tensor, y: Tensor, shape: Shape = SM90_SHAPE) -> list[Any]:
-    """The matrices of the tensor maps are kept by who makes the launch."""
-    return [TensorMap.of(x, (_stage_rows(shape), DEPTH)), TensorMap.of(y, (shape.block_n, DEPTH))]
-
-
-_NOTHING = c_uint64(0)  # a pointer that the kernel does not follow
+def _boxes(x: Tensor, y: Tensor, shape: Shape = SM90_SHAPE) -> list[Any]:
+    return [Box(x, (_stage_rows(shape), DEPTH)), Box(y, (shape.block_n, DEPTH))]
 
 
 class Sums:
@@ -186,17 +178,16 @@ class Sums:
 
     def __init__(self, launch_pass: Pass, arguments: dict[str, Any]) -> None:
         a = arguments
-        positive = _NOTHING if a["positive_column"] is None else a["positive_column"]
         sums = [a["row_sums"], a["column_sums"]]
         if launch_pass.taught:
             kernel = _forward_pair_kernel(a["x"], launch_pass.mirrored)
             teacher = (a["y"], a["x"]) if launch_pass.mirrored else (a["teacher_x"], a["teacher_y"])
-            maps = [*_maps(a["x"], a["y"], SM90_PAIR), *_maps(*teacher, SM90_PAIR)]
+            boxes = [*_boxes(a["x"], a["y"], SM90_PAIR), *_boxes(*teacher, SM90_PAIR)]
             sums += [a["mirror_row_sums"], a["mirror_column_sums"]]
         else:
-            kernel, maps = _forward_kernel(a["x"]), _maps(a["x"], a["y"])
-        self.operands = a  # alive as long as the launch
-        self.blocks = _Blocks(kernel, [*maps, positive, a["scalars"], *sums, a["positive_logit"]], a["edge"])
+            kernel, boxes = _forward_kernel(a["x"]), _boxes(a["x"], a["y"])
+        fixed = [*boxes, a["positive_column"], a["scalars"], *sums, a["positive_logit"]]
+        self.blocks = _Blocks(kernel, fixed, a["edge"])
 
     def __call__(self, programs: int, row_start: int, row_end: int, column_start: int, column_end: int) -> None:
         self.blocks(slice(row_start, row_end), slice(column_start, column_end))
@@ -213,60 +204,44 @@ class GradientBlocks:
     """
 
     def __init__(self, launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor, _: Shape) -> None:
-        self.pass_, self.arguments = launch_pass, arguments
-        self.g, self.mirror_g = arguments["g"], mirror_g
-        a = arguments
-        if launch_pass.mirrored:
-            kernel = _backward_kernel(a["x"], True, launch_pass.tied)
-            self.own_put, self.mirror_put = c_int(), c_int()
-            self.maps = {id(g): TensorMap.of(g, G_BOX) for g in (self.g, mirror_g)}
-            self.mirrored = {
-                (id(own), id(other)): self._blocks(kernel, own, other)
-                for own, other in ((self.g, mirror_g), (mirror_g, self.g), (self.g, self.g))
-            }
+        a, self.arguments, self.mirrored = arguments, arguments, launch_pass.mirrored
+        g = arguments["g"]
+        if self.mirrored:
+            kernel = _backward_kernel(a["x"], launch_pass.mirrored, launch_pass.tied)
+            self.upper, self.lower, self.diagonal = (
+                self._blocks(kernel, own, other) for own, other in ((g, mirror_g), (mirror_g, g), (g, g))
+            )
+            self.zeros = Zeros(g)
             return
-        self.own = self._one("student", a["x"], a["y"], a["scalars"], STORE)
-        self.added = None
-        if launch_pass.taught:
-            # Of the scalars the kernel reads the student's factor and bound, which lie as far before the teacher's.
-            scalars = a["scalars"][TEACHER_FACTOR.value - FACTOR.value :]
-            self.added = self._one("teacher", a["teacher_x"], a["teacher_y"], scalars, ADD)
+        self.own = self._one("student", a["x"], a["y"], g)
+        self.added = self._one("teacher", a["teacher_x"], a["teacher_y"], g) if launch_pass.taught else None
 
     def __call__(self, i: slice, j: slice) -> None:
-        if not self.pass_.mirrored:
-            self.own(i, j)
+        if not self.mirrored:
+            self.own(i, j, (STORE, STORE))
             if self.added is not None:
-                self.added(i, j)
+                self.added(i, j, (ADD, ADD))
         elif i == j:
-            self.g.zero_()
-            self._exchange(i, i, (self.g, self.g), (ADD, ADD))
+            self.zeros()
+            self.diagonal(i, i, (ADD, ADD))
         else:
-            self._exchange(i, j, (self.g, self.mirror_g), (STORE, STORE))
-            self._exchange(j, i, (self.mirror_g, self.g), (ADD, ADD))
+            self.upper(i, j, (STORE, STORE))
+            self.lower(j, i, (ADD, ADD))
 
-    def _exchange(self, i: slice, j: slice, scratch: tuple[Tensor, Tensor], put: tuple[int, int]) -> None:
-        self.own_put.value, self.mirror_put.value = put
-        self.mirrored[id(scratch[0]), id(scratch[1])](i, j)
-
-    def _one(self, of: str, x: Tensor, y: Tensor, scalars: Tensor, put: int) -> _Blocks:
-        g = TensorMap.of(self.g, G_BOX)
+    def _one(self, of: str, x: Tensor, y: Tensor, g: Tensor) -> _Blocks:
+        """Without a mirror, which is given as the tile itself."""
+        a = self.arguments
         vectors = self._vectors("row", of) + self._vectors("column", of)
-        rest = [_NOTHING] * 4 + [c_int(put), c_int(put)]
-        arguments = [*_maps(x, y), g, g, self._positive(), scalars, *vectors, *rest]
-        return _Blocks(_backward_kernel(x), arguments)
+        fixed = [*_boxes(x, y), Box(g, G_BOX), Box(g, G_BOX), a["positive_column"], a["scalars"], *vectors]
+        return _Blocks(_backward_kernel(x, teacher=of == "teacher"), [*fixed, *[None] * 4, STORE, STORE])
 
     def _blocks(self, kernel: _Kernel, own: Tensor, other: Tensor) -> _Blocks:
         """A row of the tile is a column of the mirror, whose teacher's softmax it takes part in."""
         a = self.arguments
         student = self._vectors("row", "student") + self._vectors("column", "student")
         mirror = self._vectors("column", "teacher")[:2] + self._vectors("row", "teacher")[:2]
-        maps = [*_maps(a["x"], a["y"]), self.maps[id(own)], self.maps[id(other)]]
-        put = [self.own_put, self.mirror_put]
-        return _Blocks(kernel, [*maps, self._positive(), a["scalars"], *student, *mirror, *put])
-
-    def _positive(self) -> Any:
-        positive = self.arguments["positive_column"]
-        return _NOTHING if positive is None else positive
+        boxes = [*_boxes(a["x"], a["y"]), Box(own, G_BOX), Box(other, G_BOX)]
+        return _Blocks(kernel, [*boxes, a["positive_column"], a["scalars"], *student, *mirror, STORE, STORE])
 
     def _vectors(self, direction: str, of: str) -> list[Tensor]:
         names = (f"{of}_coefficient", f"{of}_exponent", "in_range")
