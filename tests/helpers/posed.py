@@ -4,6 +4,7 @@ launches: what the CUDA kernels' dispatch does can be seen, and what it launches
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -86,6 +87,12 @@ class Hopper(StandIn):
         kinds = KERNELS[launched.name].items()
         return {name: value(of, content) for (name, of), content in zip(kinds, launched.parameters, strict=True)}
 
+    def _cuMemsetD8Async(self, address: int, value: int, count: int, stream: int | None) -> int:
+        failed = super()._cuMemsetD8Async(address, value, count, stream)
+        if not failed:
+            ctypes.memset(address, value, count)
+        return failed
+
     def note(self, launched: Any) -> None:
         from triton.runtime.jit import JITFunction
 
@@ -103,13 +110,13 @@ class Hopper(StandIn):
 def hopper(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hopper]:
     """A new process on such a GPU."""
     from bench import stubbed
+    from softclip_kernels.backends.triton import cuda_call, sm90, tuning
     from softclip_kernels.backends.triton import launch as triton_launch
-    from softclip_kernels.backends.triton import sm90, tuning
 
     found = Hopper()
     opened = driver.Driver(found)
     opened.call("cuCtxSetCurrent", CONTEXT)
-    for module in (kernels, launch, tensor_map):
+    for module in (kernels, launch, tensor_map, cuda_call):
         patch.setattr(module, "driver", lambda: opened)
     patch.setattr(kernels, "nvrtc", lambda: found.compiler)
     new_process(patch)
@@ -165,7 +172,8 @@ def problem(
     **others: Any,
 ) -> Problem:
     x, y = embeddings(n, d, dtype), embeddings(n, d, dtype)
-    return Problem(x, y, torch.tensor(10.0), torch.arange(n), teachers=teachers, **others)
+    each = torch.arange(n)
+    return Problem(x, y, torch.tensor(10.0), each, positive_row=each, teachers=teachers, **others)
 
 
 def own_teacher(n: int = 300, d: int = 64, dtype: torch.dtype = torch.bfloat16, **others: Any) -> TeacherOperand:
