@@ -201,6 +201,7 @@ def walk(stand_in):
     made.version()
     launch, _ = prepared(made)
     launch(132, 384, 2, 0)
+    made.call("cuMemsetD8Async", 4096, 0, 64, 0)
 
 
 def test_the_walk_makes_every_call():

@@ -113,7 +113,7 @@ def test_a_device_has_one_module_of_a_file_and_its_macros(machine):
 def test_whether_one_is_loaded_can_be_asked(machine):
     stand_in, compiler = machine
     given = ("softmax.cu", "statistics", DEFINES, 1000)
-    assert not kernels.loaded(GPU, *given) and not stand_in.called and not compiler.compiled
+    assert not kernels.loaded(GPU, *given) and not stand_in.modules and not compiler.compiled
     get()
     assert kernels.loaded(GPU, *given) and not kernels.loaded(OTHER, *given)
     assert not kernels.loaded(GPU, "softmax.cu", "gradient", DEFINES, 1000)
