@@ -190,7 +190,7 @@ def test_a_launch_on_another_device_is_an_error_by_name():
 CALLS = (
     *("cuInit", "cuDriverGetVersion", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxSetCurrent"),
     *("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuFuncGetParamInfo", "cuTensorMapEncodeTiled"),
-    "cuLaunchKernelEx",
+    *("cuLaunchKernelEx", "cuMemsetD8Async"),
 )
 
 
