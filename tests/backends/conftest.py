@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import posed
 
 from softclip_kernels.backends import cpu
 
@@ -25,3 +26,10 @@ def threads(monkeypatch):
 
     set_threads(2)
     return set_threads
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A Hopper GPU with a driver and a compiler, which the CPU's tensors are on (helpers/posed.py)."""
+    with posed.hopper(monkeypatch, tmp_path) as machine:
+        yield machine

@@ -1,150 +1,21 @@
-"""The CUDA kernels as candidates of the Triton backend's tuner, without a GPU: for which passes they are offered, and
-why not for others, the arguments of every launch, the test that they have to pass, and the clock's choice. Tensors of the CPU
-pose as a Hopper GPU's, with stand-ins for the driver, the compiler and Triton's launches."""
+"""The CUDA kernels as candidates of the Triton backend's tuner, without a GPU (helpers/posed.py): for which passes they
+are offered, and why not for others. What they launch then is in test_sm90_launch.py."""
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import json
 import logging
 import re
-import struct
-from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT
 from helpers.backends import needs_triton
-from helpers.cuda_driver import StandIn
+from helpers.posed import OWN_LOGITS, SCALED, SWAPPED, embeddings, own_teacher, passes_of, problem
 
-from softclip_kernels.backends.cuda import Unavailable, driver, kernels, launch, tensor_map
+from softclip_kernels.backends.cuda import Unavailable, kernels
 from softclip_kernels.backends.cuda.nvrtc import CompileError
-from softclip_kernels.problem import Problem, Source, TeacherOperand
-from softclip_kernels.stats import StatisticsGradient, Wanted
 
 pytestmark = needs_triton
-
-GPU = torch.device("cuda", 0)
-PROCESSORS, STREAM = 132, 77
-TYPES = {"TensorMap": (128, None), "int": (4, "<i")}  # of parameters: bytes and how they are read; else a pointer
-
-
-def parameters(name):
-    """Of a kernel, from its text: name to type."""
-    text = (ROOT / "csrc" / "cuda" / f"{name}.cu").read_text()
-    listed = re.search(rf"\b{name}\((const __grid_constant__.*?)\) {{", text, re.DOTALL)[1]
-    found = {}
-    for parameter in listed.split(","):
-        *of, called = parameter.replace("*", " * ").split()
-        found[called] = "TensorMap" if "ptx::TensorMap" in of else "pointer" if "*" in of else of[-1]
-    return found
-
-
-KERNELS = {name: parameters(name) for name in ("softmax_forward", "softmax_forward_pair", "softmax_backward")}
-
-
-class Compiler:
-    """Stands for NVRTC."""
-
-    version = (12, 8)
-
-    def __init__(self):
-        self.compiled = []
-
-    def compile(self, name, text, headers, options):
-        self.compiled.append((name, dict(option.split("=", 2)[1:] for option in options if "macro" in option)))
-        return b"cubin"
-
-
-class Machine(StandIn):
-    """A driver whose launches call `run`, if there is one, with the kernel's name and its arguments by name."""
-
-    def __init__(self):
-        super().__init__({name: [TYPES.get(of, (8,))[0] for of in each.values()] for name, each in KERNELS.items()})
-        self.run = None
-        self.compiler = Compiler()
-
-    def _cuLaunchKernelEx(self, *arguments):
-        failed = super()._cuLaunchKernelEx(*arguments)
-        if not failed and self.run is not None:
-            self.run(self.launched[-1].name, self.arguments(self.launched[-1]))
-        return failed
-
-    def arguments(self, launched):
-        """By name: numbers, pointers, and of a tensor map what was encoded."""
-        kinds = KERNELS[launched.name]
-        return {
-            name: self.encoded[content[0] - 1]
-            if of == "TensorMap"
-            else struct.unpack(TYPES.get(of, (8, "<Q"))[1], content)[0]
-            for (name, of), content in zip(kinds.items(), launched.parameters, strict=True)
-        }
-
-
-@pytest.fixture
-def machine(monkeypatch, tmp_path):
-    """A Hopper GPU, and a new process on it."""
-    from bench import stubbed
-    from softclip_kernels.backends.triton import launch as triton_launch
-    from softclip_kernels.backends.triton import sm90, tuning
-
-    found = Machine()
-    opened = driver.Driver(found)
-    opened.call("cuCtxSetCurrent", 1000)
-    for module in (kernels, launch, tensor_map):
-        monkeypatch.setattr(module, "driver", lambda: opened)
-    monkeypatch.setattr(kernels, "nvrtc", lambda: found.compiler)
-    for module, names in ((kernels, ("_modules", "_functions", "_reasons")), (tuning, ("_chosen", "_measurements"))):
-        for name in names:
-            monkeypatch.setattr(module, name, {})
-    monkeypatch.setattr(sm90, "_failed", {})
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.Tensor, "device", property(lambda self: GPU))
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    for name, value in {
-        "get_device_capability": lambda device: (9, 0),
-        "get_device_name": lambda device: "H200",
-        "current_device": lambda: 0,
-        "current_stream": lambda device: SimpleNamespace(cuda_stream=STREAM),
-        "is_current_stream_capturing": lambda: False,
-        "synchronize": lambda: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    for name in ("SOFTCLIP_CUDA", "SOFTCLIP_CANDIDATE", "SOFTCLIP_AUTOTUNE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found.triton = []  # what Triton launches
-    triton_launch._case.cache_clear()
-    with stubbed.gpu(lambda launched: (found.triton.append(launched), found.of_triton(launched))):
-        found.of_triton = lambda launched: None
-        yield found
-    triton_launch._case.cache_clear()
-
-
-def embeddings(n, d, dtype=torch.bfloat16):
-    return torch.zeros(n, d, dtype=dtype)
-
-
-def problem(n=300, d=128, dtype=torch.bfloat16, teachers=(), **others):
-    x, y = embeddings(n, d, dtype), embeddings(n, d, dtype)
-    return Problem(x, y, torch.tensor(10.0), torch.arange(n), teachers=teachers, **others)
-
-
-def own_teacher(n=300, d=64, dtype=torch.bfloat16, **others):
-    return TeacherOperand(
-        Source.EMBEDDINGS, torch.tensor(5.0), embeddings(n, d, dtype), embeddings(n, d, dtype), **others
-    )
-
-
-SWAPPED, SCALED = TeacherOperand(Source.TRANSPOSED), TeacherOperand(Source.TRANSPOSED, torch.tensor(2.0))
-OWN_LOGITS = TeacherOperand(Source.LOGITS, torch.tensor(2.0))
-
-
-def passes_of(of):
-    from softclip_kernels.backends.triton import passes
-
-    return passes.passes(of)[0]
 
 
 def why_not(kind, of):
@@ -184,7 +55,7 @@ def why_not(kind, of):
     ),
     ids=("hard", "swapped", "swapped, of another scale", "own teacher", "narrow teacher", "wide"),
 )
-def test_what_suits_is_compiled_and_offered(machine, of, files, dtype):
+def test_what_suits_is_compiled_and_offered(hopper, of, files, dtype):
     named = {
         "swapped": SWAPPED,
         "scaled": SCALED,
@@ -193,9 +64,9 @@ def test_what_suits_is_compiled_and_offered(machine, of, files, dtype):
     }
     given = problem(dtype=dtype, **(of | {"teachers": (named[of["teachers"]],)} if "teachers" in of else of))
     for kind, expected in files.items():
-        machine.compiler.compiled.clear()
+        hopper.compiler.compiled.clear()
         assert why_not(kind, given) is None
-        compiled = machine.compiler.compiled
+        compiled = hopper.compiler.compiled
         assert [name for name, _ in compiled] == [f"{name}.cu" for name, each in expected.items() for _ in each]
         for (_, macros), wanted in zip(
             compiled, (macros for each in expected.values() for macros in each), strict=True
@@ -236,7 +107,7 @@ UNSUITABLE = {
 
 
 @pytest.mark.parametrize("case", UNSUITABLE)
-def test_what_does_not_suit_is_not_offered_and_says_why(machine, monkeypatch, case):
+def test_what_does_not_suit_is_not_offered_and_says_why(hopper, monkeypatch, case):
     from softclip_kernels.backends.triton import launch as triton_launch
 
     kind, of, reason = UNSUITABLE[case]
@@ -245,7 +116,7 @@ def test_what_does_not_suit_is_not_offered_and_says_why(machine, monkeypatch, ca
     assert re.search(reason, why_not(kind, problem(**of)))
     if kind != "online":
         assert all(shape.way != "sm90" for shape in triton_launch.candidates(kind, passes_of(problem(**of))[0]))
-    assert machine.compiler.compiled == []
+    assert hopper.compiler.compiled == []
 
 
 @pytest.mark.parametrize(
@@ -259,7 +130,7 @@ def test_what_does_not_suit_is_not_offered_and_says_why(machine, monkeypatch, ca
     ),
     ids=("one row", "overlapping", "apart by half a step", "shifted", "transposed"),
 )
-def test_rows_that_do_not_stream_are_not_offered(machine, of_x, reason):
+def test_rows_that_do_not_stream_are_not_offered(hopper, of_x, reason):
     given = problem()
     assert re.search(reason, why_not("backward", dataclasses.replace(given, x=of_x(given.x))))
     teacher = dataclasses.replace(own_teacher(d=128), x=of_x(embeddings(300, 128)))
@@ -284,7 +155,7 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("case", CANNOT)
-def test_a_machine_that_cannot_falls_back_and_raises_where_they_are_asked_for(machine, monkeypatch, case):
+def test_a_machine_that_cannot_falls_back_and_raises_where_they_are_asked_for(hopper, monkeypatch, case):
     from softclip_kernels.backends.triton import launch as triton_launch
 
     name, value, reason = CANNOT[case]
@@ -298,7 +169,7 @@ def test_a_machine_that_cannot_falls_back_and_raises_where_they_are_asked_for(ma
         triton_launch.candidates("forward", one)
 
 
-def test_another_architecture_is_an_error_where_they_are_asked_for(machine, monkeypatch):
+def test_another_architecture_is_an_error_where_they_are_asked_for(hopper, monkeypatch):
     from softclip_kernels.backends.triton import launch as triton_launch
 
     monkeypatch.setattr(triton_launch, "architecture", lambda device: "sm_80")
@@ -308,7 +179,7 @@ def test_another_architecture_is_an_error_where_they_are_asked_for(machine, monk
         triton_launch.candidates("forward", passes_of(problem())[0])
 
 
-def test_they_can_be_turned_off(machine, monkeypatch):
+def test_they_can_be_turned_off(hopper, monkeypatch):
     from softclip_kernels.backends.triton import launch as triton_launch
 
     monkeypatch.setenv("SOFTCLIP_CUDA", "0")
@@ -317,7 +188,7 @@ def test_they_can_be_turned_off(machine, monkeypatch):
     assert all(shape.way != "sm90" for shape in triton_launch.candidates("forward", passes_of(problem())[0]))
 
 
-def test_another_gpu_asks_nothing(machine, monkeypatch):
+def test_another_gpu_asks_nothing(hopper, monkeypatch):
     from softclip_kernels.backends.triton import launch as triton_launch
 
     monkeypatch.setattr(triton_launch, "architecture", lambda device: "sm_80")
@@ -326,7 +197,7 @@ def test_another_gpu_asks_nothing(machine, monkeypatch):
     assert all(shape.way != "sm90" for shape in triton_launch.candidates("forward", passes_of(problem())[0]))
 
 
-def test_small_problems_compile_nothing(machine, monkeypatch):
+def test_small_problems_compile_nothing(hopper, monkeypatch):
     """Unless they are asked for, by either variable."""
     from softclip_kernels.backends.triton import launch as triton_launch
     from softclip_kernels.backends.triton import tuning
@@ -334,7 +205,7 @@ def test_small_problems_compile_nothing(machine, monkeypatch):
     def ways():
         return [shape.way for shape in triton_launch.candidates("forward", passes_of(problem())[0])]
 
-    assert "sm90" not in ways() and machine.compiler.compiled == []
+    assert "sm90" not in ways() and hopper.compiler.compiled == []
     for name, value in (("SOFTCLIP_CUDA", "1"), ("SOFTCLIP_CANDIDATE", "forward=sm90")):
         monkeypatch.setenv(name, value)
         assert ways()[-1] == "sm90"
@@ -354,8 +225,8 @@ def failing(error):
     return compile
 
 
-def test_a_kernel_that_does_not_compile_is_named_once(machine, monkeypatch, caplog):
-    machine.compiler.compile = failing(CompileError("nvrtcCompileProgram failed\nline 3"))
+def test_a_kernel_that_does_not_compile_is_named_once(hopper, monkeypatch, caplog):
+    hopper.compiler.compile = failing(CompileError("nvrtcCompileProgram failed\nline 3"))
     with caplog.at_level(logging.WARNING, "softclip_kernels"):
         for _ in range(3):
             assert why_not("forward", problem()) == "nvrtcCompileProgram failed"
@@ -367,16 +238,16 @@ def test_a_kernel_that_does_not_compile_is_named_once(machine, monkeypatch, capl
         why_not("forward", problem(d=64))
 
 
-def test_a_module_that_does_not_load_is_left_out(machine):
-    machine.fails["cuModuleLoadData"] = 200
+def test_a_module_that_does_not_load_is_left_out(hopper):
+    hopper.fails["cuModuleLoadData"] = 200
     assert "cuModuleLoadData failed: CUDA_ERROR_INVALID_IMAGE" in why_not("forward", problem())
 
 
-def test_nothing_is_compiled_while_a_graph_is_captured(machine, monkeypatch):
+def test_nothing_is_compiled_while_a_graph_is_captured(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for kind in ("forward", "backward"):
         assert "being captured" in why_not(kind, problem())
-    assert machine.compiler.compiled == [] and machine.modules == []
+    assert hopper.compiler.compiled == [] and hopper.modules == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert why_not("forward", problem()) is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)

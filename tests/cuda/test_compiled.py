@@ -61,16 +61,16 @@ CHANGES = {
     "a box twice": (
         FORWARD,
         "tiles.cuh",
-        "ptx::tma_load(stage, *operands.x[kPair ? part : 0], column, row, full);",
-        "ptx::tma_load(stage, *operands.x[kPair ? part : 0], column, row, full); ptx::tma_load(stage, *operands.x[kPair ? part : 0], column, row, full);",
+        "ptx::tma_load(stage,",
+        "ptx::tma_load(stage, *operands.x[0], 0, 0, full); ptx::tma_load(stage,",
         "UTMALDG",
     ),
     "stored instead of added": (BACKWARD, "softmax_backward.cu", "ptx::tma_add(", "ptx::tma_store(", "0 UTMAREDG"),
     "an exponential for each direction": (
         BACKWARD,
         "softmax_backward.cu",
-        "out = of_part * (",
-        "out = ptx::exp2(0.5f * of_part) * (",
+        "out = e * (",
+        "out = ptx::exp2(e) * (",
         "512 MUFU.EX2 instead of 384",
     ),
     "other shared memory": (
