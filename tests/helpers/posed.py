@@ -4,6 +4,7 @@ launches: what the CUDA kernels' dispatch does can be seen, and what it launches
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import struct
 from collections.abc import Callable, Iterator
@@ -75,6 +76,10 @@ class Hopper(StandIn):
             self.run(self.launched[-1].name, self.arguments(self.launched[-1]))
         return failed
 
+    def _cuMemsetD8Async(self, address: int, value: int, count: int, stream: int | None) -> None:
+        super()._cuMemsetD8Async(address, value, count, stream)
+        ctypes.memset(address, value, count)
+
     def arguments(self, launched: Launched) -> dict[str, Any]:
         """By name: numbers, pointers, and of a tensor map what was encoded."""
 
@@ -104,12 +109,12 @@ def hopper(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hopper]:
     """A new process on such a GPU."""
     from bench import stubbed
     from softclip_kernels.backends.triton import launch as triton_launch
-    from softclip_kernels.backends.triton import sm90, tuning
+    from softclip_kernels.backends.triton import cuda_call, sm90, tuning
 
     found = Hopper()
     opened = driver.Driver(found)
     opened.call("cuCtxSetCurrent", CONTEXT)
-    for module in (kernels, launch, tensor_map):
+    for module in (kernels, launch, tensor_map, cuda_call):
         patch.setattr(module, "driver", lambda: opened)
     patch.setattr(kernels, "nvrtc", lambda: found.compiler)
     new_process(patch)
