@@ -109,11 +109,11 @@ struct Entries {
     quarter<1, 1>(d, tile);
   }
 
+  // All threads have read the ones before: they have waited for the consumer's turn since.
   DEVICE void load_vectors(const Tile& tile) {
     panel = tile.local_column;
     const int column = tile.column + lane.thread;
     const bool inside = column < share.column_end;
-    ptx::barrier_sync(kOwn + consumer, kWarpgroup);
 #pragma unroll
     for (int of = 0; of < kOutputs; ++of) {
       const Vectors& columns = in.outputs[of].columns;
@@ -123,7 +123,7 @@ struct Entries {
     if (MIRROR) {
       const int* halves = reinterpret_cast<const int*>(in.positive_column);  // as Positives takes them
       const int row = inside && halves ? halves[2ll * column] : -1;
-      ptx::store_shared(column_positives() + 4 * lane.thread, __int_as_float(row < share.row_end ? row : -1));
+      ptx::store_shared(column_positives() + 4 * lane.thread, __int_as_float(row));
     }
     ptx::barrier_sync(kOwn + consumer, kWarpgroup);
   }

@@ -105,8 +105,7 @@ struct Sums {
       ptx::barrier_sync(kOwn + consumer, kWarpgroup);
 #pragma unroll
       for (int warp = 0; warp < 4; ++warp) sum += ptx::load_shared(memory + 4 * (warp * kColumns + lane.thread));
-      ptx::barrier_sync(kOwn + consumer, kWarpgroup);
-      clear();
+      clear();  // and the next ones are written after the consumer's next turn, for which all its threads wait
     }
     const int column_number = tile.column + lane.thread;
     if (column_number < share.column_end) {

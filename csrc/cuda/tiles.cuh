@@ -55,6 +55,8 @@ struct Barriers {
   DEVICE u32 full(int stage) const { return base + 8 * stage; }
   DEVICE u32 empty(int stage) const { return base + 8 * (kStages + stage); }
   DEVICE u32 panel_full() const { return base + 16 * kStages; }
+  // One arrival of each consumer, or two of one whose next panel is one further: it has its turn after the other has
+  // left the panel between.
   DEVICE u32 panel_empty() const { return base + 16 * kStages + 8; }
   static constexpr u32 kOffset = kEpilogue + 2 * kEpilogueBytes;
   static constexpr u32 kBytes = 16 * kStages + 16;

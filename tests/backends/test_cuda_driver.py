@@ -190,7 +190,7 @@ def test_a_launch_on_another_device_is_an_error_by_name():
 CALLS = (
     *("cuInit", "cuDriverGetVersion", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxGetCurrent", "cuCtxSetCurrent"),
     *("cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", "cuFuncGetParamInfo", "cuTensorMapEncodeTiled"),
-    "cuLaunchKernelEx",
+    *("cuLaunchKernelEx", "cuMemsetD8Async"),
 )
 
 
@@ -201,6 +201,7 @@ def walk(stand_in):
     made.version()
     launch, _ = prepared(made)
     launch(132, 384, 2, 0)
+    made.call("cuMemsetD8Async", 4096, 0, 64, 0)
 
 
 def test_the_walk_makes_every_call():

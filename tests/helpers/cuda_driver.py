@@ -65,7 +65,7 @@ class StandIn:
     lacks     names of calls that this driver does not have
     called    the names of all calls, in order
     modules   (context, cubin) of every one
-    launched  every launch; `encoded`: every tensor map; `filled`: address, byte, count and stream of every filling
+    launched  every launch; `encoded`: every tensor map; `filled`: (address, value, bytes, stream) of every memset
     """
 
     VERSION = 12080
@@ -78,7 +78,7 @@ class StandIn:
         self.modules: list[tuple[int, bytes]] = []
         self.launched: list[Launched] = []
         self.encoded: list[Encoded] = []
-        self.filled: list[tuple[int, int, int, int | None]] = []
+        self.filled: list[tuple[int, int, int, int]] = []
         self._functions: list[tuple[int, str]] = []  # context and name; a handle is 3000 + the place
         self._shared: dict[int, int] = {}
         self._thread = threading.local()
@@ -104,6 +104,9 @@ class StandIn:
 
     def _cuInit(self, flags: int) -> int:
         return 0 if flags == 0 else INVALID_VALUE
+
+    def _cuMemsetD8Async(self, address: int, value: int, count: int, stream: int | None) -> None:
+        self.filled.append((address, value, count, stream or 0))
 
     def _cuDriverGetVersion(self, version: Any) -> None:
         version[0] = self.VERSION
@@ -183,12 +186,6 @@ class StandIn:
             Encoded(dtype, address, sizes[:rank], strides[: rank - 1], box[:rank], steps[:rank], tuple(options))
         )
         ctypes.memmove(tensor_map, self.map_bytes(len(self.encoded) - 1), 128)
-        return 0
-
-    def _cuMemsetD8Async(self, address: int, value: int, count: int, stream: int | None) -> int:
-        if self.current is None:
-            return INVALID_CONTEXT
-        self.filled.append((address, value, count, stream))
         return 0
 
     @staticmethod

@@ -76,6 +76,10 @@ class Hopper(StandIn):
             self.run(self.launched[-1].name, self.arguments(self.launched[-1]))
         return failed
 
+    def _cuMemsetD8Async(self, address: int, value: int, count: int, stream: int | None) -> None:
+        super()._cuMemsetD8Async(address, value, count, stream)
+        ctypes.memset(address, value, count)
+
     def arguments(self, launched: Launched) -> dict[str, Any]:
         """By name: numbers, pointers, and of a tensor map what was encoded."""
 
@@ -86,12 +90,6 @@ class Hopper(StandIn):
 
         kinds = KERNELS[launched.name].items()
         return {name: value(of, content) for (name, of), content in zip(kinds, launched.parameters, strict=True)}
-
-    def _cuMemsetD8Async(self, address: int, value: int, count: int, stream: int | None) -> int:
-        failed = super()._cuMemsetD8Async(address, value, count, stream)
-        if not failed:
-            ctypes.memset(address, value, count)
-        return failed
 
     def note(self, launched: Any) -> None:
         from triton.runtime.jit import JITFunction
