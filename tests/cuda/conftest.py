@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable
 
 import pytest
-from helpers.emulated_kernels import Specialization
+from helpers.emulated_problem import Specialization
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from helpers.emulated import TESTS, EmulatorError, aligned, build, call, exact, rounded
-from helpers.emulated_kernels import KERNELS
+from helpers.emulated_problem import KERNELS
 
 SEEDS = 60  # of the pipeline; every fault is found by far fewer
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from helpers.emulated_kernels import Gradient, Problem, Specialization, backward, scratch, wrong_entries, wrong_sizes
+from helpers.emulated_backward import Gradient, backward, scratch, wrong_entries
+from helpers.emulated_kernels import wrong_sizes
+from helpers.emulated_problem import Problem, Specialization
 from helpers.kernel_mutants import BACKWARD, MIRRORED, runs
 
 SHARED_BYTES = 227 * 1024  # that a block may have

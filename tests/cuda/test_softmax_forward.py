@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from helpers.emulated_kernels import LENGTHS, Problem, Specialization, forward, wrong_sizes, wrong_sums
+from helpers.emulated_forward import forward, wrong_sums
+from helpers.emulated_kernels import LENGTHS, wrong_sizes
+from helpers.emulated_problem import Problem, Specialization
 from helpers.kernel_mutants import FORWARD, runs
 
 SHARED_BYTES = 227 * 1024  # that a block may have

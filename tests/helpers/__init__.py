@@ -5,7 +5,8 @@ candidates   every tile shape that a Triton kernel may take
 cuda_driver  a driver of CUDA without a GPU, which notes what it is handed
 data         a tiny data set, and a configuration that trains on it in seconds
 emulated     C++ that runs in the emulator of tests/cuda/, built and called
-emulated_kernels  the kernels of csrc/cuda/ in it, against float64
+emulated_kernels  the kernels of csrc/cuda/ in it, against float64: any of them, under a seed or over all sizes
+emulated_backward, emulated_forward, emulated_problem  their calls and truths, and what they are called with
 engines      two tiny towers in a DeepSpeed engine, and the plain loop that training must equal
 faults/      what breaks in a job's ranks on purpose
 hosts/       what tests of other people's trainers share

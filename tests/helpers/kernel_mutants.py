@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .emulated import EmulatorError
-from .emulated_kernels import KERNELS, Gradient, Problem, Specialization, wrong
+from .emulated_kernels import drawn, wrong
+from .emulated_problem import KERNELS, Specialization
 
 SEEDS = 200
 FORWARD = Specialization("forward", 128)
 BACKWARD = Specialization("backward", 128)
 MIRRORED = Specialization("backward", 64, mirror=True)
+PAIR = Specialization("pair", 128)
+PAIR_MIRRORED = Specialization("pair", 64, mirror=True)
 
 # Rows, columns, blocks: several panels of several tiles; panels of one tile, which consumers skip in turns; a share
 # that begins with the last tile of a panel; few tiles for many blocks.
@@ -45,11 +48,7 @@ def runs(specialization: Specialization, library: ctypes.CDLL) -> Iterator[str |
     """What is wrong, or None, under one seed after another, over small problems in turns."""
     problems = []
     for n, m, blocks in SQUARES if specialization.mirror else SIZES:
-        problem = Problem.draw(n, m, specialization.width, half=specialization.half)
-        gradient = None
-        if specialization.kernel == "backward":
-            gradient = Gradient.draw(problem, 0.1, specialization.mirror, specialization.tied)
-        problems.append((problem, gradient, blocks))
+        problems.append((*drawn(specialization, n, m), blocks))
     for seed in range(SEEDS):
         problem, gradient, blocks = problems[seed % len(problems)]
         try:
