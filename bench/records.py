@@ -111,12 +111,13 @@ def _plain(value: Any) -> Any:
 
 def environment() -> dict[str, Any]:
     """What a figure depends on beside the machine: the time, the commit, whether the tree differed from it, the
-    package's sources, threads and versions. A copy without .git (a machine lent for a run) takes the commit from
-    SOFTCLIP_COMMIT and cannot tell whether it was modified (None)."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    package's sources, threads and versions. SOFTCLIP_COMMIT names the commit of a copy (on a machine lent for a run),
+    whose .git is missing or of another commit, and which cannot tell whether it was modified (None)."""
+    given = os.environ.get("SOFTCLIP_COMMIT")
+    status = None if given else _git("status", "--porcelain", "--untracked-files=no")
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD") or os.environ.get("SOFTCLIP_COMMIT") or "unknown",
+        "commit": given or _git("rev-parse", "--short=12", "HEAD") or "unknown",
         "modified": None if status is None else bool(status),
         "sources": sources(Path(softclip_kernels.__file__).parent),
         "threads": torch.get_num_threads(),

@@ -92,6 +92,7 @@ def replayed(monkeypatch):
     monkeypatch.setattr(call.Call, "__init__", start)
     monkeypatch.setattr(recording.Recording, "follow", counted)
     monkeypatch.setattr(replay, "_recordings", {})
+    monkeypatch.setenv("SOFTCLIP_REPLAY", "1")
     monkeypatch.setattr(driver, "_active", Driver())
     return followed
 

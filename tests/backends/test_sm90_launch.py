@@ -251,6 +251,7 @@ def test_a_pass_that_is_replayed_launches_them_again(hopper, monkeypatch, case):
     """In the same order, on its own operands."""
     from softclip_kernels.backends.triton import recording
 
+    monkeypatch.setenv("SOFTCLIP_REPLAY", "1")
     monkeypatch.setenv("SOFTCLIP_CUDA", "1")
     monkeypatch.setenv("SOFTCLIP_GPU_MIB", "2")
     of, seen, followed = problem(1500, teachers=CASES[case][0]), [], []

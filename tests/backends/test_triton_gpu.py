@@ -243,6 +243,23 @@ def test_a_cuda_graph_replays_the_loss(name, dtype, forced, monkeypatch):
         assert not fused(x, y, scale, target).differing(replay())
 
 
+@pytest.mark.parametrize("forced", ("0", "1"))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", (*SQUARE_TARGETS, "psd_teacher"))
+def test_a_replayed_pass_is_the_computed_one(name, dtype, forced, monkeypatch):
+    """Bit for bit, of other operands than it was recorded with, in one super-block and in several."""
+    if forced == "1" and kernels.why_not(torch.device(DEVICE)) is not None:
+        pytest.skip(f"the CUDA kernels were not run: {kernels.why_not(torch.device(DEVICE))}")
+    monkeypatch.setenv("SOFTCLIP_CUDA", forced)
+    for n, d in CANDIDATES:
+        target, expected = target_of(name, n, n, d, dtype), []
+        given = [operands(n, n, d, dtype, scale) for scale in (30.0, 14.3, 5.0, 14.3)]
+        for replayed in ("0", "1"):
+            monkeypatch.setenv("SOFTCLIP_REPLAY", replayed)
+            expected.append([fused(*each, target) for each in given])
+        assert not any(one.differing(other) for one, other in zip(*expected, strict=True))
+
+
 @pytest.mark.parametrize("name", ("hard", "psd", "psd_external"))
 def test_a_loss_stays_on_its_stream(name):
     """Its operands are there late, and only for those who wait on the stream."""

@@ -43,6 +43,7 @@ def noted(monkeypatch):
 
     launches, variants, kernel = Notes(), itertools.count(), stubbed.Kernel
     monkeypatch.setattr(stubbed, "Kernel", lambda name, note: kernel(f"{name} {next(variants)}", note))
+    monkeypatch.setenv("SOFTCLIP_REPLAY", "1")
     with stubbed.gpu(launches.append):
         yield launches
 
@@ -173,6 +174,7 @@ def test_other_gradients_have_launches_of_their_own(monkeypatch, noted, wanted):
         ("SOFTCLIP_CANDIDATE", "forward=128x64x64w8s3,backward=128x64x64w8s3"),
         ("SOFTCLIP_AUTOTUNE", "0"),
         ("SOFTCLIP_REPLAY", "0"),
+        ("SOFTCLIP_REPLAY", ""),
     ),
 )
 def test_settings_are_read_at_every_call(monkeypatch, noted, setting, value):

@@ -81,9 +81,9 @@ def test_what_was_not_measured_takes_no_place(record):
 
 @pytest.mark.parametrize(
     ("git", "told", "commit"),
-    ((None, None, "unknown"), (None, "", "unknown"), (None, "abc", "abc"), ("def", "", "def"), ("def", "abc", "def")),
+    ((None, None, "unknown"), (None, "", "unknown"), (None, "abc", "abc"), ("def", "", "def"), ("def", "abc", "abc")),
 )
-def test_the_commit_is_gits_or_the_one_that_is_told(git, told, commit, monkeypatch):
+def test_the_commit_is_the_one_that_is_told_or_gits(git, told, commit, monkeypatch):
     monkeypatch.setattr(records, "_git", lambda *_: git)
     monkeypatch.delenv("SOFTCLIP_COMMIT", raising=False)
     if told is not None:
