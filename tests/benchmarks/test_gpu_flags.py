@@ -68,17 +68,20 @@ def test_what_starts_processes_is_told_what_the_flags_say(tmp_path, monkeypatch)
 def test_the_sanitizer_looks_at_the_cuda_kernels_too(tmp_path, monkeypatch):
     """Where they can run, after Triton's, with texts of their own; a candidate that is asked for comes alone."""
     told = []
-    monkeypatch.setattr(
-        tools.external, "sanitize", lambda **arguments: told.append(arguments["one"]) or {"passed": True}
-    )
+
+    def sanitize(check, one, limit):
+        told.append(one)
+        return {"check": check, **one.case.labels(), "passed": True}
+
+    monkeypatch.setattr(tools.external, "sanitize", sanitize)
     monkeypatch.setattr(tools, "_has_cuda_kernels", lambda device: True)
-    code, rows = _tooled(tmp_path, "--sanitize")
+    code, rows = _tooled(tmp_path / "all", "--sanitize")
     half = len(CHECKS) * len(LOSSES)
     assert code == 0 and [row.get("candidate") for row in rows] == [None] * half + ["sm90"] * half
     assert [one.environment.get(FORCED) for one in told] == [None] * half + ["sm90"] * half
     assert {one.folder for one in told[:half]} != {one.folder for one in told[half:]}
     told.clear()
-    _tooled(tmp_path, "--sanitize", "--candidate", "64x64x64w4s2")
+    _tooled(tmp_path / "one", "--sanitize", "--candidate", "64x64x64w4s2")
     assert [one.environment[FORCED] for one in told] == ["64x64x64w4s2"] * half
 
 
