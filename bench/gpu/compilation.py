@@ -22,8 +22,6 @@ from ..short_run import Failed, Worker
 from .steps import check_close
 
 FORCED, SM90 = "SOFTCLIP_CANDIDATE", "sm90"
-    "SOFTCLIP_GPU_MIB": "64"
-}  # super-blocks of a problem as small as what is compiled: on the diagonal and beside
 
 
 def compile_candidates(
