@@ -19,7 +19,7 @@ RUN = $(VENV)/bin/python
 OPTIONAL = .venv-optional
 HOSTS = .venv-hosts
 KERNELS = $(shell find csrc -type f -not -name '*.pyc')
-FORMATTED = $(filter %.h %.cpp %.inl,$(KERNELS)) $(wildcard tests/cuda/*.h tests/cuda/*.cpp)
+FORMATTED = $(filter %.h %.cpp %.inl %.cu %.cuh,$(KERNELS)) $(wildcard tests/cuda/*.h tests/cuda/*.cpp)
 
 .PHONY: train test test-long test-optional test-hosts lint bench sanitize clean
 

@@ -11,11 +11,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from softclip_kernels.backends.cuda import kernels as cuda_kernels
+
 from .. import Row
 from ..gpu_tools import ab, breakdown, external, kernels, probe
 from ..problems import LOSSES, Case
 from ..records import RESULTS, Record, table
 from ..short_run import Failed, Worker
+from .compilation import SM90
 from .plan import Scale
 from .run import LABELS, NO_TIME, flat
 
@@ -91,10 +96,21 @@ def _ncu(options: argparse.Namespace, scale: Scale) -> Iterator[Call]:
 
 
 def _sanitize(options: argparse.Namespace, scale: Scale) -> Iterator[Call]:
-    for check, loss in product(external.CHECKS, LOSSES):
+    """With Triton's first candidates and with the CUDA kernels, or with the candidate that was asked for."""
+    forced = [options.candidate] if options.candidate or not _has_cuda_kernels(scale.device) else ["", SM90]
+    for candidate, check, loss in product(forced, external.CHECKS, LOSSES):
         case = Case(loss, scale.dtypes[0], *scale.sanitized, scale.device)
-        one = external.Pass(case, _texts(options), scale.environment)
-        yield Call({"check": check, **case.labels()}, external.sanitize, {"check": check, "one": one})
+        one = external.Pass(case, _texts(options) / candidate, scale.forcing(candidate).environment)
+        labels = {"check": check, **case.labels(), "candidate": candidate}
+        yield Call(labels, _sanitized, {"check": check, "one": one, "candidate": candidate})
+
+
+def _sanitized(candidate: str, **arguments: Any) -> Row:
+    return external.sanitize(**arguments) | ({"candidate": candidate} if candidate else {})
+
+
+def _has_cuda_kernels(device: str) -> bool:
+    return device == "cuda" and torch.cuda.is_available() and cuda_kernels.why_not(torch.device(device)) is None
 
 
 def _texts(options: argparse.Namespace) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 from unittest import mock
@@ -25,7 +26,7 @@ def kernels(case: Case, gemm: int = 8192, seconds: float = 1.0) -> list[Row]:
     share of the rate of (gemm, gemm) matrices. A kernel's candidates and the matrices run in turns, for so many seconds
     at least, on the library's own trials. A candidate that fails is a row with its error, and so is what ends the pass:
     rows until then stay."""
-    from softclip_kernels.backends.triton import tuning
+    from softclip_kernels.backends.triton import shapes, tuning
 
     rows: list[Row] = []
     seen: set[tuple[str, str]] = set()
@@ -41,7 +42,8 @@ def kernels(case: Case, gemm: int = 8192, seconds: float = 1.0) -> list[Row]:
             )
         return shapes[0]
 
-    with mock.patch.object(tuning, "choose", choose):
+    # The CUDA kernels are offered to small problems only where they are asked for.
+    with mock.patch.object(tuning, "choose", choose), mock.patch.dict(os.environ, {tuning.CANDIDATE: shapes.SM90}):
         try:
             Result.of(case.fused("triton"), *(leaf.detach() for leaf in case.operands()))
         except Exception as error:  # as after a candidate that left the device unusable

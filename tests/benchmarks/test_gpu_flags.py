@@ -65,6 +65,26 @@ def test_what_starts_processes_is_told_what_the_flags_say(tmp_path, monkeypatch)
     assert all(0.9 * limit < one["limit"] <= limit for calls in told.values() for one in calls)
 
 
+def test_the_sanitizer_looks_at_the_cuda_kernels_too(tmp_path, monkeypatch):
+    """Where they can run, after Triton's, with texts of their own; a candidate that is asked for comes alone."""
+    told = []
+
+    def sanitize(check, one, limit):
+        told.append(one)
+        return {"check": check, **one.case.labels(), "passed": True}
+
+    monkeypatch.setattr(tools.external, "sanitize", sanitize)
+    monkeypatch.setattr(tools, "_has_cuda_kernels", lambda device: True)
+    code, rows = _tooled(tmp_path / "all", "--sanitize")
+    half = len(CHECKS) * len(LOSSES)
+    assert code == 0 and [row.get("candidate") for row in rows] == [None] * half + ["sm90"] * half
+    assert [one.environment.get(FORCED) for one in told] == [None] * half + ["sm90"] * half
+    assert {one.folder for one in told[:half]} != {one.folder for one in told[half:]}
+    told.clear()
+    _tooled(tmp_path / "one", "--sanitize", "--candidate", "64x64x64w4s2")
+    assert [one.environment[FORCED] for one in told] == ["64x64x64w4s2"] * half
+
+
 @pytest.mark.parametrize("name", ("ncu", "sanitize"))
 def test_a_rehearsal_interprets_what_nvidias_programs_look_at(tmp_path, monkeypatch, name):
     stand_in = tmp_path / ("ncu" if name == "ncu" else "compute-sanitizer")
