@@ -90,15 +90,17 @@ class Fenced:
 
     shape: tuple[int, ...]
     dtype: type = np.float32
+    fence: int = 64  # so many on either side
     array: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         size = int(np.prod(self.shape))
-        self.around = aligned((size + 2 * 64,), self.dtype)
+        self.around = aligned((size + 2 * self.fence,), self.dtype)
         self.around.view(np.uint8)[...] = 0xFF  # NaN in every dtype
-        self.array = self.around[64 : 64 + size].reshape(self.shape)
+        self.array = self.around[self.fence : self.fence + size].reshape(self.shape)
 
     def check(self) -> np.ndarray:
-        for side in (self.around[:64], self.around[-64:]):
-            assert np.all(side.view(np.uint8) == 0xFF), "written beyond an array's ends"
+        for side in (self.around[: self.fence], self.around[-self.fence :]):
+            if not np.all(side.view(np.uint8) == 0xFF):
+                raise EmulatorError("an array is written beyond its ends")
         return self.array
