@@ -24,14 +24,14 @@ class EmulatorError(Exception):
     """What the emulator found wrong."""
 
 
-def build(source: Path, output: Path, *folders: Path, **macros: str | int) -> ctypes.CDLL:
+def build(source: Path, output: Path, *folders: Path, optimize: bool = True, **macros: str | int) -> ctypes.CDLL:
     """A library of one source and the emulator, whose object lies beside it for the next one. output: another for each,
-    because a library that is loaded already is not read again."""
+    because a library that is loaded already is not read again. optimize: the source, which is sooner built without."""
     half = ["-DHALF"] * ("HALF" in macros)
     emulator = output.parent / f"emulator{'-half' * len(half)}.o"
     if not emulator.exists():
         subprocess.run([*COMPILER, *half, "-c", str(TESTS / "emulator.cpp"), "-o", str(emulator)], check=True)
-    options = [f"-D{name}={value}" for name, value in macros.items()]
+    options = ["-O0"] * (not optimize) + [f"-D{name}={value}" for name, value in macros.items()]
     options += [f"-I{folder}" for folder in folders]
     subprocess.run([*COMPILER, *options, "-shared", str(source), str(emulator), "-o", str(output)], check=True)
     return ctypes.CDLL(str(output))

@@ -65,7 +65,7 @@ def runs(specialization: Specialization, library: ctypes.CDLL) -> Iterator[str |
 def caught(mutant: Mutant, folder: Path) -> tuple[int, str] | None:
     """The first seed that finds it, and how; None if none does."""
     name = f"mutant-{MUTANTS.index(mutant)}"
-    library = mutant.specialization.build(folder, mutant.write(folder / name), name)
+    library = mutant.specialization.build(folder, mutant.write(folder / name), name, optimize=False)
     for seed, found in enumerate(runs(mutant.specialization, library)):
         if found is not None:
             return seed, found.split("\n")[0]
