@@ -18,6 +18,7 @@ OVER_COMPILED = 2.5
 # "Memory beyond inputs and gradients", both in their own dtype: bytes, and bytes a row. 16-bit gradients are summed in
 # fp32 before they are rounded, and these sums are memory beyond.
 MEMORY = (64 * 2**20, 64)
+MIB = "SOFTCLIP_GPU_MIB"  # the variable that limits it
 REST = 0.02  # of a pass: what is neither statistics, nor G, nor products
 COMPILING = 6.0  # seconds that the kernels of a forward and a backward pass take to compile
 TUNING = 3.0  # seconds that a problem's candidates take to be timed

@@ -18,7 +18,7 @@ from ..problems import LOSSES, Case
 from ..records import table
 from ..short_run import run_tests
 from . import compilation, graphs, products, rivals, steps
-from .goals import COMPILED, COMPILING, GOAL_SIZE, STANDING_SIZE, estimate, estimate_graph
+from .goals import COMPILED, COMPILING, GOAL_SIZE, MIB, STANDING_SIZE, estimate, estimate_graph
 
 SIZES = (4096, 16384, 32768, 65536, 131072)
 WIDTHS = (512, 768, 1024)
@@ -42,6 +42,7 @@ class Scale:
     # Ragged, of a width that takes the tile shapes that are timed, and of several super-blocks where they are mirrored:
     # every kernel is launched that larger sizes launch. Small enough for the tuner to time nothing.
     smoke: tuple[int, int] = (3900, 512)
+    smoke_mib: str = "64"  # SOFTCLIP_GPU_MIB then: super-blocks that are smaller than it
     checked: tuple[int, int] = (1000, 96)
     repeats: int = 250
     memory: tuple[int, int] = (16384, 512)
@@ -101,9 +102,12 @@ def plan(options: argparse.Namespace, scale: Scale) -> Iterator[Step]:
     sizes = [(n, d) for d in options.d for n in options.n]
     timed_first = {(scale.first, loss) for loss in LOSSES} | {(scale.standing, "hard")}
     for loss in LOSSES:
-        yield Step("smoke", case(scale.smoke, loss), 4 + COMPILING, steps.correctness, {"repeats": 3})
+        yield Step(
+            "smoke", case(scale.smoke, loss), 4 + COMPILING, steps.correctness, {"repeats": 3, "mib": scale.smoke_mib}
+        )
     if not options.candidate:
-        readied = {"prepare": scale.prepare, "environment": scale.environment}
+        environment = {**scale.environment, MIB: scale.smoke_mib}
+        readied = {"prepare": scale.prepare, "environment": environment}
         smoked = {"cases": [case(scale.smoke, loss) for loss in LOSSES]}
         yield Step("compilation", None, 40, compilation.compile_candidates, readied | smoked, "here")
     if scale.first in sizes:

@@ -44,7 +44,7 @@ def why_not(kind, of):
             {"teachers": "own"},
             {
                 "forward": {"softmax_forward_pair": [{"PAIR": "1", "MIRROR": "0"}]},
-                "backward": {"softmax_backward": [{"WIDTH": "128", "MIRROR": "0"}]},
+                "backward": {"softmax_backward": [{"FACTOR": "1"}, {"FACTOR": "3", "BOUND": "4"}]},
             },
         ),
         (

@@ -4,6 +4,7 @@ tests/benchmarks/test_gpu_suite.py walks through it on small sizes with another 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 
@@ -15,6 +16,7 @@ from loss import test_loss
 from bench import problems
 from bench.gpu import graphs
 from softclip_kernels import Hard, softclip_loss, softclip_loss_with_ranks, testing
+from softclip_kernels.backends.cuda import kernels
 from softclip_kernels.testing import (
     ALL_TARGETS,
     FIELDS,
@@ -45,6 +47,7 @@ SCALED = (700, 128)
 MUTATED = (300, 40)
 SUPER_BLOCKS = (6000, 64)  # N of several super-blocks of 4096 in the backward pass
 ADVERSARIAL = (300, 64)
+HOPPER_SIZES = ((1, 64), (65, 64), (129, 128), (700, 320), (1000, 512))  # the CUDA kernels': tiles of 128 x 128
 CANDIDATES = ((700, 128), (1000, 512))  # ragged rows, widths of the widest tiles
 REPEATED = ((5000, 96), (5000, 512))
 REPEATS = 250
@@ -103,6 +106,43 @@ def check(name, n, m, d, dtype, scale=14.3):
 def test_square_targets(name, dtype):
     for n, d in SQUARE_SIZES:
         check(name, n, n, d, dtype)
+
+
+@contextlib.contextmanager
+def by_the_cuda_kernels(monkeypatch, surely=True):
+    """Within, whatever the CUDA kernels take is theirs; and `surely`: something is."""
+    why_not = kernels.why_not(torch.device(DEVICE))
+    if why_not is not None:
+        pytest.skip(f"the CUDA kernels were not run: {why_not}")
+    from softclip_kernels.backends.triton import cuda_call
+
+    made, launched = [], cuda_call.launched
+    monkeypatch.setenv("SOFTCLIP_CUDA", "1")
+    monkeypatch.setenv("SOFTCLIP_REPLAY", "0")  # where launches go another way
+    monkeypatch.setattr(cuda_call, "launched", lambda *given: (made.append(1), launched(*given)))
+    yield
+    assert made or not surely
+    monkeypatch.delenv("SOFTCLIP_CUDA")
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("name", (*SQUARE_TARGETS, "psd_teacher"))
+def test_square_targets_by_the_cuda_kernels(name, dtype, monkeypatch):
+    """Ragged sizes; a target or a pass that they do not take falls back to Triton."""
+    with by_the_cuda_kernels(monkeypatch, surely=False):
+        for n, d in HOPPER_SIZES:
+            check(name, n, n, d, dtype)
+            with candidates.small_super_blocks():
+                check(name, n, n, d, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("scale", (1.0, 100.0, 300.0))
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_own_scale", "psd_teacher"))
+def test_scales_by_the_cuda_kernels(name, scale, dtype, monkeypatch):
+    n, d = SCALED
+    with by_the_cuda_kernels(monkeypatch):
+        check(name, n, n, d, dtype, scale)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -185,12 +225,16 @@ def test_repeats_are_bitwise_equal(name, monkeypatch):
                 assert not first.differing(fused(*given))
 
 
+@pytest.mark.parametrize("forced", ("", "1"))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ("hard", "psd", "psd_external", "groups"))
-def test_a_cuda_graph_replays_the_loss(name, dtype):
+@pytest.mark.parametrize("name", ("hard", "psd", "psd_external", "psd_teacher", "groups"))
+def test_a_cuda_graph_replays_the_loss(name, dtype, forced, monkeypatch):
     """Bit for bit what is computed without one, with other data than it was captured with."""
     n, d = CAPTURED
-    target = moved(ALL_TARGETS[name](n, n), DEVICE)
+    if forced and kernels.why_not(torch.device(DEVICE)) is not None:
+        pytest.skip(f"the CUDA kernels were not run: {kernels.why_not(torch.device(DEVICE))}")
+    monkeypatch.setenv("SOFTCLIP_CUDA", forced)
+    target = target_of(name, n, n, d, dtype)
     x, y, scale = operands(n, n, d, dtype)
     _, replay = graphs.captured(lambda: fused(x, y, scale, target), DEVICE)
     for other_scale in (30.0, 5.0):
@@ -236,8 +280,12 @@ LAYOUTS = {
     (*(("hard", dtype) for dtype in DTYPES), ("psd", torch.bfloat16), ("psd_external", torch.bfloat16)),
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_operands(layout, name, dtype):
+@pytest.mark.parametrize("forced", ("", "1"))  # of the CUDA kernels, which leave to Triton what does not stream
+def test_layouts_of_operands(layout, name, dtype, forced, monkeypatch):
     """Of both embeddings and the teacher's; where all rows are one, of x alone: identical pairs have no gradient."""
+    if forced and kernels.why_not(torch.device(DEVICE)) is not None:
+        pytest.skip(f"the CUDA kernels were not run: {kernels.why_not(torch.device(DEVICE))}")
+    monkeypatch.setenv("SOFTCLIP_CUDA", forced)
     (n, d), change = LAID_OUT, LAYOUTS[layout]
     target = moved(ALL_TARGETS[name](n, n), DEVICE)
     target = changed(target, lambda tensor: change(tensor) if tensor.dim() == 2 else tensor)

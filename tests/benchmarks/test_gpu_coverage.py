@@ -15,6 +15,7 @@ from helpers.backends import needs_triton
 
 from bench import timing
 from bench.gpu import compilation
+from bench.gpu.goals import MIB
 from bench.gpu.plan import SIZES, WIDTHS, Scale
 from bench.gpu_tools import once
 from bench.problems import LOSSES, Case
@@ -75,7 +76,8 @@ def timed(request):
 
 def test_smoke_and_compilation_take_every_variant_that_is_timed(timed):
     loss, others = timed
-    checked = _with_every_candidate(loss, Scale.smoke)
+    with mock.patch.dict(os.environ, {MIB: Scale.smoke_mib}):
+        checked = _with_every_candidate(loss, Scale.smoke)
     for other in others:
         assert not {name for name, _ in other.variants - checked.variants}
     assert checked.parts() == ({0, 1, 2, 3} if loss == "psd" else set())

@@ -39,6 +39,7 @@ def on_a_processor(monkeypatch):
     # What there is without Triton's tiles.
     monkeypatch.setattr(test_triton_gpu.candidates, "every", lambda run, monkeypatch: [run()])
     monkeypatch.setattr(test_triton_gpu.candidates, "small_super_blocks", contextlib.nullcontext)
+    monkeypatch.setattr(test_triton_gpu, "by_the_cuda_kernels", lambda *_, **others: contextlib.nullcontext())
 
 
 _STREAMS = {"Stream": lambda: None, "stream": contextlib.nullcontext, "_sleep": lambda cycles: None}
@@ -47,6 +48,7 @@ _STREAMS = {"Stream": lambda: None, "stream": contextlib.nullcontext, "_sleep": 
 class _Small:
     DEVICE, BACKEND = "cpu", "chunked"
     SQUARE_SIZES, RECTANGULAR_SIZES = ((1, 3), (50, 8)), ((1, 4, 8), (50, 30, 8))
+    HOPPER_SIZES = ((1, 8), (50, 8))
     SCALED, SUPER_BLOCKS, MEMORY = (50, 8), (60, 8), (40, 8)
     CANDIDATES, REPEATED, CAPTURED, LAID_OUT, UNINITIALIZED = ((50, 8),), ((50, 8),), (50, 8), (50, 8), ((50, 8),)
     MUTATED = (129, 40)
@@ -61,6 +63,10 @@ def test_the_gpu_tests_run_through_on_a_processor(on_a_processor, monkeypatch, d
     for name in RECTANGULAR_TARGETS:
         test_triton_gpu.test_rectangular_targets(name, dtype)
     test_triton_gpu.test_scales("psd_block", 300.0, dtype)
+    if dtype != torch.float32:
+        for name in ("hard", "psd_teacher"):
+            test_triton_gpu.test_square_targets_by_the_cuda_kernels(name, dtype, monkeypatch)
+            test_triton_gpu.test_scales_by_the_cuda_kernels(name, 100.0, dtype, monkeypatch)
     test_triton_gpu.test_super_blocks("psd", dtype)
     test_triton_gpu.test_every_mutant_is_refused("psd_external", dtype)
     for case in ("huge", "identical", "opposite", "zero row"):
@@ -71,10 +77,10 @@ def test_the_gpu_tests_run_through_on_a_processor(on_a_processor, monkeypatch, d
     for name in LOSSES:
         test_triton_gpu.test_every_candidate_tile(name, 0, dtype, monkeypatch)
     for name in ("hard", "psd", "psd_external"):
-        test_triton_gpu.test_a_cuda_graph_replays_the_loss(name, dtype)
+        test_triton_gpu.test_a_cuda_graph_replays_the_loss(name, dtype, "", monkeypatch)
         test_triton_gpu.test_a_loss_stays_on_its_stream(name)
         test_triton_gpu.test_fresh_memory_is_never_read(name, dtype)
         for layout in test_triton_gpu.LAYOUTS:
-            test_triton_gpu.test_layouts_of_operands(layout, name, dtype)
-    test_triton_gpu.test_memory_beyond_inputs_and_gradients("psd")
+            test_triton_gpu.test_layouts_of_operands(layout, name, dtype, "", monkeypatch)
+    test_triton_gpu.test_memory_beyond_inputs_and_gradients(monkeypatch, "psd", 64)
     test_triton_gpu.check_last_rows(100, 32)

@@ -108,8 +108,8 @@ class Hopper(StandIn):
 def hopper(patch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hopper]:
     """A new process on such a GPU."""
     from bench import stubbed
-    from softclip_kernels.backends.triton import launch as triton_launch
     from softclip_kernels.backends.triton import cuda_call, sm90, tuning
+    from softclip_kernels.backends.triton import launch as triton_launch
 
     found = Hopper()
     opened = driver.Driver(found)
@@ -170,7 +170,8 @@ def problem(
     **others: Any,
 ) -> Problem:
     x, y = embeddings(n, d, dtype), embeddings(n, d, dtype)
-    return Problem(x, y, torch.tensor(10.0), torch.arange(n), teachers=teachers, **others)
+    each = torch.arange(n)
+    return Problem(x, y, torch.tensor(10.0), each, positive_row=each, teachers=teachers, **others)
 
 
 def own_teacher(n: int = 300, d: int = 64, dtype: torch.dtype = torch.bfloat16, **others: Any) -> TeacherOperand:

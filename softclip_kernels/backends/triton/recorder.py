@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -133,7 +133,7 @@ class Recorder(TorchDispatchMode):
                 compiled,
                 compiled.run,
                 programs,
-                itemgetter(*map(values.place, places)),
+                _together([values.place(place) for place in places]),
                 tuple(number for number, when in enumerate(died) if when == index + 1),
             )
             for index, (compiled, programs, places) in enumerate(self.launches)
@@ -226,3 +226,9 @@ def _nothing(like: Tensor) -> Tensor:
     """A tensor of no entries that any mode may take."""
     with torch.inference_mode(False):
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _together(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """Takes what lies at these places."""
+    first, *others = places
+    return itemgetter(first, *others) if others else lambda values: (values[first],)

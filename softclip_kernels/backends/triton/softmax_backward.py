@@ -356,8 +356,8 @@ def _tuned_launch(launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor
 
 
 def _filled(block_launch: BlockLaunch, g: Tensor, mirror_g: Tensor, i: slice, j: slice) -> list[Tensor]:
-    """Copies of what a launch leaves of a super-block, and of its mirror where that has a scratch of its own."""
+    """Copies of what a launch leaves of a super-block, and of its mirror where that is another."""
     block_launch(i, j)
     height, width = i.stop - i.start, j.stop - j.start
-    blocks = [g[:height, :width]] if mirror_g is g else [g[:height, :width], mirror_g[:width, :height]]
+    blocks = [g[:height, :width]] if mirror_g is g or i == j else [g[:height, :width], mirror_g[:width, :height]]
     return [block.clone() for block in blocks]
