@@ -28,15 +28,15 @@ struct NamedBarrier {
 };
 
 struct Block {
-  Block(u32 index, u32 rank, u32 threads, u32 shared_bytes)
-      : index(index), rank(rank), threads(threads), live(threads), live_warps(threads / 32), memory(shared_bytes) {
+  Block(u32 index, u32 threads, u32 shared_bytes)
+      : index(index), threads(threads), live(threads), live_warps(threads / 32), memory(shared_bytes) {
     const u32 each = std::min(65536 / threads / 8 * 8, 248u);
     registers.assign(threads / 32, each);
     requests.resize((threads + 127) / 128);
     requested.assign(threads / 32, 0);
   }
 
-  const u32 index, rank, threads;
+  const u32 index, threads;
   u32 live, live_warps;
   SharedMemory memory;
   std::map<u32, Mbarrier> mbarriers;

@@ -1,4 +1,4 @@
-// The copy engine: boxes of matrices to and from shared memory, and arrivals at barriers of other blocks.
+// The copy engine: boxes of matrices to and from shared memory.
 #pragma once
 
 #include <algorithm>
@@ -23,14 +23,14 @@ constexpr u64 kMagic = 0x50414D524F534E45;
 constexpr u32 kRowsAtOnce = 8;
 
 struct Piece {
-  Block* block;
   u32 first_row, rows;
-  u64 phase;
 };
 
 struct Load {
   Matrix matrix;
+  Block* block;
   u32 destination, barrier;
+  u64 phase;  // of the barrier, on which it counts
   int column, row;
   std::vector<Piece> left;
   bool stalls;
@@ -47,22 +47,12 @@ struct Store {
   bool stalls;
 };
 
-struct RemoteArrival {
-  Thread* issuer;
-  Block* block;
-  u32 barrier;
-  bool stalls;
-};
-
 inline bool overlap(u32 a, u32 a_bytes, u32 b, u32 b_bytes) { return a < b + b_bytes && b < a + a_bytes; }
 
-inline std::vector<Piece> pieces(Random& random, const Matrix& matrix, const std::vector<Block*>& blocks, u32 barrier) {
+inline std::vector<Piece> pieces(Random& random, const Matrix& matrix) {
   std::vector<Piece> all;
-  for (Block* block : blocks) {
-    for (u32 row = 0; row < matrix.box_rows; row += kRowsAtOnce) {
-      const u64 phase = barrier != 0 ? block->mbarrier("tma_load", barrier, nullptr).phase : 0;
-      all.push_back({block, row, std::min(kRowsAtOnce, matrix.box_rows - row), phase});
-    }
+  for (u32 row = 0; row < matrix.box_rows; row += kRowsAtOnce) {
+    all.push_back({row, std::min(kRowsAtOnce, matrix.box_rows - row)});
   }
   for (std::size_t i = all.size(); i > 1; --i) std::swap(all[i - 1], all[random.below(static_cast<u32>(i))]);
   return all;
@@ -83,24 +73,18 @@ class Loads : public Source {
   explicit Loads(Scheduler& scheduler) : scheduler_(scheduler) {}
   Pending<Load> under_way;
 
-  void issue(const Matrix& matrix, u32 destination, int column, int row, u32 barrier,
-             const std::vector<Block*>& blocks) {
+  void issue(const Matrix& matrix, u32 destination, int column, int row, u32 barrier, Block& block) {
     const char* name = "tma_load";
     if (matrix.magic != kMagic) fail("%s: no tensor map", name);
-    for (Block* block : blocks) {
-      if (block->live == 0) fail("%s: block %u of the cluster has ended", name, block->rank);
-      block->memory.check(name, destination, matrix.box_bytes(), matrix.swizzle ? 1024 : 128);
-      for (const Load& other : under_way.all()) {
-        for (const Piece& piece : other.left) {
-          if (piece.block == block &&
-              overlap(destination, matrix.box_bytes(), other.destination, other.matrix.box_bytes())) {
-            fail("%s: +%u of block %u, where another load is under way", name, destination - kSharedBase, block->index);
-          }
-        }
+    block.memory.check(name, destination, matrix.box_bytes(), matrix.swizzle ? 1024 : 128);
+    for (const Load& other : under_way.all()) {
+      if (overlap(destination, matrix.box_bytes(), other.destination, other.matrix.box_bytes())) {
+        fail("%s: +%u of block %u, where another load is under way", name, destination - kSharedBase, block.index);
       }
-      block->memory.poison(name, destination, matrix.box_bytes());
     }
-    under_way.add({matrix, destination, barrier, column, row, pieces(scheduler_.random, matrix, blocks, barrier),
+    block.memory.poison(name, destination, matrix.box_bytes());
+    const u64 phase = block.mbarrier(name, barrier, nullptr).phase;
+    under_way.add({matrix, &block, destination, barrier, phase, column, row, pieces(scheduler_.random, matrix),
                    scheduler_.random.chance(scheduler_.policy.stalls)});
   }
 
@@ -112,9 +96,9 @@ class Loads : public Source {
       const Piece piece = load->left.back();
       load->left.pop_back();
       for (u32 row = piece.first_row; row < piece.first_row + piece.rows; ++row) {
-        land(*load, piece.block->memory, row);
+        land(*load, load->block->memory, row);
       }
-      piece.block->complete(scheduler_, load->barrier, piece.rows * load->matrix.box_row_bytes(), piece.phase);
+      load->block->complete(scheduler_, load->barrier, piece.rows * load->matrix.box_row_bytes(), load->phase);
     }
     if (load->left.empty()) under_way.remove(load);
   }
@@ -149,8 +133,7 @@ class Stores : public Source {
     if (matrix.magic != kMagic) fail("%s: no tensor map", name);
     issuer.block->memory.check(name, source, matrix.box_bytes(), matrix.swizzle ? 1024 : 128);
     issuer.stores_needed = issuer.store_groups + 1;
-    under_way.add({matrix, adds, source, column, row, &issuer, issuer.store_groups,
-                   pieces(scheduler_.random, matrix, {issuer.block}, 0),
+    under_way.add({matrix, adds, source, column, row, &issuer, issuer.store_groups, pieces(scheduler_.random, matrix),
                    scheduler_.random.chance(scheduler_.policy.stalls)});
   }
   // Whether the first so many groups of a thread have left shared memory.
@@ -207,30 +190,6 @@ class Stores : public Source {
     }
   }
 
-  Scheduler& scheduler_;
-};
-
-class RemoteArrivals : public Source {
- public:
-  explicit RemoteArrivals(Scheduler& scheduler) : scheduler_(scheduler) {}
-  Pending<RemoteArrival> under_way;
-
-  void issue(Thread& issuer, Block& block, u32 barrier) {
-    if (block.live == 0) fail("mbarrier_arrive_at: block %u of the cluster has ended", block.rank);
-    block.mbarrier("mbarrier_arrive_at", barrier, nullptr);
-    ++issuer.arrivals_under_way;
-    under_way.add({&issuer, &block, barrier, scheduler_.random.chance(scheduler_.policy.stalls)});
-  }
-  bool pending() const override { return !under_way.empty(); }
-  void advance(Random& random, bool forced) override {
-    RemoteArrival* arrival = under_way.choose(random, forced);
-    if (arrival == nullptr) return;
-    arrival->block->arrive(scheduler_, "mbarrier_arrive_at", arrival->barrier, 0, nullptr);
-    if (--arrival->issuer->arrivals_under_way == 0) scheduler_.wake(arrival->issuer->for_arrivals);
-    under_way.remove(arrival);
-  }
-
- private:
   Scheduler& scheduler_;
 };
 

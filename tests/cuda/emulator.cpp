@@ -13,26 +13,20 @@ namespace emulator {
 Statistics statistics;
 Machine* machine = nullptr;
 
-// Each block of a cluster of 1 or 2, and the clusters one after another in an order of the seed's, runs `body()` with
-// so many threads. Throws Error.
-void launch(u32 blocks, u32 cluster, u32 shared_bytes, u32 threads, u64 seed, void (*body)(const void*),
-            const void* context) {
+void launch(u32 blocks, u32 shared_bytes, u32 threads, u64 seed, void (*body)(const void*), const void* context) {
   statistics = {};
   try {
-    if (cluster < 1 || cluster > 8 || blocks % cluster != 0)
-      fail("launch: %u blocks in clusters of %u", blocks, cluster);
     if (shared_bytes > kSharedBytes)
       fail("launch: %u bytes of shared memory, and there are %u", shared_bytes, kSharedBytes);
     if (threads % 32 != 0 || threads < 32 || threads > 1024) fail("launch: %u threads", threads);
-    if (cluster * threads > 2048) fail("launch: %u threads in a cluster, 2048 are emulated", cluster * threads);
     std::vector<u32> order;
-    for (u32 first = 0; first < blocks; first += cluster) order.push_back(first);
+    for (u32 block = 0; block < blocks; ++block) order.push_back(block);
     Random random(seed);
     for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random.below(static_cast<u32>(i))]);
-    for (u32 first : order) {
-      Machine cluster_machine(first, cluster, blocks, shared_bytes, threads, random.next(), [&] { body(context); });
-      machine = &cluster_machine;
-      cluster_machine.run();
+    for (u32 block : order) {
+      Machine of_block(block, blocks, shared_bytes, threads, random.next(), [&] { body(context); });
+      machine = &of_block;
+      of_block.run();
     }
   } catch (const Error& error) {
     throw Error(text("seed %llu: ", seed) + error.what());
@@ -76,7 +70,6 @@ static void together(const char* name, const Action& action) {
 u32 thread() { return self().index; }
 u32 block() { return self().block->index; }
 u32 blocks() { return emulator::machine->grid; }
-u32 rank_in_cluster() { return self().block->rank; }
 
 u32 shared_memory() { return emulator::kSharedBase; }
 template <class Value>
@@ -137,22 +130,10 @@ void block_sync() {
   together("block_sync", [&](emulator::Warp& warp) {
     ++emulator::statistics.block_barriers;
     warp.note = block.named[0].generation;
-    emulator::machine->block_barrier(block);
+    emulator::machine->block_barrier();
   });
   const u64 generation = self().warp->note;
   scheduler().until(block.named[0].waiting, [&] { return block.named[0].generation != generation; }, "block_sync");
-}
-void cluster_sync() {
-  emulator::NamedBarrier& everyone = emulator::machine->everyone;
-  emulator::Thread& own = self();  // an arrival is a release: what the thread did at other blocks' barriers is done
-  scheduler().until(own.for_arrivals, [&] { return own.arrivals_under_way == 0; }, "cluster_sync");
-  together("cluster_sync", [&](emulator::Warp& warp) {
-    ++emulator::statistics.cluster_barriers;
-    warp.note = everyone.generation;
-    emulator::machine->cluster_barrier();
-  });
-  const u64 generation = self().warp->note;
-  scheduler().until(everyone.waiting, [&] { return everyone.generation != generation; }, "cluster_sync");
 }
 
 void mbarrier_init(u32 barrier, u32 arrivals) {
@@ -175,16 +156,6 @@ void mbarrier_arrive(u32 barrier) {
   self().block->arrive(scheduler(), "mbarrier_arrive", barrier, 0, &self());
   scheduler().preempt();
 }
-static emulator::Block& block_of_cluster(const char* name, u32 rank) {
-  const auto& blocks = emulator::machine->cluster_blocks;
-  if (rank >= blocks.size()) emulator::fail("%s: block %u of a cluster of %zu", name, rank, blocks.size());
-  return *blocks[rank];
-}
-void mbarrier_arrive_at(u32 barrier, u32 rank) {
-  ++emulator::statistics.remote_arrivals;
-  emulator::machine->remote_arrivals.issue(self(), block_of_cluster("mbarrier_arrive_at", rank), barrier);
-  scheduler().preempt();
-}
 void mbarrier_wait(u32 barrier, u32 parity) {
   ++emulator::statistics.mbarrier_waits;
   if (parity > 1) emulator::fail("mbarrier_wait: parity %u", parity);
@@ -193,29 +164,15 @@ void mbarrier_wait(u32 barrier, u32 parity) {
   scheduler().until(waited.waiting, [&] { return (waited.phase & 1) != parity; }, "mbarrier_wait", barrier, parity);
 }
 
-static void load_to(u32 destination, const TensorMap& map, int column, int row, u32 barrier,
-                    const std::vector<emulator::Block*>& blocks) {
-  const emulator::Matrix matrix = emulator::matrix_of(map);
-  for (const emulator::Block* block : blocks) {
-    emulator::machine->tensor_cores.check_overwritten(block, destination, matrix.box_bytes());
-    emulator::machine->stores.check_write(block, destination, matrix.box_bytes());
-  }
-  emulator::statistics.load_bytes += matrix.box_bytes();
-  emulator::machine->loads.issue(matrix, destination, column, row, barrier, blocks);
-  scheduler().preempt();
-}
 void tma_load(u32 destination, const TensorMap& map, int column, int row, u32 barrier) {
   ++emulator::statistics.loads;
-  load_to(destination, map, column, row, barrier, {self().block});
-}
-void tma_load_multicast(u32 destination, const TensorMap& map, int column, int row, u32 barrier, u16 mask) {
-  ++emulator::statistics.multicast_loads;
-  std::vector<emulator::Block*> blocks;
-  for (u32 rank = 0; rank < 16; ++rank) {
-    if (mask >> rank & 1) blocks.push_back(&block_of_cluster("tma_load_multicast", rank));
-  }
-  if (blocks.empty()) emulator::fail("tma_load_multicast: to no block");
-  load_to(destination, map, column, row, barrier, blocks);
+  emulator::Block& block = *self().block;
+  const emulator::Matrix matrix = emulator::matrix_of(map);
+  emulator::machine->tensor_cores.check_overwritten(&block, destination, matrix.box_bytes());
+  emulator::machine->stores.check_write(&block, destination, matrix.box_bytes());
+  emulator::statistics.load_bytes += matrix.box_bytes();
+  emulator::machine->loads.issue(matrix, destination, column, row, barrier, block);
+  scheduler().preempt();
 }
 static void store_from(const char* name, bool adds, const TensorMap& map, int column, int row, u32 source) {
   ++emulator::statistics.stores;
@@ -265,7 +222,7 @@ static void store_matrices(const char* name, bool transposed, u32 address, const
     u32 address;
     u16 numbers[4][2];
   };
-  static Row rows[64][32];  // what the lanes of every warp of a cluster give
+  static Row rows[32][32];  // what the lanes of every warp give
   const Row* of_warp = rows[self().warp->number];
   Row& own = rows[self().warp->number][self().lane];
   own.address = address;
@@ -298,10 +255,10 @@ float exp2(float x) {
 
 template <class Value, class Combine>
 static Value of_lanes(const char* name, Value value, const Combine& combine) {
-  static Value values[64][32];
+  static Value values[32][32];
   Value* of_warp = values[self().warp->number];
   of_warp[self().lane] = value;
-  static Value results[64][32];
+  static Value results[32][32];
   Value* result = results[self().warp->number];
   together(name, [&](emulator::Warp&) { combine(of_warp, result); });
   return result[self().lane];

@@ -2,7 +2,7 @@
 // GPU does asynchronously happens here at a legal moment that the seed chooses, so that a synchronization that is
 // missing gives NaN, a wrong number or an error under some seed.
 //
-//     emulator.cpp  the functions                       machine.h  a cluster from start to end
+//     emulator.cpp  the functions                       machine.h  a block from start to end
 //     fibres.h      threads, and who runs when          thread.h   a thread
 //     barriers.h    mbarriers, named barriers           memory.h   shared memory of a block
 //     copies.h      loads and stores by tensor maps     wgmma.h    products
@@ -59,7 +59,6 @@ struct alignas(64) TensorMap {
 u32 thread();
 u32 block();
 u32 blocks();
-u32 rank_in_cluster();
 
 u32 shared_memory();
 float load_shared(u32 address);
@@ -79,17 +78,14 @@ void give_registers() {
 void barrier_sync(u32 barrier, u32 threads);
 void barrier_arrive(u32 barrier, u32 threads);
 void block_sync();
-void cluster_sync();
 
 void mbarrier_init(u32 barrier, u32 arrivals);
 void mbarrier_init_fence();
 void mbarrier_expect(u32 barrier, u32 bytes);
 void mbarrier_arrive(u32 barrier);
-void mbarrier_arrive_at(u32 barrier, u32 rank);
 void mbarrier_wait(u32 barrier, u32 parity);
 
 void tma_load(u32 destination, const TensorMap& map, int column, int row, u32 barrier);
-void tma_load_multicast(u32 destination, const TensorMap& map, int column, int row, u32 barrier, u16 mask);
 void tma_store(const TensorMap& map, int column, int row, u32 source);
 void tma_add(const TensorMap& map, int column, int row, u32 source);
 void tma_store_commit();
@@ -123,15 +119,13 @@ bool all_of_warp(bool value);
 
 namespace emulator {
 
-// Each block of a cluster, and the clusters one after another in an order of the seed's, calls body(context) with so
-// many threads. Throws Error.
-void launch(unsigned blocks, unsigned cluster, unsigned shared_bytes, unsigned threads, unsigned long long seed,
+// The blocks, one after another in an order of the seed's, call body(context) with so many threads. Throws Error.
+void launch(unsigned blocks, unsigned shared_bytes, unsigned threads, unsigned long long seed,
             void (*body)(const void*), const void* context);
 template <class Body>
-void launch(unsigned blocks, unsigned cluster, unsigned shared_bytes, unsigned threads, unsigned long long seed,
-            const Body& body) {
+void launch(unsigned blocks, unsigned shared_bytes, unsigned threads, unsigned long long seed, const Body& body) {
   const auto call = [](const void* context) { (*static_cast<const Body*>(context))(); };
-  launch(blocks, cluster, shared_bytes, threads, seed, call, &body);
+  launch(blocks, shared_bytes, threads, seed, call, &body);
 }
 
 // A map of a matrix with rows `row_bytes` apart, as cuTensorMapEncodeTiled makes one and with its conditions.

@@ -24,8 +24,8 @@ void require(bool condition, const char* what) {
   if (!condition) emulator::fail(what);
 }
 
-void block_of(u32 threads, const Call& call, const std::function<void()>& body, u32 cluster = 1) {
-  emulator::launch(cluster, cluster, 64 << 10, threads, call.seed, body);
+void block_of(u32 threads, const Call& call, const std::function<void()>& body) {
+  emulator::launch(1, 64 << 10, threads, call.seed, body);
 }
 
 // A barrier that everyone may use.
@@ -173,45 +173,17 @@ void phases(const Call& call) {
   });
 }
 
-// Each block of two loads half of a matrix of 128 x 64 to both. out: shared memory of both, words.
-void multicast(const Call& call) {
-  const TensorMap map = emulator::tensor_map(call.in, 64, 128, 128, 64, 64);
-  block_of(
-      128, call,
-      [&] {
-        const u32 barrier = base() + 16384, rank = rank_in_cluster();
-        make_barrier(barrier, 1);
-        cluster_sync();
-        if (thread() == 0) {
-          mbarrier_expect(barrier, 16384);
-          tma_load_multicast(base() + rank * 8192, map, 0, rank * 64, barrier, 3);
-        }
-        mbarrier_wait(barrier, 0);
-        auto* out = static_cast<float*>(call.out) + rank * 4096;
-        for (u32 i = thread(); i < 4096; i += 128) out[i] = load_shared(base() + 4 * i);
-        cluster_sync();
-      },
-      2);
-}
-
-// Blocks arrive at each other's barriers, and a block's number is where it says.
-void remote_arrivals(const Call& call) {
-  block_of(
-      64, call,
-      [&] {
-        const u32 barrier = base(), rank = rank_in_cluster();
-        require(block() == rank && blocks() == 2, "numbers of blocks");
-        make_barrier(barrier, 3);
-        cluster_sync();
-        for (u32 turn = 0; turn < 4; ++turn) {
-          if (thread() == 5) mbarrier_arrive_at(barrier, 1 - rank), mbarrier_arrive_at(barrier, 1 - rank);
-          if (thread() == 40) mbarrier_arrive_at(barrier, rank);
-          mbarrier_wait(barrier, turn & 1);
-          block_sync();
-        }
-        cluster_sync();
-      },
-      2);
+// A block's number and how many there are; each has shared memory and barriers of its own.
+void blocks_alone(const Call& call) {
+  auto* ran = static_cast<u16*>(call.out);
+  emulator::launch(3, 64 << 10, 64, call.seed, [&] {
+    require(block() < 3 && blocks() == 3, "numbers of blocks");
+    make_barrier(base(), 1);
+    store_shared(base() + 4096 + 4 * thread(), static_cast<float>(block()));
+    if (thread() == 0) mbarrier_arrive(base()), ++ran[block()];
+    mbarrier_wait(base(), 0);
+    require(load_shared(base() + 4096 + 4 * thread()) == static_cast<float>(block()), "another block's number");
+  });
 }
 
 // in: 32 numbers. out: x from lane ^ 5; 2^x; whether all x > arguments[0]; pack(x, -x), rows of 32.
@@ -261,18 +233,25 @@ void unfit(const Call& call) {
     if (what == 13 && first) mbarrier_wait(barrier + 8, 0);
     if (what == 14 && thread() < 32) give_registers<24>();
     if (what == 15 && first) store_shared(base(), 1), tma_load(base(), map, 0, 0, barrier);
-    if (what == 16 && first) mbarrier_arrive_at(barrier, 1);
-    if (what == 17)
+    if (what == 16)
       wgmma_fence(), wgmma(d, matrix(base()), matrix(base()), false), d[5] = 0, wgmma_commit(), wgmma_wait<0>();
-    if (what == 18) wgmma_fence(), wgmma(d, matrix(base() + thread() / 64 * 1024), matrix(base()), false);
+    if (what == 17)
+      wgmma_fence(), wgmma(d, matrix(base() + thread() / 64 * 1024), matrix(base()), false), wgmma_commit(),
+          wgmma_wait<0>();
   });
 }
 
 const std::map<std::string, void (*)(const Call&)> kPrograms = {
-    {"load", load},   {"product", product},     {"store_matrix", store_matrix},
-    {"store", store}, {"phases", phases},       {"named_barriers", named_barriers},
-    {"lanes", lanes}, {"multicast", multicast}, {"remote_arrivals", remote_arrivals},
-    {"unfit", unfit}, {"registers", registers},
+    {"load", load},
+    {"product", product},
+    {"store_matrix", store_matrix},
+    {"store", store},
+    {"phases", phases},
+    {"named_barriers", named_barriers},
+    {"lanes", lanes},
+    {"blocks_alone", blocks_alone},
+    {"unfit", unfit},
+    {"registers", registers},
 };
 
 }  // namespace
@@ -282,9 +261,8 @@ extern "C" int run(const char* name, u64 seed, const int* arguments, void* in, v
 }
 
 // x of `rows` x depth, y of 128 rows a block x depth; out is x y^T. 16 bits each.
-extern "C" int run_pipeline(const char* fault, u64 seed, u32 cluster, u32 stages, u32 rows, u32 depth, void* x, void* y,
-                            void* out, char* message, u64 size) {
-  return emulator::guarded(message, size,
-                           [&] { pipeline::run({fault, cluster, stages, rows, depth}, seed, x, y, out); });
+extern "C" int run_pipeline(const char* fault, u64 seed, u32 stages, u32 rows, u32 depth, void* x, void* y, void* out,
+                            char* message, u64 size) {
+  return emulator::guarded(message, size, [&] { pipeline::run({fault, stages, rows, depth}, seed, x, y, out); });
 }
 extern "C" const emulator::u64* counts() { return reinterpret_cast<const u64*>(&emulator::statistics); }

@@ -61,7 +61,7 @@ class Random {  // splitmix64
   u64 state_;
 };
 
-enum Kind { kLoad, kStore, kRemoteArrival, kProduct, kKinds };
+enum Kind { kLoad, kStore, kProduct, kKinds };
 
 // How time runs under one seed. Uniform chances alone would let everything advance at about the same rate, and a race
 // that needs one side to be far behind would never be lost. So the rates are drawn, too, from "at once" to "only when

@@ -47,7 +47,7 @@ extern "C" int backward(ptx::u64 seed, int blocks, const Matrix& x, const Matrix
     const ptx::TensorMap of_x = x.in_boxes(kDepth, kStageRows), of_y = y.in_boxes(kDepth, kColumns);
     const ptx::TensorMap of_g = g.in_boxes(Entries::kBoxColumns, kStageRows);
     const ptx::TensorMap of_mirror = mirror_g.in_boxes(Entries::kBoxColumns, kStageRows);
-    emulator::launch(blocks, 1, kBytes, kThreads, seed, [&] {
+    emulator::launch(blocks, kBytes, kThreads, seed, [&] {
       softmax_backward(of_x, of_y, of_g, of_mirror, positive_column, scalars, row_coefficient, row_exponent,
                        row_in_range, column_coefficient, column_exponent, column_in_range, mirror_row_coefficient,
                        mirror_row_exponent, mirror_column_coefficient, mirror_column_exponent, put, mirror_put,
@@ -64,7 +64,7 @@ extern "C" int forward_pair(ptx::u64 seed, int blocks, const Matrix& x, const Ma
     const ptx::TensorMap of_x = x.in_boxes(kDepth, kStageRows), of_y = y.in_boxes(kDepth, kColumns);
     const ptx::TensorMap of_teacher_x = teacher_x.in_boxes(kDepth, kStageRows);
     const ptx::TensorMap of_teacher_y = teacher_y.in_boxes(kDepth, kColumns);
-    emulator::launch(blocks, 1, kBytes, kThreads, seed, [&] {
+    emulator::launch(blocks, kBytes, kThreads, seed, [&] {
       softmax_forward_pair(of_x, of_y, of_teacher_x, of_teacher_y, positive_column, scalars, row_sums, column_sums,
                            mirror_row_sums, mirror_column_sums, positive_logit, range[0], range[1], range[2], range[3],
                            edge);
@@ -77,7 +77,7 @@ extern "C" int forward(ptx::u64 seed, int blocks, const Matrix& x, const Matrix&
                        const int* range, int edge, char* message, ptx::u64 size) {
   return emulator::guarded(message, size, [&] {
     const ptx::TensorMap of_x = x.in_boxes(kDepth, kStageRows), of_y = y.in_boxes(kDepth, kColumns);
-    emulator::launch(blocks, 1, kBytes, kThreads, seed, [&] {
+    emulator::launch(blocks, kBytes, kThreads, seed, [&] {
       softmax_forward(of_x, of_y, positive_column, scalars, row_sums, column_sums, positive_logit, range[0], range[1],
                       range[2], range[3], edge);
     });

@@ -1,7 +1,6 @@
-// A cluster of blocks from its start to its end.
+// A block from its start to its end.
 #pragma once
 
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -10,36 +9,27 @@
 namespace emulator {
 
 struct Machine {
-  Machine(u32 first_block, u32 cluster, u32 blocks, u32 shared_bytes, u32 threads, u64 seed,
-          const std::function<void()>& body)
-      : scheduler(seed, cluster * threads / 32, body),
+  Machine(u32 index, u32 blocks, u32 shared_bytes, u32 threads, u64 seed, const std::function<void()>& body)
+      : scheduler(seed, threads / 32, body),
         loads(scheduler),
         stores(scheduler),
-        remote_arrivals(scheduler),
         tensor_cores(scheduler),
         grid(blocks),
-        live_warps(cluster * threads / 32),
-        all_threads(cluster * threads),
-        all_warps(cluster * threads / 32),
-        pipes(cluster * ((threads + 127) / 128)) {
-    scheduler.sources[kLoad] = &loads, scheduler.sources[kStore] = &stores;
-    scheduler.sources[kRemoteArrival] = &remote_arrivals, scheduler.sources[kProduct] = &tensor_cores;
+        block(index, threads, shared_bytes),
+        all_threads(threads),
+        all_warps(threads / 32),
+        pipes((threads + 127) / 128) {
+    scheduler.sources[kLoad] = &loads, scheduler.sources[kStore] = &stores, scheduler.sources[kProduct] = &tensor_cores;
     scheduler.finished = [this](Fibre& fibre) { end(static_cast<Thread&>(fibre)); };
-    for (u32 rank = 0; rank < cluster; ++rank) {
-      cluster_blocks.push_back(std::make_unique<Block>(first_block + rank, rank, threads, shared_bytes));
-      Block& block = *cluster_blocks.back();
-      for (u32 group = 0; group < (threads + 127) / 128; ++group) {
-        Pipe& pipe = pipes[rank * ((threads + 127) / 128) + group];
-        pipe.block = &block;
-        block.pipes.push_back(&pipe);
-        tensor_cores.pipes.push_back(&pipe);
-      }
-      for (u32 i = 0; i < threads; ++i) {
-        Thread& thread = all_threads[rank * threads + i];
-        thread.index = i;
-        thread.block = &block;
-        all_warps[(rank * threads + i) / 32].lanes[i % 32] = &thread;
-      }
+    for (Pipe& pipe : pipes) {
+      pipe.block = &block;
+      block.pipes.push_back(&pipe);
+      tensor_cores.pipes.push_back(&pipe);
+    }
+    for (u32 i = 0; i < threads; ++i) {
+      all_threads[i].index = i;
+      all_threads[i].block = &block;
+      all_warps[i / 32].lanes[i % 32] = &all_threads[i];
     }
     for (Warp& warp : all_warps) scheduler.add(warp);
   }
@@ -57,13 +47,8 @@ struct Machine {
     }
   }
 
-  // A barrier of all live threads of a block (named barrier 0) or of the cluster, for a warp.
-  void block_barrier(Block& block) { block.arrive_at_named(scheduler, "block_sync", 0, block.live_warps * 32); }
-  void cluster_barrier() {
-    everyone.arrived += 32;
-    everyone.threads = live_warps * 32;
-    Block::settle(scheduler, everyone);
-  }
+  // A barrier of all live threads (named barrier 0), for a warp.
+  void block_barrier() { block.arrive_at_named(scheduler, "block_sync", 0, block.live_warps * 32); }
 
   Thread& self() { return static_cast<Thread&>(*scheduler.self); }
 
@@ -89,40 +74,32 @@ struct Machine {
         lines += "\n";
       }
     }
-    for (const auto& block : cluster_blocks) {
-      for (const auto& [address, barrier] : block->mbarriers) {
-        lines +=
-            text("  block %u, barrier at +%u: phase %llu, %u of %u arrivals and %lld bytes to come\n", block->index,
-                 address - kSharedBase, barrier.phase, barrier.left, barrier.arrivals, barrier.bytes);
-      }
-      for (u32 i = 0; i < 16; ++i) {
-        const NamedBarrier& barrier = block->named[i];
-        if (barrier.arrived == 0) continue;
-        lines +=
-            text("  block %u, named barrier %u: %u of %u threads\n", block->index, i, barrier.arrived, barrier.threads);
-      }
-      if (block->free_registers > 0)
-        lines += text("  block %u: %u free registers\n", block->index, block->free_registers);
+    for (const auto& [address, barrier] : block.mbarriers) {
+      lines += text("  block %u, barrier at +%u: phase %llu, %u of %u arrivals and %lld bytes to come\n", block.index,
+                    address - kSharedBase, barrier.phase, barrier.left, barrier.arrivals, barrier.bytes);
     }
+    for (u32 i = 0; i < 16; ++i) {
+      const NamedBarrier& barrier = block.named[i];
+      if (barrier.arrived == 0) continue;
+      lines +=
+          text("  block %u, named barrier %u: %u of %u threads\n", block.index, i, barrier.arrived, barrier.threads);
+    }
+    if (block.free_registers > 0) lines += text("  block %u: %u free registers\n", block.index, block.free_registers);
     return lines;
   }
 
   Scheduler scheduler;
   Loads loads;
   Stores stores;
-  RemoteArrivals remote_arrivals;
   TensorCores tensor_cores;
   const u32 grid;
-  u32 live_warps;
-  NamedBarrier everyone;
-  std::vector<std::unique_ptr<Block>> cluster_blocks;
+  Block block;
   std::vector<Thread> all_threads;
   std::vector<Warp> all_warps;
   std::vector<Pipe> pipes;
 
  private:
   void end(Thread& thread) {
-    Block& block = *thread.block;
     if (thread.stores_needed > thread.stores_awaited) fail("ends without tma_store_wait_read for its stores");
     for (const Accumulator& accumulator : thread.accumulators) {
       if (accumulator.in_flight) fail("ends without wgmma_wait for its products");
@@ -130,22 +107,12 @@ struct Machine {
     --block.live;
     if (thread.warp->present != 0) return;
     // Whoever waits for all waits for one warp less.
-    const auto without = [&](NamedBarrier& barrier, u32& warps) {
-      if (barrier.arrived > 0 && barrier.threads == warps * 32) barrier.threads -= 32;
-      --warps;
-      Block::settle(scheduler, barrier);
-    };
-    without(block.named[0], block.live_warps);
-    without(everyone, live_warps);
+    NamedBarrier& everyone = block.named[0];
+    if (everyone.arrived > 0 && everyone.threads == block.live_warps * 32) everyone.threads -= 32;
+    --block.live_warps;
+    Block::settle(scheduler, everyone);
     if (block.live > 0) return;
-    for (const Load& load : loads.under_way.all()) {
-      for (const Piece& piece : load.left) {
-        if (piece.block == &block) fail("block %u ends while a load into it is under way", block.index);
-      }
-    }
-    for (const RemoteArrival& arrival : remote_arrivals.under_way.all()) {
-      if (arrival.block == &block) fail("block %u ends while an arrival at its barrier is under way", block.index);
-    }
+    if (!loads.under_way.empty()) fail("block %u ends while a load into it is under way", block.index);
     block.check_end();
   }
 };

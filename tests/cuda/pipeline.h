@@ -12,7 +12,7 @@ using namespace ptx;
 
 struct Shape {
   const char* fault;
-  u32 cluster, stages, rows, depth;
+  u32 stages, rows, depth;
   bool has(const char* name) const { return std::strcmp(fault, name) == 0; }
 };
 
@@ -25,7 +25,7 @@ struct Maps {
 struct Kernel {
   const Shape& s;
   const Maps& maps;
-  const u32 steps = s.depth / 64, tiles = (s.rows + 127) / 128, rank = rank_in_cluster();
+  const u32 steps = s.depth / 64, tiles = (s.rows + 127) / 128;
   const u32 panel = shared_memory(), ring = panel + steps * kStage, staging = ring + s.stages * kStage;
   const u32 panel_full = staging + 4 * kStaging;
   u32 full(u32 stage) const { return panel_full + 8 + 8 * stage; }
@@ -37,11 +37,11 @@ struct Kernel {
       for (u32 i = 0; i < s.stages; ++i) {
         mbarrier_init(full(i), 1);
         const u32 missing = s.has("an arrival less than consumers") ? 1 : 0;
-        mbarrier_init(empty(i), 2 * s.cluster - missing + (s.has("an arrival more than consumers") ? 1 : 0));
+        mbarrier_init(empty(i), 2 - missing + (s.has("an arrival more than consumers") ? 1 : 0));
       }
       if (!s.has("no fence of the initialization")) mbarrier_init_fence();
     }
-    if (!s.has("no sync after the initialization")) s.cluster > 1 ? cluster_sync() : block_sync();
+    if (!s.has("no sync after the initialization")) block_sync();
     if (thread() < 128) {
       give_registers<24>();
       if (thread() == 0) produce();
@@ -49,13 +49,11 @@ struct Kernel {
       take_registers<240>();
       consume();
     }
-    if (s.cluster > 1 && !s.has("no sync at the end")) cluster_sync();
   }
 
   void produce() const {
     mbarrier_expect(panel_full, steps * kStage);
     for (u32 k = 0; k < steps; ++k) tma_load(panel + k * kStage, maps.y, k * 64, block() * 128, panel_full);
-    const u32 share = 128 / s.cluster;
     for (u32 i = 0; i < tiles * steps; ++i) {
       const u32 stage = i % s.stages, turn = i / s.stages;
       const u32 parity = (turn & 1) ^ (s.has("the producer's parity") ? 0 : 1);
@@ -64,20 +62,13 @@ struct Kernel {
       if (s.has("too few bytes expected")) bytes -= 1024;
       if (s.has("too many bytes expected")) bytes += 1024;
       mbarrier_expect(full(stage), bytes);
-      const u32 row = i / steps * 128 + rank * share, to = ring + stage * kStage + rank * share * 128;
-      const int column = static_cast<int>(i % steps * 64);
-      if (s.cluster == 1 || s.has("no multicast")) {
-        tma_load(to, maps.x, column, static_cast<int>(row), full(stage));
-      } else {
-        tma_load_multicast(to, maps.x, column, static_cast<int>(row), full(stage), 3);
-      }
+      tma_load(ring + stage * kStage, maps.x, static_cast<int>(i % steps * 64), static_cast<int>(i / steps * 128),
+               full(stage));
     }
   }
 
   void release(u32 stage) const {
-    if (thread() % 128 != 0) return;
-    if (s.cluster == 1 || s.has("only the own block is told")) return mbarrier_arrive(empty(stage));
-    for (u32 to = 0; to < s.cluster; ++to) mbarrier_arrive_at(empty(stage), to);
+    if (thread() % 128 == 0) mbarrier_arrive(empty(stage));
   }
 
   void consume() const {
@@ -133,11 +124,11 @@ struct Kernel {
 
 inline void run(const Shape& s, u64 seed, void* x, void* y, void* out) {
   const u32 blocks = 2;
-  const Maps maps = {emulator::tensor_map(x, s.depth, s.rows, s.depth * 2, 64, 128 / s.cluster),
+  const Maps maps = {emulator::tensor_map(x, s.depth, s.rows, s.depth * 2, 64, 128),
                      emulator::tensor_map(y, s.depth, blocks * 128, s.depth * 2, 64, 128),
                      emulator::tensor_map(out, blocks * 128, s.rows, blocks * 256, 64, 64)};
   const u32 bytes = (s.depth / 64 + s.stages) * kStage + 4 * kStaging + 8 + 16 * s.stages;
-  emulator::launch(blocks, s.cluster, bytes, 384, seed, [&] { Kernel{s, maps}.run(); });
+  emulator::launch(blocks, bytes, 384, seed, [&] { Kernel{s, maps}.run(); });
 }
 
 }  // namespace pipeline

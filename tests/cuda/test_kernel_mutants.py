@@ -22,5 +22,5 @@ def test_every_mutant_is_caught(file, tmp_path):
 
 
 def test_there_are_enough():
-    assert len(MUTANTS) >= 75
+    assert len(MUTANTS) >= 150
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)

@@ -29,9 +29,6 @@ struct Thread : Fibre {
 
   u64 store_groups = 0, stores_awaited = 0, stores_needed = 0;  // groups: committed, waited for, holding a store
   Waiting for_stores;
-
-  u32 arrivals_under_way = 0;  // at barriers of the cluster
-  Waiting for_arrivals;
 };
 
 }  // namespace emulator

@@ -24,14 +24,14 @@ class EmulatorError(Exception):
     """What the emulator found wrong."""
 
 
-def build(source: Path, output: Path, *folders: Path, **macros: str | int) -> ctypes.CDLL:
+def build(source: Path, output: Path, *folders: Path, optimize: bool = True, **macros: str | int) -> ctypes.CDLL:
     """A library of one source and the emulator, whose object lies beside it for the next one. output: another for each,
-    because a library that is loaded already is not read again."""
+    because a library that is loaded already is not read again. optimize: the source, which is sooner built without."""
     half = ["-DHALF"] * ("HALF" in macros)
     emulator = output.parent / f"emulator{'-half' * len(half)}.o"
     if not emulator.exists():
         subprocess.run([*COMPILER, *half, "-c", str(TESTS / "emulator.cpp"), "-o", str(emulator)], check=True)
-    options = [f"-D{name}={value}" for name, value in macros.items()]
+    options = ["-O0"] * (not optimize) + [f"-D{name}={value}" for name, value in macros.items()]
     options += [f"-I{folder}" for folder in folders]
     subprocess.run([*COMPILER, *options, "-shared", str(source), str(emulator), "-o", str(output)], check=True)
     return ctypes.CDLL(str(output))
@@ -90,15 +90,17 @@ class Fenced:
 
     shape: tuple[int, ...]
     dtype: type = np.float32
+    fence: int = 64  # so many on either side
     array: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         size = int(np.prod(self.shape))
-        self.around = aligned((size + 2 * 64,), self.dtype)
+        self.around = aligned((size + 2 * self.fence,), self.dtype)
         self.around.view(np.uint8)[...] = 0xFF  # NaN in every dtype
-        self.array = self.around[64 : 64 + size].reshape(self.shape)
+        self.array = self.around[self.fence : self.fence + size].reshape(self.shape)
 
     def check(self) -> np.ndarray:
-        for side in (self.around[:64], self.around[-64:]):
-            assert np.all(side.view(np.uint8) == 0xFF), "written beyond an array's ends"
+        for side in (self.around[: self.fence], self.around[-self.fence :]):
+            if not np.all(side.view(np.uint8) == 0xFF):
+                raise EmulatorError("an array is written beyond its ends")
         return self.array

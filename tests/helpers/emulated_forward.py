@@ -81,8 +81,10 @@ def forward_pair(library: ctypes.CDLL, problem: Problem, blocks: int, seed: int)
     """By so many blocks. What nothing is written to is NaN."""
     height, width = (each.stop - each.start for each in problem.block)
     of_rows, of_columns = -(-width // PAIR_COLUMNS), -(-height // ROWS)
-    sums = [Fenced((slots, STATISTICS, problem.edge)) for slots in (of_rows, of_columns, of_columns, of_rows)]
-    logits, teacher = Fenced((len(problem.x),)), problem.teacher
+    slot = STATISTICS * problem.edge
+    shapes = [(slots, STATISTICS, problem.edge) for slots in (of_rows, of_columns, of_columns, of_rows)]
+    sums = [Fenced(shape, fence=4 * slot) for shape in shapes]
+    logits, teacher = Fenced((len(problem.x),), fence=4 * ROWS), problem.teacher
     assert teacher is not None
     matrices = [ctypes.byref(Matrix.of(each)) for each in (problem.x, problem.y, teacher.x, teacher.y)]
     call(
@@ -133,7 +135,7 @@ class Expected:
         all_of = [np.nan_to_num(each.astype(np.float64)) for each in (found, self.sums, self.allowed)]
         sums, expected, allowed = (each.sum(0) for each in all_of) if together else all_of
         off = np.abs(sums - expected) > allowed
-        return f"of statistics {sorted(set(np.nonzero(off)[-2]))}" if off.any() else None
+        return f"of statistics {sorted({int(s) for s in np.nonzero(off)[-2]})}" if off.any() else None
 
 
 def wrong_pair_sums(problem: Problem, found: PairSums, mirror: bool) -> str | None:

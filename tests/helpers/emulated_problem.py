@@ -47,7 +47,7 @@ class Specialization:
     def of_pass(self) -> str:
         return "backward" if self.kernel == "backward" else "forward"
 
-    def build(self, folder: Path, kernels: Path = KERNELS, name: str = "") -> ctypes.CDLL:
+    def build(self, folder: Path, kernels: Path = KERNELS, name: str = "", optimize: bool = True) -> ctypes.CDLL:
         macros = MACROS | {"WIDTH": self.width, "STAGES": self.stages, "HEADROOM": f"{HEADROOM[self.of_pass]}f"}
         macros |= {
             self.of_pass.upper(): 1,
@@ -56,7 +56,7 @@ class Specialization:
             "TIED": int(self.tied),
         }
         macros |= {"HALF": 1} if self.half else {}
-        return build(TESTS / "kernels.cpp", folder / f"{name or self}.so", TESTS, kernels, **macros)
+        return build(TESTS / "kernels.cpp", folder / f"{name or self}.so", TESTS, kernels, optimize=optimize, **macros)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from .emulated import EmulatorError
 from .emulated_kernels import drawn, wrong
 from .emulated_problem import KERNELS, Specialization
+from .pair_mutants import MIRROR, SUMS, TILES
 
 SEEDS = 200
 FORWARD = Specialization("forward", 128)
@@ -24,6 +25,9 @@ PAIR_MIRRORED = Specialization("pair", 64, mirror=True)
 # that begins with the last tile of a panel; few tiles for many blocks.
 SIZES = ((300, 300, 1), (90, 700, 1), (300, 300, 4), (520, 200, 3))
 SQUARES = ((300, 300, 1), (129, 129, 1), (300, 300, 4))
+# Super-blocks beside the diagonal, for a kernel that knows where it is, and squares for it: a share of each panel that
+# begins with the tile on the diagonal, or after it.
+BESIDE = ((300, 300, 2, (0, 256, 256, 300)), (300, 300, 3, (0, 128, 128, 300)), (520, 520, 3))
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,9 @@ class Mutant:
 def runs(specialization: Specialization, library: ctypes.CDLL) -> Iterator[str | None]:
     """What is wrong, or None, under one seed after another, over small problems in turns."""
     problems = []
-    for n, m, blocks in SQUARES if specialization.mirror else SIZES:
-        problems.append((*drawn(specialization, n, m), blocks))
+    sizes = SQUARES if specialization.mirror else SIZES
+    for n, m, blocks, *ranges in (*sizes, *BESIDE) if specialization == PAIR_MIRRORED else sizes:
+        problems.append((*drawn(specialization, n, m, ranges=ranges[0] if ranges else None), blocks))
     for seed in range(SEEDS):
         problem, gradient, blocks = problems[seed % len(problems)]
         try:
@@ -60,7 +65,7 @@ def runs(specialization: Specialization, library: ctypes.CDLL) -> Iterator[str |
 def caught(mutant: Mutant, folder: Path) -> tuple[int, str] | None:
     """The first seed that finds it, and how; None if none does."""
     name = f"mutant-{MUTANTS.index(mutant)}"
-    library = mutant.specialization.build(folder, mutant.write(folder / name), name)
+    library = mutant.specialization.build(folder, mutant.write(folder / name), name, optimize=False)
     for seed, found in enumerate(runs(mutant.specialization, library)):
         if found is not None:
             return seed, found.split("\n")[0]
@@ -206,7 +211,7 @@ MUTANTS = [
                 "      ptx::barrier_sync(kOwn + consumer, kWarpgroup);\n#pragma unroll\n      for (int warp",
                 "#pragma unroll\n      for (int warp",
             ),
-            "column sums go on": ("      clear();\n", ""),
+            "column sums go on": ("      clear();  // and", "      // and"),
             "consumers share a barrier": (
                 "      ptx::barrier_sync(kOwn + consumer, kWarpgroup);\n#pragma unroll\n      for (int warp",
                 "      ptx::barrier_sync(kOwn, kWarpgroup);\n#pragma unroll\n      for (int warp",
@@ -277,4 +282,7 @@ MUTANTS = [
             ),
         },
     ),
+    *_mutants("tiles.cuh", PAIR, TILES),
+    *_mutants("softmax_forward_pair.cu", PAIR, SUMS),
+    *_mutants("softmax_forward_pair.cu", PAIR_MIRRORED, MIRROR),
 ]
