@@ -47,7 +47,6 @@ struct Sums {
   DEVICE void finish(Accumulator& d, const Tile& tile, bool last_of_panel) {
     const int row_left = share.row_end - tile.row - lane.row;
     const int column_left = share.column_end - tile.column - lane.column;
-
     const bool whole = tile.row + kRows <= share.row_end && tile.column + kColumns <= share.column_end;
     float row_sum[kThreadRows];
 #pragma unroll

@@ -234,8 +234,9 @@ def test_a_kernel_that_does_not_compile_is_named_once(hopper, monkeypatch, caplo
     assert "softmax_forward is left out" in caplog.messages[0] and "line 3" in caplog.messages[0]
     assert why_not("backward", problem()) is not None and failing.count == 2  # another kernel
     monkeypatch.setenv("SOFTCLIP_CUDA", "1")
-    with pytest.raises(CompileError):
-        why_not("forward", problem(d=64))
+    for d in (64, 128):  # one that has not failed yet, and one that has
+        with pytest.raises(CompileError):
+            why_not("forward", problem(d=d))
 
 
 def test_a_module_that_does_not_load_is_left_out(hopper):

@@ -144,7 +144,7 @@ def test_a_profiler_that_sees_nothing_is_a_failure(monkeypatch):
 @needs_triton
 def test_a_breakdown_adds_up(interpreted):
     row = interpreted(breakdown.breakdown, case=CASES["hard"], seconds=0.0)
-    assert row["kernels"]["aten::sum"][0] > 0  # on a CPU operators stand for kernels
+    assert row["kernels"]["aten::empty"][0] > 0  # on a CPU operators stand for kernels
     milliseconds = [ms for _, ms in row["kernels"].values()]
     assert milliseconds == sorted(milliseconds, reverse=True)
     assert sum(row["phases"].values()) == pytest.approx(sum(milliseconds))

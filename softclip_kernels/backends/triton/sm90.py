@@ -80,8 +80,9 @@ def _not_loaded(kind: str, launch_pass: Pass) -> str | None:
     """Compiles and loads what the pass needs. A kernel that cannot be had is no error: Triton has one."""
     device = launch_pass.problem.x.device
     for needed in _needed(kind, launch_pass):
-        if needed in _failed:
-            return _failed[needed]
+        known = device, *needed
+        if known in _failed and not kernels.forced():
+            return _failed[known]
         if torch.cuda.is_current_stream_capturing() and not kernels.loaded(device, *needed):
             return "a CUDA graph is being captured, and they are not loaded yet"
         try:
@@ -89,14 +90,14 @@ def _not_loaded(kind: str, launch_pass: Pass) -> str | None:
         except (CompileError, DriverError, Unavailable) as error:
             if kernels.forced():
                 raise
-            _failed[needed] = str(error).split("\n")[0]
+            _failed[known] = str(error).split("\n")[0]
             logger.warning("triton backend: the CUDA kernel %s is left out: %s", needed[1], error)
-            return _failed[needed]
+            return _failed[known]
     return None
 
 
 _Kernel = tuple[str, str, kernels.Defines, int]  # file, name, macros, bytes of shared memory
-_failed: dict[_Kernel, str] = {}
+_failed: dict[tuple[Any, ...], str] = {}  # by device and kernel, why
 
 
 def _needed(kind: str, launch_pass: Pass) -> list[_Kernel]:
