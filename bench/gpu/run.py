@@ -20,7 +20,7 @@ from ..records import Record, table
 from ..short_run import Failed, Worker
 from ..timing import nvidia_smi
 from . import compilation
-from .goals import COMPILED, EAGER
+from .goals import COMPILED, EAGER, MEMORY, MIB
 from .plan import Scale, Step
 from .rivals import RIVALS
 
@@ -41,7 +41,7 @@ SUMMARY = {  # what is printed last, by kind; the record has all
     "compiled": ("fused", f"over {COMPILED}"),
     "breakdown": ("wall ms", "gaps ms", "host ms", "launches", *(f"{phase} ms" for phase in (*PHASES, REST))),
     "rivals": ("fused", *(f"over {rival}" for rival in RIVALS)),
-    "memory": ("MiB beyond inputs and gradients", "MiB allowed"),
+    "memory": ("MiB beyond inputs and gradients", f"with {MIB}={MEMORY[0] // 2**20}", "MiB allowed then"),
     "million": ("seconds",),
     "first call": ("first call s", "second call s"),
 }

@@ -33,3 +33,4 @@ def hopper(monkeypatch, tmp_path):
     """A Hopper GPU with a driver and a compiler, which the CPU's tensors are on (helpers/posed.py)."""
     with posed.hopper(monkeypatch, tmp_path) as machine:
         yield machine
+        monkeypatch.undo()  # first: what a test has patched here was patched already
