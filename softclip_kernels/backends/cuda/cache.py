@@ -7,15 +7,14 @@ error, and deleting any is safe. Processes that write at once leave whole files.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from .. import cache_folder
 
 logger = logging.getLogger("softclip_kernels")
 
@@ -23,8 +22,7 @@ DIGEST = hashlib.sha256().digest_size
 
 
 def folder() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "softclip_kernels" / "cubins"
+    return cache_folder.folder() / "cubins"
 
 
 def key(**made_of: Any) -> str:
@@ -62,15 +60,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    name = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".tmp", delete=False) as file:
-            name = file.name
-            file.write(hashlib.sha256(content).digest() + content)
-        os.replace(name, path)
+        cache_folder.write_whole(path, hashlib.sha256(content).digest() + content)
     except OSError as error:
         logger.info("CUDA kernels: %s is not written (%s)", path, error)
-        if name is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(name)

@@ -343,14 +343,13 @@ def _tuned_launch(launch_pass: Pass, arguments: dict[str, Any], mirror_g: Tensor
         problem, edge = launch_pass.problem, arguments["edge"]
         blocks = launch.super_blocks(problem.rows, problem.columns, edge, launch_pass.mirrored)
         *_, typical = itertools.islice(blocks, 2)  # the second of mirrored ones: the first is on the diagonal
+        tried = block_launch(shape)
         if shape.way == SM90:
             trusted = block_launch(launch.candidates("backward", launch_pass)[0])
-            expected = _filled(trusted, arguments["g"], mirror_g, *typical)
-            for found, wanted in zip(
-                _filled(block_launch(shape), arguments["g"], mirror_g, *typical), expected, strict=True
-            ):
-                sm90.check("blocks of G", found, wanted, tolerance=0.03)
-        return functools.partial(block_launch(shape), *typical), launch.entries(*typical)
+            expected, found = (_filled(each, arguments["g"], mirror_g, *typical) for each in (trusted, tried))
+            for block, wanted in zip(found, expected, strict=True):
+                sm90.check("blocks of G", block, wanted, tolerance=0.03)
+        return functools.partial(tried, *typical), launch.entries(*typical)
 
     return block_launch(launch.choose_shape("backward", launch_pass, trial))
 

@@ -10,12 +10,10 @@ kernels'.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from triton.runtime.errors import TritonError
 
+from .. import cache_folder
 from ..cuda.driver import DriverError
 from . import call
 from .shapes import ARCHITECTURES, SM90, TIMED, Shape, every_name
@@ -81,8 +80,7 @@ def measurements() -> dict[str, dict[str, Any]]:
 
 
 def path() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "softclip_kernels" / "tiles.json"
+    return cache_folder.folder() / "tiles.json"
 
 
 def measure(launch: Launch) -> float:
@@ -183,15 +181,7 @@ def _read() -> dict[str, Any]:
 
 def _to_file(key: str, shape: Shape) -> None:
     content = {"format": FORMAT, "tiles": _read() | {key: shape.name}}
-    name = None
     try:
-        path().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path().parent, suffix=".tmp", delete=False) as file:
-            name = file.name
-            json.dump(content, file, indent=1)
-        os.replace(name, path())
+        cache_folder.write_whole(path(), json.dumps(content, indent=1).encode())
     except OSError as error:
         logger.info("triton backend: %s is not written (%s)", path(), error)
-        if name is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
